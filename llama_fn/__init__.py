@@ -1,0 +1,23 @@
+"""LLaMA 2 as stateless pure functions in PyTorch."""
+
+from llama_fn import random, stories, tree
+from llama_fn.checkpoint.load import Model, load, save
+from llama_fn.config import LLAMA2_7B, LLAMA2_13B, LLAMA2_70B, Config
+from llama_fn.generation.completion import Completion, stream, text_completion
+from llama_fn.generation.sampling import sampler
+from llama_fn.model.block import Block
+from llama_fn.model.cache import Cache, init_cache
+from llama_fn.model.init import abstract_params, init_params
+from llama_fn.model.transformer import Params, forward
+from llama_fn.shapes import AxesError, typed
+from llama_fn.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llama_fn.training import optim
+from llama_fn.training.loss import loss, loss_sum
+from llama_fn.transforms.jit import jit
+
+__all__ = [
+    "LLAMA2_7B", "LLAMA2_13B", "LLAMA2_70B", "AxesError", "Block", "Cache", "Completion", "Config", "Model", "Params",
+    "Tokenizer", "abstract_params", "forward", "init_cache", "init_params", "jit", "load", "load_tokenizer", "loss",
+    "loss_sum", "optim", "random", "sampler", "save", "stories", "stream", "text_completion", "train_tokenizer", "tree",
+    "typed",
+]

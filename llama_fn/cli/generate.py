@@ -1,0 +1,71 @@
+"""`llama-fn generate`: complete a prompt on the terminal."""
+
+import secrets
+import sys
+import time
+from typing import Annotated
+
+import tyro
+
+from llama_fn import random
+from llama_fn.checkpoint.load import load
+from llama_fn.cli.options import Dtype, device_of, dtype_of
+from llama_fn.generation.completion import stream
+from llama_fn.generation.sampling import sampler
+
+
+def generate(prompt: Annotated[str, tyro.conf.Positional] = "Once upon a time", *, model: str = "stories",
+             max_new_tokens: int | None = None, temperature: float = 0.8, top_k: int | None = None,
+             top_p: float | None = None, min_p: float | None = None, repetition_penalty: float | None = None,
+             greedy: bool = False, seed: int | None = None, stop: tuple[str, ...] = (), dtype: Dtype = "stored",
+             device: str = "auto") -> None:
+    """Write a prompt and what the model makes of it to standard output, a piece at a time.
+
+    The seed and the speed go to standard error. Ctrl-C stops.
+
+    Args:
+        prompt: The beginning of the text; "-" reads it from standard input, "" leaves everything to the model.
+        model: The embedded model "stories", or a folder with params.json, consolidated.00.pth and tokenizer.model.
+        max_new_tokens: The most tokens to write; by default up to the end of the context.
+        temperature: Below 1 likelier, above 1 wilder; 0 is greedy.
+        top_k: Draw from the k likeliest tokens.
+        top_p: Draw from the likeliest tokens that together have probability p.
+        min_p: Draw from the tokens at least p times as likely as the likeliest.
+        repetition_penalty: Above 1, make what is there already less likely.
+        greedy: Always take the likeliest token.
+        seed: The same seed writes the same text; by default another one every time.
+        stop: End before any of these strings.
+        dtype: Compute in this dtype, or as the weights are stored.
+        device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
+    """
+    sample = sampler(0.0 if greedy else temperature, top_k, top_p, min_p, repetition_penalty)
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    key = random.key(seed)
+    if prompt == "-":
+        prompt = _standard_input()
+    loaded = load(model, dtype=dtype_of(dtype), device=device_of(device))
+    pieces = stream(loaded, prompt, key=key, max_new_tokens=max_new_tokens, sampler=sample, stop=stop)
+
+    begun, written = time.perf_counter(), ""
+    try:
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            written += piece
+            print(piece, end="", flush=True)
+    finally:  # after Ctrl-C, too
+        seconds = time.perf_counter() - begun
+        count = len(loaded.tokenizer.encode(written, bos=False))
+        print(flush=True)
+        print(f"[seed {seed}: {count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens a second]",
+              file=sys.stderr)
+
+
+def _standard_input() -> str:
+    data = sys.stdin.buffer.read()
+    if not data.strip():
+        raise ValueError("the prompt is empty: nothing came on standard input")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8: byte 0x{data[error.start]:02X} "
+                         f"at offset {error.start}") from None

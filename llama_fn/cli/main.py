@@ -1,0 +1,27 @@
+"""`llama-fn`: the subcommands, and what becomes of their errors."""
+
+import os
+import sys
+
+import tyro
+
+from llama_fn.cli.evaluate import evaluate
+from llama_fn.cli.generate import generate
+from llama_fn.cli.tokenizer import tokenizer
+from llama_fn.cli.train import train
+
+COMMANDS = {"generate": generate, "train": train, "tokenizer": tokenizer, "evaluate": evaluate}
+
+
+def main() -> None:
+    """Run one subcommand. Bad input is one line on standard error and status 2; Ctrl-C is status 130."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="llama-fn", description="LLaMA 2 as pure functions.",
+                                             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    except BrokenPipeError:  # the reader of a pipe has gone; nothing more is to be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print("llama-fn: " + "; ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

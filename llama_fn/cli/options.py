@@ -1,0 +1,22 @@
+"""What the options of several subcommands mean."""
+
+from typing import Literal
+
+import torch
+
+Dtype = Literal["stored", "float32", "bfloat16", "float16"]
+
+
+def dtype_of(name: Dtype) -> torch.dtype | None:
+    """A dtype by its name; None, which `load` understands, for the dtype of the file."""
+    return None if name == "stored" else getattr(torch, name)
+
+
+def device_of(name: str) -> torch.device:
+    """A device by its name; "auto" is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None

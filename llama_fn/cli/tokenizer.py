@@ -1,0 +1,28 @@
+"""`llama-fn tokenizer`: learn a vocabulary."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from llama_fn.checkpoint.files import replacing
+from llama_fn.tokenizer import train_tokenizer
+from llama_fn.training.data import read_texts
+
+
+def tokenizer(texts: Annotated[Path, tyro.conf.Positional], *, vocab_size: int = 1024,
+              out: Path = Path("tokenizer.model"), force: bool = False) -> None:
+    """Learn a SentencePiece BPE tokenizer with byte fallback, with LLaMA 2's settings.
+
+    Args:
+        texts: A text file, a JSON-lines file (the "text" of each line), or a folder of such files.
+        vocab_size: The number of tokens: 3 special ones, 256 bytes, every character seen, and merges.
+        out: Where to write it.
+        force: Write over a file that is there.
+    """
+    if out.exists() and not force:
+        raise ValueError(f"{out} exists; choose another --out, or write over it with --force")
+    learned = train_tokenizer(read_texts(texts), vocab_size)
+    with replacing(out) as beside:
+        beside.write_bytes(learned.model)
+    print(f"{out}: {learned.vocab_size} tokens")

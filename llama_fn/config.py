@@ -1,0 +1,65 @@
+"""The sizes and constants of a model, in Meta's spelling."""
+
+from dataclasses import dataclass, fields
+
+from llama_fn import tree
+
+
+@tree.constant
+@dataclass(frozen=True)
+class Config:
+    """What a LLaMA is, apart from its weights. A constant in a pytree: it travels in `Params` and has no leaves.
+
+    `dim` is the model's width (axis d), `hidden_dim` the feed-forward's (f), `n_heads` the query heads (k * g),
+    `n_kv_heads` the key/value heads (k), `norm_eps` RMSNorm's epsilon, `rope_theta` the base of RoPE's
+    frequencies, `max_seq_len` the context that the model was trained for, in tokens.
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    vocab_size: int
+    hidden_dim: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_seq_len: int = 4096
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"Config: {field.name} must be an integer of at least 1, got {value!r}")
+            if field.type is float and not (isinstance(value, int | float) and 0 < value < float("inf")):
+                raise ValueError(f"Config: {field.name} must be a number above 0, got {value!r}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"Config: n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads}), "
+                             "so that every key/value head serves as many query heads")
+        if self.dim % self.n_heads:
+            raise ValueError(f"Config: dim ({self.dim}) must be a multiple of n_heads ({self.n_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"Config: the width of a head, dim / n_heads = {self.head_dim}, must be even: "
+                             "RoPE rotates it in pairs")
+
+    @property
+    def head_dim(self) -> int:
+        """The width of one head (axis h)."""
+        return self.dim // self.n_heads
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key/value head (axis g)."""
+        return self.n_heads // self.n_kv_heads
+
+    @property
+    def n_params(self) -> int:
+        """The number of parameters: v d twice, a norm, and a layer's 2 k g h d + 2 k h d + 3 f d + 2 d."""
+        attention = 2 * self.dim * self.n_heads * self.head_dim + 2 * self.dim * self.n_kv_heads * self.head_dim
+        layer = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        return 2 * self.vocab_size * self.dim + self.dim + self.n_layers * layer
+
+
+# Touvron et al. 2023, "Llama 2", table 1 and the released params.json files.
+LLAMA2_7B = Config(4096, 32, 32, 32, 32000, 11008)
+LLAMA2_13B = Config(5120, 40, 40, 40, 32000, 13824)
+LLAMA2_70B = Config(8192, 80, 64, 8, 32000, 28672)

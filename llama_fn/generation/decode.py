@@ -1,0 +1,77 @@
+"""Decoding: prompts of any lengths go in at once, then a token a row comes out of every step."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llama_fn import random, tree
+from llama_fn.generation.sampling import Sampler
+from llama_fn.model.cache import Cache, init_cache
+from llama_fn.model.transformer import Params, forward
+from llama_fn.shapes import typed
+
+
+class State(NamedTuple):
+    """Rows in the middle of decoding: their cache, the logits of the next token, the tokens so far (-1 for none)."""
+
+    cache: Cache
+    logits: Float[Tensor, "b v"]
+    tokens: Int[Tensor, "b s"]
+
+
+@typed
+def prefill(params: Params, prompts: Sequence[Sequence[int]],
+            max_len: int) -> tuple[State, Float[Tensor, "b t v"]]:
+    """The state after `prompts`, with room for rows of `max_len` tokens; and the logits after every prompt token.
+
+    Shorter prompts are filled up on the right. What a cache holds beyond a row's length is never read, and is written
+    over by the row's next tokens: a row is what it would be alone. Raises `ValueError` for an empty prompt and for one
+    that does not fit.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if not all(lengths):
+        raise ValueError(f"prompt {lengths.index(0)} is empty: a model needs a token to go on from; "
+                         "begin with the tokenizer's bos_id")
+    if max(lengths) > max_len:
+        raise ValueError(f"prompt {lengths.index(max(lengths))} has {max(lengths)} tokens, the cache room for "
+                         f"{max_len}; shorten it")
+    device = params.embedding.device
+    padded = torch.tensor([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts], device=device)
+    cache = init_cache(params.config, (len(prompts),), max_len=max_len, dtype=params.embedding.dtype, device=device)
+    logits, cache = forward(params, padded, cache)
+
+    length = torch.tensor(lengths, device=device)
+    slots = torch.arange(max_len, device=device)
+    tokens = torch.nn.functional.pad(padded, (0, max_len - padded.shape[1])).where(slots < length[:, None], -1)
+    last = logits[torch.arange(len(prompts), device=device), length - 1]
+    return State(cache._replace(length=length), last, tokens), logits
+
+
+@typed
+def draw(state: State, keys: Int[Tensor, "b 2"], sample: Sampler) -> Int[Tensor, "b"]:
+    """The next token of every row. At position i it is drawn with the row's key folded in with i: the draw depends on
+    the row alone, whatever the batch and however the row came to its length.
+    """
+    def one(key: Tensor, position: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
+        return sample(random.fold_in(key, position), logits, tokens)
+
+    if state.logits.isnan().any():  # a sampler cannot look at its logits while it is mapped over rows
+        raise ValueError("the logits are NaN: the weights or the cache are damaged, or overflowed in a 16-bit dtype")
+    return torch.vmap(one)(keys, state.cache.length, state.logits, state.tokens)
+
+
+@typed
+def advance(params: Params, state: State, token: Int[Tensor, "b"]) -> State:
+    """The state after one more token a row."""
+    row = torch.arange(len(token), device=token.device)
+    tokens = state.tokens.index_put((row, state.cache.length), token)
+    logits, cache = forward(params, token[:, None], state.cache)
+    return State(cache, logits[:, 0], tokens)
+
+
+def select(state: State, rows: list[int]) -> State:
+    """The state of some of the rows, in the order given; the same row twice is a fork."""
+    return tree.map(lambda x: x[rows], state)

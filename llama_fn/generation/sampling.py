@@ -1,0 +1,95 @@
+"""Choosing the next token: a pure function of a key, the logits and the tokens so far."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llama_fn import random
+from llama_fn.random import Key
+from llama_fn.shapes import concrete, typed
+
+Sampler = Callable[..., Tensor]
+
+
+def sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+            repetition_penalty: float | None = None) -> Sampler:
+    """A function `sample(key, logits, tokens=None)` that draws from the model's distribution, narrowed in this order:
+
+    `repetition_penalty` r (Keskar et al. 2019, "CTRL", 4.1) divides a positive logit of a token that is there already
+    by r, and multiplies a negative one; `temperature` divides all logits, and 0 takes the likeliest token; `top_k`
+    (Fan et al. 2018) keeps the k likeliest, `top_p` (Holtzman et al. 2020) the fewest likeliest whose probabilities sum
+    to p, `min_p` (Nguyen et al. 2024) those of at least p times the highest probability.
+
+    Raises `ValueError` for a setting outside its range; `sample` does for logits that are not numbers.
+    """
+    _check_range("temperature", temperature, 0, math.inf)
+    _check_range("top_k", top_k, 1, math.inf)
+    _check_range("top_p", top_p, 0, 1, open_below=True)
+    _check_range("min_p", min_p, 0, 1)
+    _check_range("repetition_penalty", repetition_penalty, 0, math.inf, open_below=True)
+
+    @typed
+    def sample(key: Key, logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b s"] | None = None) -> Int[Tensor, "*b"]:
+        """The next token after `tokens` (where a negative one stands for none)."""
+        if concrete(logits) and logits.isnan().any():
+            raise ValueError("sample: the logits are NaN: the weights or the cache are damaged, or overflowed in a "
+                             "16-bit dtype")
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if repetition_penalty is not None and tokens is not None:
+            logits = penalize(logits, tokens, repetition_penalty)
+        if temperature == 0:
+            return logits.argmax(-1)
+        logits = logits / temperature
+        if top_k is not None:
+            logits = keep_top_k(logits, top_k)
+        if top_p is not None:
+            logits = keep_top_p(logits, top_p)
+        if min_p is not None:
+            logits = keep_min_p(logits, min_p)
+        return random.categorical(key, logits)
+
+    return sample
+
+
+@typed
+def penalize(logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b s"], penalty: float) -> Float[Tensor, "*b v"]:
+    """Make every token that is there already less likely, once, however often it is there."""
+    v = logits.shape[-1]
+    there = torch.zeros_like(logits[..., :1]).expand(*logits.shape[:-1], v + 1)  # the last stands for none
+    there = there.scatter(-1, torch.where(tokens < 0, v, tokens), 1.0)[..., :v].bool()
+    return torch.where(there, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+@typed
+def keep_top_k(logits: Float[Tensor, "*b v"], k: int) -> Float[Tensor, "*b v"]:
+    """The k likeliest tokens keep their logits (of equals the first), the others get -inf."""
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    rank = order.argsort(-1)
+    return logits.masked_fill(rank >= k, -math.inf)
+
+
+@typed
+def keep_top_p(logits: Float[Tensor, "*b v"], p: float) -> Float[Tensor, "*b v"]:
+    """The smallest set of likeliest tokens with a probability of p or more keep their logits, the others get -inf."""
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    falling = logits.softmax(-1).gather(-1, order)
+    before = falling.cumsum(-1) - falling
+    return logits.masked_fill((before >= p).gather(-1, order.argsort(-1)), -math.inf)
+
+
+@typed
+def keep_min_p(logits: Float[Tensor, "*b v"], p: float) -> Float[Tensor, "*b v"]:
+    """The tokens at least p times as likely as the likeliest keep their logits, the others get -inf."""
+    floor = logits.amax(-1, keepdim=True) + (math.log(p) if p > 0 else -math.inf)
+    return logits.masked_fill(logits < floor, -math.inf)
+
+
+def _check_range(name: str, value: float | None, low: float, high: float, open_below: bool = False) -> None:
+    if value is None:
+        return
+    if not (low <= value <= high) or value == math.inf or (open_below and value == low):
+        interval = f"{'(' if open_below else '['}{low}, {high}{']' if high < math.inf else ')'}"
+        raise ValueError(f"sampler: {name} must lie in {interval}, got {value}")

@@ -1,0 +1,24 @@
+"""The feed-forward layer: SwiGLU (Shazeer 2020, "GLU variants improve Transformer", eq. 6)."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from llama_fn.model.linear import linear
+from llama_fn.shapes import typed
+
+
+class FeedForward(NamedTuple):
+    """Meta's w1, w3 and w2."""
+
+    w_gate: Float[Tensor, "f d"]
+    w_up: Float[Tensor, "f d"]
+    w_down: Float[Tensor, "d f"]
+
+
+@typed
+def feed_forward(params: FeedForward, x: Float[Tensor, "*b t d"]) -> Float[Tensor, "*b t d"]:
+    """w_down (silu(w_gate x) * w_up x), for each token by itself."""
+    return linear(params.w_down, F.silu(linear(params.w_gate, x)) * linear(params.w_up, x))

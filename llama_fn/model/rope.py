@@ -1,0 +1,38 @@
+"""Rotary position embedding (Su et al. 2021, "RoFormer", eq. 15), on interleaved pairs, as Meta stores the weights.
+
+Pair i of a head at position m is turned by the angle m * theta^(-2i/h). A dot product of two rotated vectors then
+depends on the difference of their positions alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llama_fn.shapes import typed
+
+
+class Rotation(NamedTuple):
+    """The cosines and sines of every position's angles, in float32."""
+
+    cos: Float[Tensor, "*b t p"]
+    sin: Float[Tensor, "*b t p"]
+
+
+@typed
+def rotation(positions: Int[Tensor, "*b t"], head_dim: int, theta: float) -> Rotation:
+    """Built from integers, in float32, whatever the model's dtype: a bfloat16 position of 257 would be 256."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    angles = positions[..., None].float() * (1.0 / theta**exponents)
+    return Rotation(angles.cos(), angles.sin())
+
+
+@typed
+def rotate(x: Float[Tensor, "*b t n h"], rotation: Rotation) -> Float[Tensor, "*b t n h"]:
+    """Turn every pair (x[2i], x[2i+1]) of every head by its angle; computed in float32 at least, and cast back."""
+    even, odd = rearrange(x, "... t n (p two) -> two ... t n p", two=2)
+    cos, sin = rotation.cos[..., None, :], rotation.sin[..., None, :]
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
+    return rearrange(turned, "... t n p two -> ... t n (p two)").to(x.dtype)

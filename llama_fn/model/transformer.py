@@ -1,0 +1,67 @@
+"""The model: `forward` over a tree of parameters."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llama_fn.config import Config
+from llama_fn.model.block import Block, block
+from llama_fn.model.cache import Cache, KeysValues, check_room
+from llama_fn.model.linear import linear
+from llama_fn.model.norm import rms_norm
+from llama_fn.model.rope import rotation
+from llama_fn.shapes import concrete, typed
+
+
+class Params(NamedTuple):
+    """All weights of a model, and its config, which has no leaves. Plain tensors: `torch.func` differentiates them."""
+
+    embedding: Float[Tensor, "v d"]
+    blocks: tuple[Block, ...]
+    norm: Float[Tensor, "d"]
+    output: Float[Tensor, "v d"]
+    config: Config
+
+
+@typed
+def forward(params: Params, tokens: Int[Tensor, "*b t"],
+            cache: Cache | None = None) -> tuple[Float[Tensor, "*b t v"], Cache | None]:
+    """The logits of the token after each token, and the cache with these tokens in it.
+
+    Without a cache the tokens are whole sequences, starting at position 0. With one, they continue each row at its
+    own `cache.length`. Nothing is changed: the cache that was passed in can be continued again, otherwise.
+
+    Raises `ValueError` (in eager mode; compiled or mapped, the index error is torch's) for a token outside the
+    vocabulary and for more tokens than the cache has room for.
+    """
+    config, count = params.config, tokens.shape[-1]
+    check_tokens(tokens, config.vocab_size)
+    positions = torch.arange(count, device=tokens.device)
+    if cache is not None:
+        check_room(cache, count)
+        positions = cache.length[..., None] + positions
+    angles = rotation(positions.expand(tokens.shape), config.head_dim, config.rope_theta)
+
+    x = params.embedding[tokens]
+    layers = []
+    for i, layer in enumerate(params.blocks):
+        old = None if cache is None else KeysValues(cache.k[i], cache.v[i])
+        x, new = block(layer, x, angles, old, None if cache is None else positions, config.norm_eps)
+        layers.append(new)
+    logits = linear(params.output, rms_norm(params.norm, x, config.norm_eps))
+
+    if cache is not None:
+        k, v = zip(*layers, strict=True)
+        cache = Cache(k, v, cache.length + count)
+    return logits, cache
+
+
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Raise `ValueError` for a token outside the vocabulary. Where numbers cannot be read, do nothing."""
+    if concrete(tokens) and tokens.numel():
+        low, high = (int(x) for x in tokens.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {vocab_size} tokens, "
+                             f"0 to {vocab_size - 1}; encode the text with the tokenizer that belongs to the model")

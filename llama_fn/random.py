@@ -1,0 +1,117 @@
+"""Randomness as a value: JAX's keys and counters, so that one key gives the same bits as `jax.random`.
+
+Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), 20 rounds, counted as JAX's
+partitionable generator counts: element i of an array is the block function of the key at counter i, whatever the
+array's shape, the device, or the batch. A key is two 32-bit words. Torch does no arithmetic on unsigned words, so
+they lie in int64, each in [0, 2**32). To draw for many keys at once, `vmap` over them.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llama_fn.shapes import typed
+
+Key = Int[Tensor, "2"]
+Shape = Sequence[int]
+
+MASK = 0xFFFFFFFF
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+MANTISSA_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
+
+
+@typed
+def key(seed: int, device: torch.device | str | None = None) -> Key:
+    """The key of a seed in [0, 2**64): its high and low words."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"random.key: a seed lies in [0, 2**64), got {seed}")
+    return torch.tensor([seed >> 32, seed & MASK], device=device)
+
+
+@typed
+def split(key: Key, num: int | tuple[int, ...] = 2) -> Int[Tensor, "*num 2"]:
+    """`num` new keys, independent of each other and of this one (which should not be used again)."""
+    shape = (num,) if isinstance(num, int) else num
+    return torch.stack(threefry2x32(key, *_counters(shape, key.device)), -1)
+
+
+@typed
+def fold_in(key: Key, data: int | Int[Tensor, ""]) -> Key:
+    """The key's child number `data`, in [0, 2**32): a position, a step, a rank."""
+    if isinstance(data, int) and not 0 <= data <= MASK:
+        raise ValueError(f"random.fold_in: data lies in [0, 2**32), got {data}")
+    low = torch.as_tensor(data, device=key.device).to(torch.int64) & MASK
+    return torch.stack(threefry2x32(key, torch.zeros_like(low), low), -1)
+
+
+@typed
+def bits(key: Key, shape: Shape = (), width: int = 32) -> Int[Tensor, "*shape"]:
+    """Uniform words of `width` bits (8, 16, 32 or 64) in int64; of 64 bits, the word's two's complement."""
+    if width not in (8, 16, 32, 64):
+        raise ValueError(f"random.bits: width must be 8, 16, 32 or 64, got {width}")
+    high, low = threefry2x32(key, *_counters(shape, key.device))
+    return (high << 32) | low if width == 64 else (high ^ low) & (2**width - 1)
+
+
+@typed
+def uniform(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32,
+            minval: float = 0.0, maxval: float = 1.0) -> Float[Tensor, "*shape"]:
+    """Uniform on [minval, maxval): as many random bits as the dtype's mantissa has, never rounded up to maxval."""
+    mantissa = MANTISSA_BITS[dtype]
+    width = 8 if mantissa < 8 else torch.finfo(dtype).bits  # as JAX does: bfloat16 draws 8 bits
+    integer = (bits(key, shape, width) >> (width - mantissa)) & (2**mantissa - 1)
+    low, high = (torch.tensor(x, dtype=dtype, device=key.device) for x in (minval, maxval))
+    return torch.maximum(low, integer.to(dtype) * 2.0**-mantissa * (high - low) + low)
+
+
+@typed
+def normal(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+    """Standard normal, by the inverse of its distribution function: sqrt(2) erfinv(u), u uniform on (-1, 1)."""
+    smallest = -1 + torch.finfo(dtype).eps / 2  # the next number after -1
+    return torch.erfinv(uniform(key, shape, dtype, smallest, 1.0)) * math.sqrt(2)
+
+
+@typed
+def gumbel(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+    """Standard Gumbel: -log(-log u), u uniform on (0, 1)."""
+    return -torch.log(-torch.log(uniform(key, shape, dtype, torch.finfo(dtype).tiny, 1.0)))
+
+
+@typed
+def categorical(key: Key, logits: Float[Tensor, "*logits"], axis: int = -1,
+                shape: Shape | None = None) -> Int[Tensor, "*indices"]:
+    """Indices along `axis` with probabilities softmax(logits), by the Gumbel-max trick.
+
+    `shape`, if given, ends in the shape of `logits` without `axis`; the axes before it are independent draws.
+    """
+    axis = axis % logits.ndim
+    batch = (*logits.shape[:axis], *logits.shape[axis + 1:])
+    shape = batch if shape is None else tuple(shape)
+    draws = shape[:len(shape) - len(batch)]
+    if shape[len(draws):] != batch:
+        raise ValueError(f"random.categorical: shape {shape} must end in the logits' batch axes {batch}")
+    noise = gumbel(key, (*draws, *logits.shape), logits.dtype)
+    return torch.argmax(noise + logits, dim=len(draws) + axis)
+
+
+def threefry2x32(key: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+    """The block function: 20 rounds over the counter (x0, x1), the key added in after every four."""
+    k0, k1 = key[..., 0], key[..., 1]
+    schedule = (k0, k1, k0 ^ k1 ^ 0x1BD11BDA)
+    x0, x1 = (x0 + k0) & MASK, (x1 + k1) & MASK
+    for i in range(5):
+        for r in ROTATIONS[i % 2]:
+            x0 = (x0 + x1) & MASK
+            x1 = x0 ^ (((x1 << r) & MASK) | (x1 >> (32 - r)))
+        x0 = (x0 + schedule[(i + 1) % 3]) & MASK
+        x1 = (x1 + schedule[(i + 2) % 3] + i + 1) & MASK
+    return x0, x1
+
+
+def _counters(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    """0, 1, 2, ... in row-major order, as high and low words."""
+    count = torch.arange(math.prod(shape), device=device).reshape(tuple(shape))
+    return count >> 32, count & MASK

@@ -1,0 +1,179 @@
+"""The axes: one vocabulary for every annotation and every einops string, and `typed`, which checks it.
+
+    *b  leading batch axes, none included      k  key/value heads
+    t   tokens in this call                    g  query heads that share one key/value head
+    s   slots of the cache                     h  the width of one head
+    d   the model's width                      f  the feed-forward's hidden width
+    v   the vocabulary                         l  layers
+
+Three helpers complete it: `n` heads of any kind, `p` the pairs of a head that RoPE rotates (h = 2p), `o` an
+output axis. A function's annotations share one scope: an axis that appears twice has one size.
+"""
+
+import contextlib
+import functools
+import inspect
+import io
+import os
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, Union
+
+import torch
+from beartype.door import is_bearable
+from jaxtyping import AbstractArray, jaxtyped, print_bindings
+from torch import Tensor
+
+from llama_fn.config import Config
+
+PLAIN = (bool, int, float, str, torch.dtype, torch.device, Config)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class AxesError(TypeError, ValueError):
+    """A value whose type, dtype or axes are not those of the annotation."""
+
+
+def typed(f: Callable[P, R]) -> Callable[P, R]:
+    """Check the axes of `f`'s arguments and result whenever it runs in eager mode, under `vmap` and `grad` too.
+
+    Inside `torch.compile` the raw function runs, so a compiled graph carries no check (and breaks at none).
+    Tensors are checked by jaxtyping, everything else by beartype; a `NamedTuple` is checked field by field in
+    the scope of the call. What a check says depends on types, shapes, dtypes and plain values alone, so each
+    combination of them is checked once and then known. `LLAMA_FN_TYPED=0` in the environment at import leaves
+    every function as written.
+
+    Raises `AxesError`, naming the function, the argument, the axes wanted, and the shape given.
+    """
+    if os.environ.get("LLAMA_FN_TYPED", "1") == "0":
+        return f
+    signature = inspect.signature(f)
+    hints = typing.get_type_hints(f, include_extras=True)
+    checks = {name: _check(hint if name == "return" else _gathered(signature.parameters[name], hint))
+              for name, hint in hints.items()}
+    known: set = set()
+
+    def verify(key: Any, arguments: dict[str, Any]) -> None:
+        with jaxtyped("context"):
+            for name, value in arguments.items():
+                if name in checks and (wrong := checks[name](value, name)) is not None:
+                    raise AxesError(_message(f, *wrong))
+        if len(known) >= 4096:  # a caller of ever new shapes must not fill the memory
+            known.clear()
+        if key is not None:
+            known.add(key)
+
+    @functools.wraps(f)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return f(*args, **kwargs)
+        given = _facts((args, kwargs))
+        if given is None or given not in known:
+            verify(given, signature.bind(*args, **kwargs).arguments)
+        result = f(*args, **kwargs)
+        returned = _facts(result)
+        both = None if given is None or returned is None else (given, returned)
+        if both is None or both not in known:
+            verify(both, {**signature.bind(*args, **kwargs).arguments, "return": result})
+        return result
+
+    return checked
+
+
+def _facts(value: Any) -> Any:
+    """All that a check can see of a value, hashable; None where it cannot be told in short, as of a list."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, dict):
+        value = tuple(value.items())
+    if isinstance(value, tuple):
+        facts = [_facts(x) for x in value]
+        return None if None in facts else (type(value), *facts)
+    return (type(value), value) if value is None or isinstance(value, PLAIN) else None
+
+
+def concrete(x: Tensor) -> bool:
+    """Whether the numbers in `x` can be read on the host now: neither compiled, nor mapped, nor differentiated."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+# --- how a hint becomes a check: a function of (value, where) to None, or to (where, hint, value) of what is wrong
+
+
+def _check(hint: Any) -> Callable[[Any, str], tuple[str, Any, Any] | None]:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if inspect.isclass(hint) and issubclass(hint, AbstractArray):
+        return lambda value, where: None if isinstance(value, hint) else (where, hint, value)
+    if inspect.isclass(hint) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
+        fields = [(name, _check(h)) for name, h in typing.get_type_hints(hint, include_extras=True).items()]
+
+        def named_tuple(value, where):
+            if not isinstance(value, hint):
+                return where, hint, value
+            wrongs = (check(getattr(value, name), f"{where}.{name}") for name, check in fields)
+            return next((wrong for wrong in wrongs if wrong is not None), None)
+
+        return named_tuple
+    if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
+        item = _check(args[0])
+
+        def items(value, where):
+            if not isinstance(value, tuple):
+                return where, hint, value
+            wrongs = (item(x, f"{where}.{i}") for i, x in enumerate(value))
+            return next((wrong for wrong in wrongs if wrong is not None), None)
+
+        return items
+    if origin is tuple and args:
+        parts = [_check(a) for a in args]
+
+        def fixed(value, where):
+            if not isinstance(value, tuple) or len(value) != len(parts):
+                return where, hint, value
+            wrongs = (check(x, f"{where}.{i}") for i, (check, x) in enumerate(zip(parts, value, strict=True)))
+            return next((wrong for wrong in wrongs if wrong is not None), None)
+
+        return fixed
+    if origin in (Union, types.UnionType):
+        options = [_check(a) for a in args if a is not type(None)]
+        optional = len(options) < len(args)
+
+        def union(value, where):
+            if optional and value is None:
+                return None
+            wrongs = []
+            for option in options:
+                if (wrong := option(value, where)) is None:
+                    return None
+                wrongs.append(wrong)
+            return wrongs[0] if len(wrongs) == 1 else (where, hint, value)
+
+        return union
+    return lambda value, where: None if is_bearable(value, hint) else (where, hint, value)
+
+
+def _gathered(parameter: inspect.Parameter, hint: Any) -> Any:
+    """`*args: X` arrives as a tuple of X, `**kwargs: X` as a dict."""
+    gathered = {parameter.VAR_POSITIONAL: tuple[hint, ...], parameter.VAR_KEYWORD: dict[str, hint]}
+    return gathered.get(parameter.kind, hint)
+
+
+def _message(f: Callable, where: str, hint: Any, value: Any) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        print_bindings()
+    sizes = ", ".join(line.replace("torch.Size(", "").rstrip(")") for line in out.getvalue().splitlines()[1:])
+    wanted = getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint)
+    what = "the result" if where == "return" else f"argument `{where}`"
+    return (f"{f.__module__}.{f.__qualname__}: {what} should be {wanted}, got {_describe(value)}"
+            + (f", where {sizes}" if sizes else ""))
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

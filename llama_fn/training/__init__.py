@@ -1,0 +1,1 @@
+"""From texts to weights: the loss, the optimizer, the data, one step, and the loop around it."""

@@ -1,0 +1,57 @@
+"""The loop: steps over batches that are a function of key and step, so that a run can stop and go on bit for bit."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from llama_fn import tree
+from llama_fn.model.transformer import Params
+from llama_fn.random import Key
+from llama_fn.training.data import Corpus, batch, rows
+from llama_fn.training.loss import loss_sum
+from llama_fn.training.optim import Optimizer
+from llama_fn.training.step import Metrics, make_step
+from llama_fn.transforms.jit import jit
+
+
+class TrainState(NamedTuple):
+    """All that a run needs to go on: a tree like any other."""
+
+    params: Params
+    opt_state: Any
+    step: Int[Tensor, ""]
+
+
+def init_state(params: Params, optimizer: Optimizer) -> TrainState:
+    """The state before the first step, with a copy of the parameters (training updates its state in place)."""
+    return TrainState(tree.map(torch.clone, params), optimizer.init(params), torch.zeros((), dtype=torch.int64))
+
+
+def train(state: TrainState, optimizer: Optimizer, corpus: Corpus, key: Key, steps: int,
+          shape: tuple[int, int]) -> Iterator[tuple[TrainState, Metrics]]:
+    """The states after each step up to number `steps`, with their metrics; `shape` is (micro-batches, rows of each).
+
+    A step is compiled once (with the first state, which takes a while) and donates the state: each one that comes out
+    takes the memory of the one before. Raises `ValueError` at the first loss that is not a number.
+    """
+    step: Callable = jit(make_step(optimizer), donate=("params", "opt_state"))
+    for number in range(int(state.step), steps):
+        tokens, mask = (x.to(state.params.embedding.device) for x in batch(corpus, key, number, shape))
+        params, opt_state, metrics = step(state.params, state.opt_state, tokens, mask)
+        if not (metrics.loss.isfinite() and metrics.grad_norm.isfinite()):
+            raise ValueError(f"step {number + 1}: the loss is {float(metrics.loss)} and the gradient's norm "
+                             f"{float(metrics.grad_norm)}; the last snapshot is as it was: go on from it with a lower "
+                             "learning rate or a longer warmup")
+        state = TrainState(params, opt_state, state.step + 1)
+        yield state, metrics
+
+
+@torch.no_grad()
+def evaluate(params: Params, corpus: Corpus, size: int = 32) -> float:
+    """The mean loss over every token of a corpus, each in the context of its own row, `size` rows at a time."""
+    device = params.embedding.device
+    sums = [loss_sum(params, tokens.to(device), mask.to(device)) for tokens, mask in rows(corpus, size)]
+    return float(sum(total for total, _ in sums) / sum(count for _, count in sums))

@@ -1,0 +1,136 @@
+"""Optimizers as pure functions, with Optax's contract: `init(params) -> state` and
+`update(grads, state, params) -> (updates, state)`, where `apply_updates` adds the updates to the parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama_fn import tree
+
+Schedule = Callable[[Tensor], Tensor]  # from the number of steps taken to a learning rate
+
+
+class Optimizer(NamedTuple):
+    """Two pure functions (Optax's `GradientTransformation`)."""
+
+    init: Callable[[Any], Any]
+    update: Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+class AdamState(NamedTuple):
+    """Steps taken, and the running means of the gradients and of their squares, in float32 at least."""
+
+    count: Tensor
+    mu: Any
+    nu: Any
+
+
+def adamw(learning_rate: float | Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
+          weight_decay: float = 1e-4, mask: Callable[[Any], Any] | None = None) -> Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2; the decay is scaled by the learning rate, as in Optax and torch).
+
+    `mask(params)` is a tree of booleans that says which leaves decay; left out, all do.
+    """
+    return chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay, mask),
+                 scale_by_learning_rate(learning_rate))
+
+
+def sgd(learning_rate: float | Schedule) -> Optimizer:
+    """Plain gradient descent."""
+    return scale_by_learning_rate(learning_rate)
+
+
+def chain(*parts: Optimizer) -> Optimizer:
+    """Each part's updates are the next one's gradients; the state is the tuple of their states."""
+
+    def init(params: Any) -> tuple:
+        return tuple(part.init(params) for part in parts)
+
+    def update(grads: Any, state: tuple, params: Any) -> tuple[Any, tuple]:
+        states = []
+        for part, old in zip(parts, state, strict=True):
+            grads, new = part.update(grads, old, params)
+            states.append(new)
+        return grads, tuple(states)
+
+    return Optimizer(init, update)
+
+
+def clip_by_global_norm(max_norm: float) -> Optimizer:
+    """Scale all gradients down together so that their common norm is `max_norm` at most (Pascanu et al. 2013)."""
+
+    def update(grads: Any, state: tuple, params: Any) -> tuple[Any, tuple]:
+        norm = global_norm(grads)
+        return tree.map(lambda g: torch.where(norm < max_norm, g, g / norm.to(g.dtype) * max_norm), grads), state
+
+    return Optimizer(lambda params: (), update)
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> Optimizer:
+    """Adam's direction (Kingma and Ba 2015): m / (sqrt(v) + eps), each corrected for its start at zero."""
+
+    def init(params: Any) -> AdamState:
+        zeros = [tree.map(lambda p: torch.zeros_like(p, dtype=_exact(p)), params) for _ in range(2)]
+        return AdamState(torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device), *zeros)
+
+    def update(grads: Any, state: AdamState, params: Any) -> tuple[Any, AdamState]:
+        count = state.count + 1
+        mu = tree.map(lambda m, g: b1 * m + (1 - b1) * g.to(m.dtype), state.mu, grads)
+        nu = tree.map(lambda v, g: b2 * v + (1 - b2) * g.to(v.dtype).square(), state.nu, grads)
+
+        def direction(m: Tensor, v: Tensor) -> Tensor:
+            steps = count.to(m.dtype)
+            return m / (1 - b1**steps) / ((v / (1 - b2**steps)).sqrt() + eps)
+
+        return tree.map(direction, mu, nu), AdamState(count, mu, nu)
+
+    return Optimizer(init, update)
+
+
+def add_decayed_weights(weight_decay: float, mask: Callable[[Any], Any] | None = None) -> Optimizer:
+    """Add `weight_decay` times each parameter (where `mask` is true) to its update."""
+
+    def update(grads: Any, state: tuple, params: Any) -> tuple[Any, tuple]:
+        decays = tree.map(lambda p: True, params) if mask is None else mask(params)
+
+        def decayed(g: Tensor, p: Tensor, decay: bool) -> Tensor:
+            return g + weight_decay * p.to(g.dtype) if decay else g
+
+        return tree.map(decayed, grads, params, decays), state
+
+    return Optimizer(lambda params: (), update)
+
+
+def scale_by_learning_rate(learning_rate: float | Schedule) -> Optimizer:
+    """Multiply by minus the learning rate, of the number of steps taken before this one."""
+
+    def init(params: Any) -> Tensor:
+        return torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device)
+
+    def update(grads: Any, count: Tensor, params: Any) -> tuple[Any, Tensor]:
+        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+        return tree.map(lambda g: -rate * g, grads), count + 1
+
+    return Optimizer(init, update)
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+    """Parameters plus updates, added in the updates' precision and kept in the parameters' dtype."""
+    return tree.map(lambda p, u: (p + u).to(p.dtype), params, updates)
+
+
+def global_norm(grads: Any) -> Tensor:
+    """The Euclidean norm of all leaves together, in float32 at least."""
+    return torch.stack([g.to(_exact(g)).square().sum() for g in tree.leaves(grads)]).sum().sqrt()
+
+
+def matrices(params: Any) -> Any:
+    """A mask for weight decay: every leaf of two axes or more, so no norm."""
+    return tree.map(lambda p: p.ndim >= 2, params)
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

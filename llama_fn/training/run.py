@@ -1,0 +1,214 @@
+"""A training run in a folder: tokenizer, encoded corpus, metrics, snapshots, and at the end a model that `load` reads.
+
+    tokenizer.model  params.json  consolidated.00.pth     the model, after the last step
+    data/train.bin   data/valid.bin                       the texts as tokens
+    run.json         snapshot.pt  metrics.jsonl           the plan, the state to go on from, a line a measurement
+"""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from llama_fn import random, stories
+from llama_fn.checkpoint.files import read_json, replacing, write_json
+from llama_fn.checkpoint.load import TOKENIZER, Model, save
+from llama_fn.checkpoint.snapshot import load_snapshot, save_snapshot
+from llama_fn.config import Config
+from llama_fn.model.init import init_params
+from llama_fn.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llama_fn.training import optim
+from llama_fn.training.data import encode_corpus, open_corpus, read_texts
+from llama_fn.training.loop import evaluate, init_state, train
+from llama_fn.training.schedule import warmup_cosine
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run goes, from the first random number to the last step."""
+
+    dim: int = 144
+    """The model's width."""
+    n_layers: int = 4
+    n_heads: int = 6
+    n_kv_heads: int = 2
+    hidden_dim: int = 256
+    """The feed-forward's hidden width."""
+    vocab_size: int = 1024
+    context: int = 256
+    """Tokens a row."""
+    steps: int = 4000
+    batch: int = 32
+    """Rows a micro-batch."""
+    micro_batches: int = 1
+    """Micro-batches a step, gone through one after another to save memory."""
+    learning_rate: float = 3e-3
+    """The highest, after the warmup."""
+    final_learning_rate: float = 0.0
+    warmup: int = 100
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """The largest norm of the gradient."""
+    stories: int = 200_000
+    """How many stories to train on, if no text is given."""
+    seed: int = 0
+
+    def config(self) -> Config:
+        return Config(self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.vocab_size, self.hidden_dim,
+                      max_seq_len=self.context)
+
+    def optimizer(self) -> optim.Optimizer:
+        rate = warmup_cosine(self.learning_rate, self.warmup, self.steps, self.final_learning_rate)
+        return optim.chain(optim.clip_by_global_norm(self.clip),
+                           optim.adamw(rate, 0.9, 0.99, weight_decay=self.weight_decay, mask=optim.matrices))
+
+
+Report = Callable[[dict], None]
+VALIDATION_STORIES = 1000
+
+
+def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None = None, *, resume: bool = False,
+        evaluate_every: int = 500, report: Report = lambda record: None) -> Model:
+    """Train a model on `texts` (a file or folder, see `read_texts`; None for the embedded stories) and save it.
+
+    `report` gets a record a step, and one with `valid_loss` at every evaluation; the same go to `metrics.jsonl`.
+    A state is written at every evaluation and when the run is interrupted; `resume` goes on from it, to the same
+    result, bit for bit, as a run that never stopped.
+
+    Raises `ValueError` if the folder holds a run already and `resume` is not set, or holds one of another plan.
+    """
+    folder, config, optimizer = Path(folder), plan.config(), plan.optimizer()
+    settings = {**dataclasses.asdict(plan), "texts": None if texts is None else os.path.basename(os.fspath(texts))}
+    _claim(folder, settings, resume)
+    init, order = random.split(random.key(plan.seed))
+    tokenizer, floor = _prepare(folder, plan, texts)
+    training, validation = (open_corpus(folder / "data" / f"{part}.bin", tokenizer, plan.context)
+                            for part in ("train", "valid"))
+
+    state = init_state(init_params(init, config), optimizer)
+    if resume and (folder / "snapshot.pt").is_file():
+        state = load_snapshot(state, folder / "snapshot.pt")
+    metrics = _kept(folder / "metrics.jsonl", int(state.step))
+    with (folder / "metrics.jsonl").open("w") as lines:
+
+        def log(record: dict) -> None:
+            lines.write(json.dumps(record) + "\n")
+            lines.flush()
+            report(record)
+
+        for record in metrics:
+            log(record)
+        begun, tokens = time.perf_counter(), 0
+        with _interrupts() as interrupted:
+            shape = (plan.micro_batches, plan.batch)
+            for state, measured in train(state,  # noqa: B020, the state before the first step
+                                         optimizer, training, order, plan.steps, shape):
+                step, tokens = int(state.step), tokens + int(measured.count)
+                seconds = time.perf_counter() - begun
+                log({"step": step, "loss": float(measured.loss), "grad_norm": float(measured.grad_norm),
+                     "tokens_per_second": round(tokens / seconds), "seconds": round(seconds, 2)})
+                if step % evaluate_every == 0 or step == plan.steps:
+                    log({"step": step, "valid_loss": evaluate(state.params, validation), **floor})
+                    save_snapshot(state, folder / "snapshot.pt")
+                if interrupted:
+                    save_snapshot(state, folder / "snapshot.pt")
+                    raise KeyboardInterrupt
+    model = Model(state.params, tokenizer)
+    save(model, folder)
+    return model
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that Ctrl-C fills, so that a step is never cut in half; a second Ctrl-C stops at once."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread hears signals
+        yield seen
+        return
+
+    def note(number: int, frame: object) -> None:
+        seen.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _claim(folder: Path, settings: dict, resume: bool) -> None:
+    if (folder / "run.json").is_file():
+        if not resume:
+            raise ValueError(f"{folder} holds a training run already; go on with it (resume), or choose another folder")
+        before = read_json(folder / "run.json")
+        if changed := [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if before.get(k) != v]:
+            raise ValueError(f"{folder} holds a run of another plan: {'; '.join(changed)}")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no training run; choose another folder")
+    elif resume:
+        raise FileNotFoundError(f"{folder}: there is no run to go on with")
+    write_json(folder / "run.json", settings)
+
+
+def _prepare(folder: Path, plan: Plan, texts: str | os.PathLike | None) -> tuple[Tokenizer, dict]:
+    """The tokenizer and the encoded texts, made unless they are there; and the lowest possible loss, where known."""
+    _, _, told, held_out = random.split(random.key(plan.seed), 4)
+
+    def training() -> Iterator[str]:
+        if texts is not None:
+            return _split(read_texts(texts), held_out=False)
+        return (story.text for story in stories.stories(told, plan.stories))
+
+    def validation() -> Iterable[str]:
+        if texts is not None:
+            return _split(read_texts(texts), held_out=True)
+        return (story.text for story in stories.stories(held_out, VALIDATION_STORIES))
+
+    if not (folder / TOKENIZER).is_file():
+        enough = training() if texts is not None else islice(training(), 5000)
+        with replacing(folder / TOKENIZER) as beside:
+            beside.write_bytes(train_tokenizer(enough, plan.vocab_size).model)
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    for name, part in (("train", training), ("valid", validation)):
+        if not (folder / "data" / f"{name}.bin").is_file():
+            encode_corpus(part(), tokenizer, folder / "data" / f"{name}.bin")
+    if texts is not None:
+        return tokenizer, {}
+    corpus = open_corpus(folder / "data" / "valid.bin", tokenizer, plan.context)
+    bits = sum(story.bits for story in stories.stories(held_out, VALIDATION_STORIES))
+    return tokenizer, {"floor": bits * math.log(2) / int(corpus.lengths.sum())}
+
+
+def _split(texts: Iterator[str], held_out: bool) -> Iterator[str]:
+    """Every twentieth document is held out; of a single one, its last twentieth, from a line's beginning on."""
+    first, second = next(texts, None), next(texts, None)
+    if first is None:
+        return
+    if second is None:
+        cut = first.find("\n", len(first) * 19 // 20) + 1 or len(first) * 19 // 20
+        yield first[cut:] if held_out else first[:cut]
+        return
+    yield from (text for i, text in enumerate(_again(first, second, texts)) if (i % 20 == 1) is held_out)
+
+
+def _again(first: str, second: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield second
+    yield from rest
+
+
+def _kept(path: Path, step: int) -> list[dict]:
+    """The records of a run before, up to the step that it goes on from."""
+    if not path.is_file():
+        return []
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [record for record in records if record["step"] <= step]

@@ -1,0 +1,1 @@
+"""What takes a pure function and gives another: compilation with donated arguments."""
