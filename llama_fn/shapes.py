@@ -17,7 +17,7 @@ import io
 import os
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, Union
 
 import torch
@@ -118,11 +118,11 @@ def _check(hint: Any) -> Callable[[Any, str], tuple[str, Any, Any] | None]:
             return next((wrong for wrong in wrongs if wrong is not None), None)
 
         return named_tuple
-    if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
-        item = _check(args[0])
+    if origin in (list, Sequence) or (origin is tuple and args[1:] == (Ellipsis,)):
+        item = _check(args[0])  # beartype would look at one item, taken at random
 
         def items(value, where):
-            if not isinstance(value, tuple):
+            if not isinstance(value, origin):
                 return where, hint, value
             wrongs = (item(x, f"{where}.{i}") for i, x in enumerate(value))
             return next((wrong for wrong in wrongs if wrong is not None), None)

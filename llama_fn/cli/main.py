@@ -5,12 +5,13 @@ import sys
 
 import tyro
 
+from llama_fn.cli.bench import bench
 from llama_fn.cli.evaluate import evaluate
 from llama_fn.cli.generate import generate
 from llama_fn.cli.tokenizer import tokenizer
 from llama_fn.cli.train import train
 
-COMMANDS = {"generate": generate, "train": train, "tokenizer": tokenizer, "evaluate": evaluate}
+COMMANDS = {"generate": generate, "train": train, "tokenizer": tokenizer, "evaluate": evaluate, "bench": bench}
 
 
 def main() -> None:

@@ -27,20 +27,22 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
         resume: Go on with the run in that folder, with the same plan, to the same result as if it had not stopped.
         evaluate_every: Steps between two evaluations on held-out texts.
     """
-    print(f"{plan.config().n_params:,} parameters. The first step compiles, which takes a minute or two.",
-          file=sys.stderr)
-    with tqdm(total=plan.steps, unit="step", desc="compiling", dynamic_ncols=True) as bar:
-        shown: dict[str, str] = {}
+    with tqdm(total=plan.steps, unit="step", dynamic_ncols=True, delay=1e-9) as bar:
 
         def report(record: dict) -> None:
-            if "valid_loss" in record:
+            if "parameters" in record:
+                bar.initial = bar.n = record["step"]
+                bar.write(f"{record['parameters']:,} parameters, {record['training_tokens']:,} tokens to learn from; "
+                          "the first step compiles, which takes a minute or two", file=sys.stderr)
+                bar.set_description("compiling")
+            elif "valid_loss" in record:
                 floor = f" (floor {record['floor']:.4f})" if "floor" in record else ""
                 bar.write(f"step {record['step']}: validation loss {record['valid_loss']:.4f}{floor}", file=sys.stderr)
-                return
-            bar.set_description("training", refresh=False)
-            shown.update(loss=f"{record['loss']:.4f}", tokens_s=f"{record['tokens_per_second']:,}")
-            bar.set_postfix(shown, refresh=False)
-            bar.update(record["step"] - bar.n)
+            else:
+                bar.set_description("training", refresh=False)
+                speed = f"{record['tokens_per_second']:,}"
+                bar.set_postfix(loss=f"{record['loss']:.4f}", tokens_s=speed, refresh=False)
+                bar.update()
 
         try:
             model = run(out, plan, texts, resume=resume, evaluate_every=evaluate_every, report=report)

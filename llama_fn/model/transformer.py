@@ -33,8 +33,8 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"],
     Without a cache the tokens are whole sequences, starting at position 0. With one, they continue each row at its
     own `cache.length`. Nothing is changed: the cache that was passed in can be continued again, otherwise.
 
-    Raises `ValueError` (in eager mode; compiled or mapped, the index error is torch's) for a token outside the
-    vocabulary and for more tokens than the cache has room for.
+    Raises `ValueError` for no tokens, for a token outside the vocabulary, and for more tokens than the cache has room
+    for (the last two in eager mode: compiled or mapped, numbers cannot be read before, and the index error is torch's).
     """
     config, count = params.config, tokens.shape[-1]
     check_tokens(tokens, config.vocab_size)
@@ -59,7 +59,9 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"],
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Raise `ValueError` for a token outside the vocabulary. Where numbers cannot be read, do nothing."""
+    """Raise `ValueError` for no tokens at all, and, where numbers can be read, for one outside the vocabulary."""
+    if tokens.shape[-1] == 0:
+        raise ValueError("there are no tokens (an empty prompt): begin a text with the tokenizer's bos_id")
     if concrete(tokens) and tokens.numel():
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= vocab_size:

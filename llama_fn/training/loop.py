@@ -1,6 +1,7 @@
 """The loop: steps over batches that are a function of key and step, so that a run can stop and go on bit for bit."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -40,13 +41,31 @@ def train(state: TrainState, optimizer: Optimizer, corpus: Corpus, key: Key, ste
     step: Callable = jit(make_step(optimizer), donate=("params", "opt_state"))
     for number in range(int(state.step), steps):
         tokens, mask = (x.to(state.params.embedding.device) for x in batch(corpus, key, number, shape))
-        params, opt_state, metrics = step(state.params, state.opt_state, tokens, mask)
+        with deterministic():
+            params, opt_state, metrics = step(state.params, state.opt_state, tokens, mask)
         if not (metrics.loss.isfinite() and metrics.grad_norm.isfinite()):
             raise ValueError(f"step {number + 1}: the loss is {float(metrics.loss)} and the gradient's norm "
                              f"{float(metrics.grad_norm)}; the last snapshot is as it was: go on from it with a lower "
                              "learning rate or a longer warmup")
         state = TrainState(params, opt_state, state.step + 1)
         yield state, metrics
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Torch's deterministic kernels: the same arguments give the same bits.
+
+    Without them the embedding's gradient is added up by several threads in the order in which they happen to come.
+    """
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
+              torch.utils.deterministic.fill_uninitialized_memory)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, which costs a pass over memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
 
 
 @torch.no_grad()

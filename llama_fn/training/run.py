@@ -45,12 +45,12 @@ class Plan:
     vocab_size: int = 1024
     context: int = 256
     """Tokens a row."""
-    steps: int = 4000
+    steps: int = 3000
     batch: int = 32
     """Rows a micro-batch."""
     micro_batches: int = 1
     """Micro-batches a step, gone through one after another to save memory."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     """The highest, after the warmup."""
     final_learning_rate: float = 0.0
     warmup: int = 100
@@ -79,13 +79,16 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
         evaluate_every: int = 500, report: Report = lambda record: None) -> Model:
     """Train a model on `texts` (a file or folder, see `read_texts`; None for the embedded stories) and save it.
 
-    `report` gets a record a step, and one with `valid_loss` at every evaluation; the same go to `metrics.jsonl`.
+    `report` gets a record before the first step (which compiles for a while), one a step, and one with `valid_loss` at
+    every evaluation; the same go to `metrics.jsonl`.
     A state is written at every evaluation and when the run is interrupted; `resume` goes on from it, to the same
     result, bit for bit, as a run that never stopped.
 
     Raises `ValueError` if the folder holds a run already and `resume` is not set, or holds one of another plan.
     """
     folder, config, optimizer = Path(folder), plan.config(), plan.optimizer()
+    if texts is not None:
+        next(read_texts(texts))  # before any work
     settings = {**dataclasses.asdict(plan), "texts": None if texts is None else os.path.basename(os.fspath(texts))}
     _claim(folder, settings, resume)
     init, order = random.split(random.key(plan.seed))
@@ -96,16 +99,16 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
     state = init_state(init_params(init, config), optimizer)
     if resume and (folder / "snapshot.pt").is_file():
         state = load_snapshot(state, folder / "snapshot.pt")
-    metrics = _kept(folder / "metrics.jsonl", int(state.step))
+    kept = _kept(folder / "metrics.jsonl", int(state.step))
     with (folder / "metrics.jsonl").open("w") as lines:
+        lines.writelines(kept)
 
         def log(record: dict) -> None:
             lines.write(json.dumps(record) + "\n")
             lines.flush()
             report(record)
 
-        for record in metrics:
-            log(record)
+        log({"step": int(state.step), "parameters": config.n_params, "training_tokens": len(training.tokens)})
         begun, tokens = time.perf_counter(), 0
         with _interrupts() as interrupted:
             shape = (plan.micro_batches, plan.batch)
@@ -206,9 +209,9 @@ def _again(first: str, second: str, rest: Iterator[str]) -> Iterator[str]:
     yield from rest
 
 
-def _kept(path: Path, step: int) -> list[dict]:
-    """The records of a run before, up to the step that it goes on from."""
+def _kept(path: Path, step: int) -> list[str]:
+    """The lines of a run before, up to the step that it goes on from (and without a last one cut short)."""
     if not path.is_file():
         return []
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    return [record for record in records if record["step"] <= step]
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    return [line for line in lines if json.loads(line)["step"] <= step and "parameters" not in line]

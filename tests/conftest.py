@@ -1,0 +1,36 @@
+"""What every test shares: hypothesis's profiles, and a small tokenizer and model made once a session."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import llama_fn as lf
+
+# No deadline and no complaint about slow draws: a test machine may be busy, and time is no law.
+PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+settings.register_profile("ci", derandomize=True, max_examples=15, **PATIENT)
+settings.register_profile("deep", max_examples=300, **PATIENT)  # pytest --hypothesis-profile deep
+settings.load_profile("ci")
+
+torch.set_printoptions(threshold=0, edgeitems=1)  # a failing example shows its config, not its weights
+torch.set_num_threads(1)  # tensors of a few hundred numbers: a second thread costs more than it gives
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """200 stories."""
+    return [story.text for story in lf.stories.stories(lf.random.key(0), 200)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(texts) -> lf.Tokenizer:
+    """Trained on the stories: 3 special tokens, 256 bytes, 52 characters, and merges."""
+    return lf.train_tokenizer(texts, 401)
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer) -> lf.Model:
+    """Random weights; k = 2, g = 3, h = 8, d = 48, f = 70, v = 401, 4 layers: no two axes of one size."""
+    config = lf.Config(dim=48, n_layers=4, n_heads=6, n_kv_heads=2, vocab_size=tokenizer.vocab_size, hidden_dim=70,
+                       max_seq_len=96)
+    return lf.Model(lf.init_params(lf.random.key(1), config), tokenizer)

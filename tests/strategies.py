@@ -1,0 +1,53 @@
+"""Hypothesis strategies: what the laws are tried on."""
+
+import zlib
+
+import torch
+from hypothesis import strategies as st
+
+import llama_fn as lf
+
+
+@st.composite
+def configs(draw, vocab_size: int | None = None, max_layers: int = 3) -> lf.Config:
+    """Small configs whose axes all differ in size, with k, g > 1: a swapped axis cannot hide behind its equal."""
+    k, g = draw(st.sampled_from([(2, 3), (3, 2), (2, 4), (4, 2), (3, 4), (4, 3)]))
+    layers = draw(st.sampled_from([n for n in range(1, max_layers + 1) if n not in (k, g)]))
+    h = draw(st.sampled_from([n for n in (6, 8, 10) if n != k * g]))
+    taken = {k, g, layers, h, k * g, k * h, g * h, k * g * h, vocab_size}
+    f = draw(st.integers(11, 99).filter(lambda n: n not in taken))
+    v = vocab_size or draw(st.integers(11, 99).filter(lambda n: n not in taken | {f}))
+    return lf.Config(dim=k * g * h, n_layers=layers, n_heads=k * g, n_kv_heads=k, vocab_size=v, hidden_dim=f,
+                     norm_eps=draw(st.sampled_from([1e-5, 1e-6])), rope_theta=draw(st.sampled_from([1e4, 5e5])),
+                     max_seq_len=64)
+
+
+def keys() -> st.SearchStrategy:
+    """Random keys, of any seed."""
+    return st.integers(0, 2**64 - 1).map(lf.random.key)
+
+
+def unicode_texts(**limits) -> st.SearchStrategy[str]:
+    """Text of any characters but lone surrogates, which UTF-8 cannot hold."""
+    return st.text(st.characters(codec="utf-8"), **limits)
+
+
+def random_params(config: lf.Config, key: torch.Tensor, dtype: torch.dtype = torch.float64) -> lf.Params:
+    """Parameters that hide nothing: norms are not one, and the other weights large enough for sharp attention."""
+    def spread(path: str, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim > 1:
+            return 2 * x
+        return x * lf.random.uniform(lf.random.fold_in(key, zlib.crc32(path.encode())), x.shape, dtype, 0.5, 1.5)
+
+    return lf.tree.map_with_path(spread, lf.init_params(key, config, dtype))
+
+
+@st.composite
+def models(draw, dtype: torch.dtype = torch.float64, **limits) -> lf.Params:
+    """Random parameters of a random config."""
+    return random_params(draw(configs(**limits)), draw(keys()), dtype)
+
+
+def token_rows(config: lf.Config, *shape: int, seed: int = 0) -> torch.Tensor:
+    """Random tokens of a config's vocabulary."""
+    return lf.random.bits(lf.random.key(seed), shape) * config.vocab_size >> 32

@@ -1,0 +1,155 @@
+"""The command line: what it prints where, its exit status, and one line for every error."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import llama_fn as lf
+from llama_fn.cli.main import main
+
+COMMAND = [sys.executable, "-m", "llama_fn"]
+
+
+def cli(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of `llama-fn` with these arguments, in this process."""
+    monkeypatch.setattr(sys, "argv", ["llama-fn", *args])
+    try:
+        main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def start(*args: str, **pipes) -> subprocess.Popen:
+    return subprocess.Popen([*COMMAND, *args], text=True, **pipes)
+
+
+def test_generate_prints_the_story_and_on_standard_error_the_speed(monkeypatch, capsys):
+    status, out, err = cli(monkeypatch, capsys, "generate", "Long ago", "--seed", "3", "--max-new-tokens", "12")
+    expected, = lf.text_completion(lf.load("stories"), ["Long ago"], key=lf.random.key(3), max_new_tokens=12, echo=True,
+                                   sampler=lf.sampler(0.8))
+    assert status == 0 and out == expected.text + "\n"
+    assert err.startswith("[seed 3: ") and err.endswith(" tokens a second]\n") and err.count("\n") == 1
+
+
+def test_without_a_seed_every_story_is_another(monkeypatch, capsys):
+    stories = {cli(monkeypatch, capsys, "generate", "", "--temperature", "1")[1] for _ in range(2)}
+    assert len(stories) == 2
+
+
+def test_greedy_is_greedy(monkeypatch, capsys):
+    texts = {cli(monkeypatch, capsys, "generate", "--greedy", "--seed", seed)[1] for seed in "12"}
+    assert len(texts) == 1
+
+
+def test_stop_and_empty_prompt(monkeypatch, capsys):
+    status, out, _ = cli(monkeypatch, capsys, "generate", "", "--seed", "1", "--stop", ".")
+    assert status == 0 and len(out) > 20 and "." not in out
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["generate", "--model", "nowhere"], "llama-fn: nowhere: no model there: expected the name of an embedded model "),
+    (["generate", "--top-p", "2"], "llama-fn: sampler: top_p must lie in (0, 1], got 2.0"),
+    (["generate", "--seed", "-1"], "llama-fn: random.key: a seed lies in [0, 2**64), got -1"),
+    (["generate", "word " * 300], "llama-fn: the prompt has "),
+    (["generate", "a\ud800"], "llama-fn: the text is not valid Unicode: character 1 is the lone surrogate U+D800"),
+    (["generate", "--max-new-tokens", "-3"], "llama-fn: max_new_tokens must be at least 0, got -3"),
+    (["generate", "--stop", ""], "llama-fn: a stop string is empty"),
+    (["generate", "--device", "warp"], "llama-fn: --device warp: "),
+    (["tokenizer", "nowhere.txt"], "llama-fn: nowhere.txt: no such file or folder"),
+    (["train", "nowhere.txt"], "llama-fn: nowhere.txt: no such file or folder"),
+    (["train", "--n-heads", "5"], "llama-fn: Config: n_heads (5) must be a multiple of n_kv_heads (2)"),
+    (["train", "--warmup", "9", "--steps", "9"], "llama-fn: warmup_cosine: warmup (9) must lie in [0, steps)"),
+    (["train", "--resume"], "llama-fn: run: there is no run to go on with"),
+    (["evaluate", "nowhere"], "llama-fn: nowhere: no model there"),
+])
+def test_bad_input_is_one_line_and_status_2(monkeypatch, capsys, tmp_path, args, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = cli(monkeypatch, capsys, *args)
+    lines = [line for line in err.splitlines() if line.startswith("llama-fn")]
+    assert status == 2 and len(lines) == 1 and lines[0].startswith(message), err
+    assert "Traceback" not in err and out.strip() in ("", " ".join(args[1:2]).strip())
+    assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_usage_errors_have_status_2(monkeypatch, capsys):
+    status, _, err = cli(monkeypatch, capsys, "generate", "--temperature", "hot")
+    assert status == 2 and "--temperature" in err and "Traceback" not in err
+    assert cli(monkeypatch, capsys, "paint")[0] == 2
+
+
+def test_tokenizer_learns_and_does_not_write_over(monkeypatch, capsys, tmp_path, texts):
+    (tmp_path / "text.txt").write_text("\n".join(texts))
+    args = ["tokenizer", str(tmp_path / "text.txt"), "--vocab-size", "333", "--out", str(tmp_path / "t.model")]
+    assert cli(monkeypatch, capsys, *args)[:2] == (0, f"{tmp_path / 't.model'}: 333 tokens\n")
+    assert lf.load_tokenizer(tmp_path / "t.model").vocab_size == 333
+    status, _, err = cli(monkeypatch, capsys, *args)
+    assert status == 2 and "exists; choose another --out, or write over it with --force" in err
+    assert cli(monkeypatch, capsys, *args, "--force")[0] == 0
+
+
+def test_evaluate_measures_the_shipped_model(monkeypatch, capsys):
+    status, out, _ = cli(monkeypatch, capsys, "evaluate", "--count", "30")
+    assert status == 0
+    numbers = {line.split()[0]: float(line.split()[1].rstrip("%")) for line in out.splitlines() if line[0] != "a"}
+    assert numbers["floor"] < numbers["loss"] < numbers["floor"] * 1.04  # 30 stories: within 2 points of the card
+    assert numbers["derivable"] >= 80
+
+
+@pytest.mark.slow
+def test_generate_works_in_a_pipe_and_reads_one():
+    done = subprocess.run([*COMMAND, "generate", "-", "--seed", "0", "--max-new-tokens", "5"], input="Once upon a time",
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Once upon a time there was")
+    empty = subprocess.run([*COMMAND, "generate", "-"], input="", capture_output=True, text=True, check=False)
+    assert empty.returncode == 2
+    assert empty.stderr == "llama-fn: the prompt is empty: nothing came on standard input\n"
+    bad = subprocess.run([*COMMAND, "generate", "-"], input=b"caf\xe9", capture_output=True, check=False)
+    assert bad.returncode == 2
+    assert bad.stderr == b"llama-fn: standard input is not UTF-8: byte 0xE9 at offset 3\n"
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_is_no_error():
+    process = start("generate", "--seed", "0", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(5)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 0 and "Traceback" not in err and "Exception" not in err
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_cleanly():
+    process = start("generate", "--seed", "0", "--temperature", "1", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert process.stdout.read(20) == "Once upon a time the"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out.endswith("\n") and err.startswith("[seed 0: ") and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_train_shows_progress_and_its_model_tells_a_story(tmp_path):
+    sizes = ["--dim", "48", "--n-layers", "1", "--hidden-dim", "70", "--vocab-size", "330", "--context", "40",
+             "--steps", "4", "--batch", "5", "--warmup", "1", "--stories", "60"]
+    done = subprocess.run([*COMMAND, "train", "--out", "teller", *sizes], capture_output=True, text=True, check=True,
+                          cwd=tmp_path)
+    assert "parameters. The first step compiles" in done.stderr and "step 4: validation loss" in done.stderr
+    assert "(floor " in done.stderr and "loss=" in done.stderr and "tokens_s=" in done.stderr
+    assert done.stdout.startswith("Once upon a time")
+    assert {"params.json", "consolidated.00.pth", "tokenizer.model", "metrics.jsonl", "loss.png", "snapshot.pt",
+            "run.json", "data"} == {p.name for p in (tmp_path / "teller").iterdir()}
+    story = subprocess.run([*COMMAND, "generate", "--model", "teller", "--seed", "1"], capture_output=True, text=True,
+                           check=True, cwd=tmp_path)
+    assert story.stdout.startswith("Once upon a time")
+
+
+@pytest.mark.slow
+def test_help_names_every_command():
+    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in ("generate", "train", "tokenizer", "evaluate"))

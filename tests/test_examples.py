@@ -1,0 +1,66 @@
+"""Every example runs, and so does the README's first block."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*args: str, cwd: Path = ROOT) -> str:
+    return subprocess.run([sys.executable, "-W", "error", *args], capture_output=True, text=True, check=True,
+                          cwd=cwd).stdout
+
+
+@pytest.mark.slow
+def test_generate_tells_the_same_story_three_ways():
+    stories = run("examples/generate.py", "Many years ago").strip().split("\n\n")
+    assert len(stories) == 3 and len(set(stories)) == 1 and stories[0].startswith("Many years ago there was a")
+
+
+@pytest.mark.slow
+def test_vmap_prompts():
+    out = run("examples/vmap_prompts.py")
+    assert "named Lily.  ->' She'" in out and "named Tom.  ->' He'" in out
+    she, _, he = (float(x) for x in re.findall(r"log p = +(-[\d.]+)", out))
+    assert she > he + 5  # Lily is she
+    assert "1000 draws" in out and "an ensemble's probabilities" in out
+
+
+@pytest.mark.slow
+def test_finetune_teaches_a_name():
+    out = run("examples/finetune.py")
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", out)]
+    assert losses[-1] < 0.7 * losses[0]
+    before, after = out.split("before: ")[1].split("after: ")
+    assert "named Ada" not in before and "named Ada" in after
+
+
+@pytest.mark.slow
+def test_train(tmp_path):
+    out = run("-W", "ignore::DeprecationWarning", str(ROOT / "examples" / "train.py"), "teller", "6", cwd=tmp_path)
+    assert "the grammar's entropy is 0.2" in out and "Once upon a time" in out
+    assert (tmp_path / "teller" / "consolidated.00.pth").is_file()
+
+
+@pytest.mark.slow
+def test_the_first_block_of_the_readme_runs(tmp_path):
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    (tmp_path / "block.py").write_text(block)
+    run("-W", "ignore::DeprecationWarning", "block.py", cwd=tmp_path)
+
+
+def test_the_readme_and_ci_run_the_same_tests():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    line = next(line for line in readme.splitlines() if "pytest" in line)
+    assert line.startswith("python3 -m venv") and line.endswith("pytest")
+    assert "grep -m1 'pytest' README.md" in ci and 'eval "$line"' in ci
+    story = next(line for line in readme.splitlines() if line.endswith('llama-fn generate "Once upon a time"'))
+    assert story.startswith("python3 -m venv")
+    pinned = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line)
+    needed = (ROOT / "pyproject.toml").read_text().split("[project.opt")[0]
+    names = re.findall(r'^    "([a-z]+)[>=]', needed, re.MULTILINE)
+    assert sorted(pinned) == sorted(names)

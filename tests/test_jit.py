@@ -1,0 +1,75 @@
+"""`jit`: compiled equals eager, donation reuses memory, and a decode loop compiles once."""
+
+import pytest
+import torch
+from strategies import random_params, token_rows
+
+import llama_fn as lf
+from llama_fn.training import optim
+from llama_fn.training.step import make_step
+
+CONFIG = lf.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70, max_seq_len=64)
+
+
+def test_donation_is_asked_for_by_name():
+    with pytest.raises(ValueError, match=r"jit: forward has no argument 'kv' to donate, only params, tokens, cache"):
+        lf.jit(lf.forward, donate="kv")
+
+
+@pytest.mark.slow
+def test_compiled_decode_equals_eager_and_compiles_once():
+    params = random_params(CONFIG, lf.random.key(0), torch.float32)
+    tokens = token_rows(CONFIG, 5, 12)
+    full, _ = lf.forward(params, tokens)
+    step = lf.jit(lf.forward, donate="cache")
+    cache = lf.init_cache(CONFIG, (5,), max_len=13)
+    addresses = [x.data_ptr() for x in lf.tree.leaves(cache)]
+    pieces = []
+    torch._dynamo.utils.counters.clear()
+    for t in range(12):
+        logits, cache = step(params, tokens[:, t:t + 1], cache)
+        pieces.append(logits.clone())
+    assert (torch.cat(pieces, 1) - full).abs().max() < 1e-4
+    assert [x.data_ptr() for x in lf.tree.leaves(cache)] == addresses  # the memory of the first cache, to the end
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", ["forward", "vmap", "grad", "vmap(grad)"])
+def test_compiled_equals_eager(transform):
+    functions = {
+        "forward": lambda params, tokens: lf.forward(params, tokens)[0],
+        "vmap": torch.vmap(lambda params, tokens: lf.forward(params, tokens)[0], (None, 0)),
+        "grad": torch.func.grad(lf.loss),
+        "vmap(grad)": torch.vmap(torch.func.grad(lf.loss), (None, 0)),
+    }
+    config = lf.Config(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70, max_seq_len=64)
+    params, tokens = random_params(config, lf.random.key(0), torch.float32), token_rows(config, 3, 7)
+    eager = functions[transform](params, tokens)
+    compiled = torch.compile(functions[transform], fullgraph=True)(params, tokens)
+    pairs = zip(lf.tree.leaves(eager), lf.tree.leaves(compiled), strict=True)
+    assert max(float((a - b).abs().max()) for a, b in pairs) < 1e-4  # float32, the sums in another order
+
+
+@pytest.mark.slow
+def test_what_no_result_can_take_cannot_be_donated():
+    params = random_params(CONFIG, lf.random.key(0), torch.float32)
+    step = lf.jit(lf.forward, donate="params")
+    with pytest.raises(Exception, match="no part of the result has the structure, shapes and dtypes of the donated"):
+        step(params, token_rows(CONFIG, 3))
+
+
+@pytest.mark.slow
+def test_a_compiled_train_step_equals_the_eager_one_in_place():
+    config = lf.Config(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70)
+    params = random_params(config, lf.random.key(0), torch.float32)
+    optimizer = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(1e-2, mask=optim.matrices))
+    step, state = make_step(optimizer), optimizer.init(params)
+    tokens = token_rows(config, 2, 3, 8)
+    mask = tokens != 5
+    eager = step(params, state, tokens, mask)
+    ours, ours_state = lf.tree.map(torch.clone, (params, state))
+    compiled = lf.jit(step, donate=("params", "opt_state"))(ours, ours_state, tokens, mask)
+    for a, b in zip(lf.tree.leaves(eager), lf.tree.leaves(compiled), strict=True):
+        assert (a - b).abs().max() < 1e-4
+    assert compiled[0].embedding.data_ptr() == ours.embedding.data_ptr()

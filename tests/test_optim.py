@@ -1,0 +1,123 @@
+"""Optimizers against Optax, against torch's own, and by their laws."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import keys
+
+import llama_fn as lf
+from llama_fn.training.schedule import warmup_cosine
+
+OPTAX = json.loads((Path(__file__).parent / "data" / "optax_adamw.json").read_text())  # made with Optax 0.2.8
+OPTIMIZERS = {
+    "sgd": lf.optim.sgd(0.1),
+    "adamw": lf.optim.adamw(0.1),
+    "adamw with a schedule": lf.optim.adamw(warmup_cosine(0.1, 2, 9), mask=lf.optim.matrices),
+    "clip": lf.optim.clip_by_global_norm(0.5),
+    "chain": lf.optim.chain(lf.optim.clip_by_global_norm(0.5), lf.optim.adamw(0.1)),
+}
+
+
+def tensors(value: dict) -> dict:
+    return {name: torch.tensor(x) for name, x in value.items()}
+
+
+def normal_tree(key) -> dict:
+    one, two = lf.random.split(key)
+    return {"w": lf.random.normal(one, (3, 2)), "b": (lf.random.normal(two, (5,)),)}
+
+
+def test_the_chain_of_clip_and_adamw_takes_the_steps_of_optax():
+    schedule = warmup_cosine(0.05, 2, 6, 0.005)
+    optimizer = lf.optim.chain(lf.optim.clip_by_global_norm(1.0),
+                               lf.optim.adamw(schedule, 0.9, 0.99, 1e-8, 0.1, lf.optim.matrices))
+    params = tensors(OPTAX["params"])
+    state = optimizer.init(params)
+    for grads, expected in zip(OPTAX["grads"], OPTAX["trajectory"], strict=True):
+        updates, state = optimizer.update(tensors(grads), state, params)
+        params = lf.optim.apply_updates(params, updates)
+        for name, x in tensors(expected).items():
+            assert (params[name] - x).abs().max() < 1e-6  # float32, numbers near 1
+
+
+def test_the_schedule_is_that_of_optax():
+    schedule = warmup_cosine(0.05, 2, 6, 0.005)
+    ours = [float(schedule(torch.tensor(count))) for count in range(9)]
+    assert ours == pytest.approx(OPTAX["schedule"], abs=1e-8)
+
+
+def test_a_schedule_of_nothing_but_warmup_is_refused():
+    with pytest.raises(ValueError, match=r"warmup \(5\) must lie in \[0, steps\), and steps is 5"):
+        warmup_cosine(1.0, 5, 5)
+
+
+@given(keys(), st.floats(1e-3, 1.0), st.floats(0.0, 0.5))
+def test_adamw_takes_the_steps_of_torch(key, rate, decay):
+    params = normal_tree(key)
+    theirs = [x.clone().requires_grad_() for x in lf.tree.leaves(params)]
+    reference = torch.optim.AdamW(theirs, rate, (0.9, 0.95), 1e-8, decay)
+    optimizer = lf.optim.adamw(rate, 0.9, 0.95, 1e-8, decay)
+    state = optimizer.init(params)
+    for i in range(4):
+        grads = normal_tree(lf.random.fold_in(key, i))
+        for x, g in zip(theirs, lf.tree.leaves(grads), strict=True):
+            x.grad = g.clone()
+        reference.step()
+        updates, state = optimizer.update(grads, state, params)
+        params = lf.optim.apply_updates(params, updates)
+    for ours, x in zip(lf.tree.leaves(params), theirs, strict=True):
+        assert (ours - x.detach()).abs().max() < 1e-4 * max(1, rate * 10)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_update_is_pure_and_keeps_the_trees(name):
+    optimizer, params, grads = OPTIMIZERS[name], normal_tree(lf.random.key(0)), normal_tree(lf.random.key(1))
+    state = optimizer.init(params)
+    before = lf.tree.map(torch.clone, (params, grads, state))
+    first = optimizer.update(grads, state, params)
+    assert lf.tree.structure(first) == lf.tree.structure((params, state))
+    assert [x.shape for x in lf.tree.leaves(first)] == [x.shape for x in lf.tree.leaves((params, state))]
+    again = optimizer.update(grads, state, params)
+    assert all(map(torch.equal, lf.tree.leaves(first), lf.tree.leaves(again)))
+    assert all(map(torch.equal, lf.tree.leaves(before), lf.tree.leaves((params, grads, state))))
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ("clip", "adamw with a schedule")])
+def test_an_optimizer_goes_down_a_bowl(name):
+    optimizer, params = OPTIMIZERS[name], normal_tree(lf.random.key(0))
+    state = optimizer.init(params)
+    for _ in range(200):
+        updates, state = optimizer.update(params, state, params)  # the gradient of half the square is the point itself
+        params = lf.optim.apply_updates(params, updates)
+    assert float(lf.optim.global_norm(params)) < 0.1
+
+
+@given(keys(), st.floats(0.01, 100))
+def test_clipping_bounds_the_common_norm_and_keeps_the_direction(key, bound):
+    grads = normal_tree(key)
+    clipped, _ = lf.optim.clip_by_global_norm(bound).update(grads, (), grads)
+    before, after = (float(lf.optim.global_norm(x)) for x in (grads, clipped))
+    assert after == pytest.approx(min(before, bound), rel=1e-5)
+    assert torch.allclose(clipped["w"] * before, grads["w"] * after, rtol=1e-4, atol=1e-6)
+
+
+def test_only_matrices_decay():
+    mask = lf.optim.matrices({"w": torch.ones(3, 2), "b": (torch.ones(5),)})
+    assert mask == {"w": True, "b": (False,)}
+    params = {"w": torch.ones(3, 2), "b": (torch.ones(5),)}
+    optimizer = lf.optim.adamw(0.1, weight_decay=0.5, mask=lf.optim.matrices)
+    updates, _ = optimizer.update(lf.tree.map(torch.zeros_like, params), optimizer.init(params), params)
+    assert (updates["w"] == -0.05).all() and (updates["b"][0] == 0).all()
+
+
+def test_a_bfloat16_parameter_has_a_float32_state_and_stays_bfloat16():
+    params = {"w": torch.ones(3, 2, dtype=torch.bfloat16)}
+    optimizer = lf.optim.adamw(0.1)
+    state = optimizer.init(params)
+    updates, _ = optimizer.update(params, state, params)
+    assert state[0].mu["w"].dtype == torch.float32
+    assert lf.optim.apply_updates(params, updates)["w"].dtype == torch.bfloat16
