@@ -30,7 +30,7 @@ class Config:
             value = getattr(self, field.name)
             if field.type is int and (type(value) is not int or value < 1):
                 raise ValueError(f"Config: {field.name} must be an integer of at least 1, got {value!r}")
-            if field.type is float and not (isinstance(value, int | float) and 0 < value < float("inf")):
+            if field.type is float and (type(value) not in (int, float) or not 0 < value < float("inf")):
                 raise ValueError(f"Config: {field.name} must be a number above 0, got {value!r}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"Config: n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads}), "

@@ -59,7 +59,10 @@ def bits(key: Key, shape: Shape = (), width: int = 32) -> Int[Tensor, "*shape"]:
 @typed
 def uniform(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32,
             minval: float = 0.0, maxval: float = 1.0) -> Float[Tensor, "*shape"]:
-    """Uniform on [minval, maxval): as many random bits as the dtype's mantissa has, never rounded up to maxval."""
+    """Uniform on [minval, maxval): as many random bits as the dtype's mantissa has.
+
+    On [0, 1) nothing rounds up to 1; a narrow range far from 0 may round up to `maxval`, as in JAX.
+    """
     mantissa = MANTISSA_BITS[dtype]
     width = 8 if mantissa < 8 else torch.finfo(dtype).bits  # as JAX does: bfloat16 draws 8 bits
     integer = (bits(key, shape, width) >> (width - mantissa)) & (2**mantissa - 1)
@@ -93,7 +96,7 @@ def categorical(key: Key, logits: Float[Tensor, "*logits"], axis: int = -1,
     draws = shape[:len(shape) - len(batch)]
     if shape[len(draws):] != batch:
         raise ValueError(f"random.categorical: shape {shape} must end in the logits' batch axes {batch}")
-    noise = gumbel(key, (*draws, *logits.shape), logits.dtype)
+    noise = gumbel(key.to(logits.device), (*draws, *logits.shape), logits.dtype)
     return torch.argmax(noise + logits, dim=len(draws) + axis)
 
 

@@ -167,7 +167,8 @@ def _message(f: Callable, where: str, hint: Any, value: Any) -> str:
         print_bindings()
     sizes = ", ".join(line.replace("torch.Size(", "").rstrip(")") for line in out.getvalue().splitlines()[1:])
     wanted = getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint)
-    what = "the result" if where == "return" else f"argument `{where}`"
+    root, _, part = where.partition(".")
+    what = f"argument `{where}`" if root != "return" else f"the result's `{part}`" if part else "the result"
     return (f"{f.__module__}.{f.__qualname__}: {what} should be {wanted}, got {_describe(value)}"
             + (f", where {sizes}" if sizes else ""))
 

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import llama_fn as lf
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,10 +43,15 @@ def test_finetune_teaches_a_name():
 
 
 @pytest.mark.slow
-def test_train(tmp_path):
-    out = run("-W", "ignore::DeprecationWarning", str(ROOT / "examples" / "train.py"), "teller", "6", cwd=tmp_path)
+def test_train_is_the_run_of_the_command_line_bit_for_bit(tmp_path):
+    quiet = ["-W", "ignore::DeprecationWarning"]  # of torch's own, while it compiles
+    out = run(*quiet, str(ROOT / "examples" / "train.py"), "page", "4", "1000", cwd=tmp_path)
     assert "the grammar's entropy is 0.2" in out and "Once upon a time" in out
-    assert (tmp_path / "teller" / "consolidated.00.pth").is_file()
+    run(*quiet, "-m", "llama_fn", "train", "--out", "command", "--steps", "4", "--warmup", "1", "--stories", "1000",
+        cwd=tmp_path)
+    page, command = (lf.load(tmp_path / name) for name in ("page", "command"))
+    assert page.tokenizer == command.tokenizer
+    assert all(map(torch.equal, lf.tree.leaves(page.params), lf.tree.leaves(command.params)))
 
 
 @pytest.mark.slow

@@ -52,6 +52,15 @@ def test_compiled_equals_eager(transform):
 
 
 @pytest.mark.slow
+def test_two_donated_arguments_of_one_kind_take_two_results():
+    swap = lf.jit(lambda a, b: (b + 1, a + 2), donate=("a", "b"))
+    a, b = torch.zeros(3), torch.ones(3)
+    one, two = swap(a, b)
+    assert one.tolist() == [2.0] * 3 and two.tolist() == [2.0] * 3
+    assert one.data_ptr() == a.data_ptr() and two.data_ptr() == b.data_ptr()
+
+
+@pytest.mark.slow
 def test_what_no_result_can_take_cannot_be_donated():
     params = random_params(CONFIG, lf.random.key(0), torch.float32)
     step = lf.jit(lf.forward, donate="params")

@@ -30,6 +30,7 @@ class KeysValues(NamedTuple):
     v: Float[Tensor, "*b k s h"]
 
 
+@typed
 def init_cache(config: Config, batch: tuple[int, ...] = (), *, max_len: int, dtype: torch.dtype = torch.float32,
                device: torch.device | str | None = None) -> Cache:
     """An empty cache of `max_len` slots, for a batch of sequences, or (with `batch` left out) for one.

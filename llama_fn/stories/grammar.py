@@ -16,7 +16,7 @@ from llama_fn.random import Key
 from llama_fn.shapes import typed
 from llama_fn.stories.tale import Voice, tell
 
-MOST_CHOICES = 64  # a tale makes at most 45
+MOST_CHOICES = 64  # a tale makes at most 39
 
 
 class Story(NamedTuple):

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from llama_fn import random, stories
@@ -24,6 +24,7 @@ from llama_fn.checkpoint.load import TOKENIZER, Model, save
 from llama_fn.checkpoint.snapshot import load_snapshot, save_snapshot
 from llama_fn.config import Config
 from llama_fn.model.init import init_params
+from llama_fn.random import Key
 from llama_fn.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llama_fn.training import optim
 from llama_fn.training.data import encode_corpus, open_corpus, read_texts
@@ -91,8 +92,8 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
         next(read_texts(texts))  # before any work
     settings = {**dataclasses.asdict(plan), "texts": None if texts is None else os.path.basename(os.fspath(texts))}
     _claim(folder, settings, resume)
-    init, order = random.split(random.key(plan.seed))
-    tokenizer, floor = _prepare(folder, plan, texts)
+    init, order, told, held_out = random.split(random.key(plan.seed), 4)
+    tokenizer, floor = _prepare(folder, plan, texts, told, held_out)
     training, validation = (open_corpus(folder / "data" / f"{part}.bin", tokenizer, plan.context)
                             for part in ("train", "valid"))
 
@@ -162,18 +163,17 @@ def _claim(folder: Path, settings: dict, resume: bool) -> None:
     write_json(folder / "run.json", settings)
 
 
-def _prepare(folder: Path, plan: Plan, texts: str | os.PathLike | None) -> tuple[Tokenizer, dict]:
+def _prepare(folder: Path, plan: Plan, texts: str | os.PathLike | None, told: Key,
+             held_out: Key) -> tuple[Tokenizer, dict]:
     """The tokenizer and the encoded texts, made unless they are there; and the lowest possible loss, where known."""
-    _, _, told, held_out = random.split(random.key(plan.seed), 4)
-
     def training() -> Iterator[str]:
         if texts is not None:
-            return _split(read_texts(texts), held_out=False)
+            return _split(read_texts(texts), last=False)
         return (story.text for story in stories.stories(told, plan.stories))
 
     def validation() -> Iterable[str]:
         if texts is not None:
-            return _split(read_texts(texts), held_out=True)
+            return _split(read_texts(texts), last=True)
         return (story.text for story in stories.stories(held_out, VALIDATION_STORIES))
 
     if not (folder / TOKENIZER).is_file():
@@ -191,22 +191,16 @@ def _prepare(folder: Path, plan: Plan, texts: str | os.PathLike | None) -> tuple
     return tokenizer, {"floor": bits * math.log(2) / int(corpus.lengths.sum())}
 
 
-def _split(texts: Iterator[str], held_out: bool) -> Iterator[str]:
-    """Every twentieth document is held out; of a single one, its last twentieth, from a line's beginning on."""
+def _split(texts: Iterator[str], last: bool) -> Iterator[str]:
+    """Training texts or held-out ones: every twentieth is held out; of one, its last twentieth."""
     first, second = next(texts, None), next(texts, None)
     if first is None:
         return
     if second is None:
         cut = first.find("\n", len(first) * 19 // 20) + 1 or len(first) * 19 // 20
-        yield first[cut:] if held_out else first[:cut]
+        yield first[cut:] if last else first[:cut]
         return
-    yield from (text for i, text in enumerate(_again(first, second, texts)) if (i % 20 == 1) is held_out)
-
-
-def _again(first: str, second: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield second
-    yield from rest
+    yield from (text for i, text in enumerate(chain((first, second), texts)) if (i % 20 == 1) is last)
 
 
 def _kept(path: Path, step: int) -> list[str]:

@@ -32,21 +32,23 @@ def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
     def body(*args: P.args, **kwargs: P.kwargs) -> R:
         result = f(*args, **kwargs)
         arguments = dict(zip(signature.parameters, args, strict=False)) | kwargs
+        whole = type(result) is tuple
+        parts, taken = list(result) if whole else [result], set()
         for name in names:
             if arguments.get(name) is not None:
-                result = _take(arguments[name], result, name)
-        return result
+                at = _place(arguments[name], parts, taken, name)
+                parts[at] = tree.map(lambda memory, new: memory.copy_(new), arguments[name], parts[at])
+                taken.add(at)
+        return tuple(parts) if whole else parts[0]
 
     return functools.wraps(f)(torch.compile(body, fullgraph=True, dynamic=False))
 
 
-def _take(old: Any, result: Any, name: str) -> Any:
-    """`result` with the part that is like `old` moved into the memory of `old`."""
-    parts = list(result) if type(result) is tuple else [result]
+def _place(old: Any, parts: list, taken: set[int], name: str) -> int:
+    """Which part of the result is like `old`, the first that is not taken already."""
     for i, part in enumerate(parts):
-        if _kind(part) == _kind(old):
-            parts[i] = tree.map(lambda memory, new: memory.copy_(new), old, part)
-            return tuple(parts) if type(result) is tuple else parts[0]
+        if i not in taken and _kind(part) == _kind(old):
+            return i
     raise ValueError(f"jit: no part of the result has the structure, shapes and dtypes of the donated `{name}`")
 
 
