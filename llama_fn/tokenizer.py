@@ -10,6 +10,8 @@ import sentencepiece as spm
 
 from llama_fn import tree
 
+LONGEST_LINE = 1 << 16  # characters; SentencePiece skips a longer line without a word, so it comes in parts
+
 
 @tree.constant
 @dataclass(frozen=True)
@@ -124,13 +126,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     The vocabulary holds 3 special tokens, 256 bytes, the characters seen, and merges; the same texts give the same one.
     Raises `ValueError` if there is no text, or if the text cannot fill the vocabulary.
     """
-    lines = (line for text in texts for line in text.splitlines() if line.strip())
+    lines = (line[start:start + LONGEST_LINE] for text in texts for line in text.splitlines() if line.strip()
+             for start in range(0, len(line), LONGEST_LINE))
     out = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=lines, model_writer=out, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
             split_digits=True, allow_whitespace_only_pieces=True, remove_extra_whitespaces=False,
-            normalization_rule_name="identity", character_coverage=0.99995, max_sentence_length=1 << 20,
+            normalization_rule_name="identity", character_coverage=0.99995, max_sentence_length=4 * LONGEST_LINE,
             num_threads=1, minloglevel=2)
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of {vocab_size} tokens can be learned from these texts: "

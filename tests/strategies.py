@@ -28,8 +28,8 @@ def keys() -> st.SearchStrategy:
 
 
 def unicode_texts(**limits) -> st.SearchStrategy[str]:
-    """Text of any characters but lone surrogates, which UTF-8 cannot hold."""
-    return st.text(st.characters(codec="utf-8"), **limits)
+    """Text of any characters but lone surrogates, which UTF-8 cannot hold; every other one is common or a trap."""
+    return st.text(st.sampled_from("  the0é漢😀\n\r\u2028\0") | st.characters(codec="utf-8"), **limits)
 
 
 def random_params(config: lf.Config, key: torch.Tensor, dtype: torch.dtype = torch.float64) -> lf.Params:

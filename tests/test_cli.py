@@ -47,7 +47,7 @@ def test_greedy_is_greedy(monkeypatch, capsys):
 
 
 def test_stop_and_empty_prompt(monkeypatch, capsys):
-    status, out, _ = cli(monkeypatch, capsys, "generate", "", "--seed", "1", "--stop", ".")
+    status, out, _ = cli(monkeypatch, capsys, "generate", "--seed", "1", "--stop", ".", "--stop", "lived", "")
     assert status == 0 and len(out) > 20 and "." not in out
 
 
@@ -60,6 +60,12 @@ def test_stop_and_empty_prompt(monkeypatch, capsys):
     (["generate", "--max-new-tokens", "-3"], "llama-fn: max_new_tokens must be at least 0, got -3"),
     (["generate", "--stop", ""], "llama-fn: a stop string is empty"),
     (["generate", "--device", "warp"], "llama-fn: --device warp: "),
+    (["generate", "--device", "meta"], "llama-fn: --device meta: "),
+    (["evaluate", "--count", "0"], "llama-fn: count and batch must be at least 1, got 0 and 50"),
+    (["train", "--micro-batches", "0"], "llama-fn: micro_batches must be at least 1, got 0"),
+    (["train", "--clip", "-1"], "llama-fn: clip must be above 0, got -1.0"),
+    (["train", "--evaluate-every", "0"], "llama-fn: evaluate_every must be at least 1, got 0"),
+    (["train", "--vocab-size", "9", "--stories", "30"], "llama-fn: no tokenizer of 9 tokens can be learned"),
     (["tokenizer", "nowhere.txt"], "llama-fn: nowhere.txt: no such file or folder"),
     (["train", "nowhere.txt"], "llama-fn: nowhere.txt: no such file or folder"),
     (["train", "--n-heads", "5"], "llama-fn: Config: n_heads (5) must be a multiple of n_kv_heads (2)"),
@@ -102,9 +108,10 @@ def test_evaluate_measures_the_shipped_model(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_generate_works_in_a_pipe_and_reads_one():
-    done = subprocess.run([*COMMAND, "generate", "-", "--seed", "0", "--max-new-tokens", "5"], input="Once upon a time",
-                          capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("Once upon a time there was")
+    for text in ("Once upon a time", "Once upon a time\n"):  # echo's newline is not part of the text
+        done = subprocess.run([*COMMAND, "generate", "-", "--seed", "0", "--max-new-tokens", "5"], input=text,
+                              capture_output=True, text=True, check=True)
+        assert done.stdout.startswith("Once upon a time there was") and "[seed 0: 5 tokens in" in done.stderr
     empty = subprocess.run([*COMMAND, "generate", "-"], input="", capture_output=True, text=True, check=False)
     assert empty.returncode == 2
     assert empty.stderr == "llama-fn: the prompt is empty: nothing came on standard input\n"
@@ -139,9 +146,9 @@ def test_train_shows_progress_and_its_model_tells_a_story(tmp_path):
              "--steps", "4", "--batch", "5", "--warmup", "1", "--stories", "60"]
     done = subprocess.run([*COMMAND, "train", "--out", "teller", *sizes], capture_output=True, text=True, check=True,
                           cwd=tmp_path)
-    assert "parameters. The first step compiles" in done.stderr and "step 4: validation loss" in done.stderr
+    assert "tokens to learn from; the first step compiles" in done.stderr and "step 4: validation loss" in done.stderr
     assert "(floor " in done.stderr and "loss=" in done.stderr and "tokens_s=" in done.stderr
-    assert done.stdout.startswith("Once upon a time")
+    assert done.stdout.strip()
     assert {"params.json", "consolidated.00.pth", "tokenizer.model", "metrics.jsonl", "loss.png", "snapshot.pt",
             "run.json", "data"} == {p.name for p in (tmp_path / "teller").iterdir()}
     story = subprocess.run([*COMMAND, "generate", "--model", "teller", "--seed", "1"], capture_output=True, text=True,

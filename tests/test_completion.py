@@ -50,15 +50,15 @@ def test_a_stream_joins_to_the_completion(model, seed, prompt, count):
     assert all(pieces)
 
 
-@given(st.integers(0, 99), st.integers(0, 20), st.integers(1, 6))
-def test_a_stop_string_ends_the_text_before_it(model, seed, start, size):
+@given(st.integers(0, 99), st.sampled_from(PROMPTS), st.integers(0, 20), st.integers(1, 6))
+def test_a_stop_string_ends_the_text_before_it(model, seed, prompt, start, size):
     key = lf.random.key(seed)
-    free, = lf.text_completion(model, [PROMPTS[0]], key=key, max_new_tokens=30)
+    free, = lf.text_completion(model, [prompt], key=key, max_new_tokens=30)
     stop = free.text[start:start + size] or "never"
-    stopped, = lf.text_completion(model, [PROMPTS[0]], key=key, max_new_tokens=30, stop=["unseen", stop])
+    stopped, = lf.text_completion(model, [prompt], key=key, max_new_tokens=30, stop=["unseen", stop])
     assert stopped.text == free.text.split(stop)[0]
     assert stopped.tokens == free.tokens[:len(stopped.tokens)]
-    assert "".join(lf.stream(model, PROMPTS[0], key=key, max_new_tokens=30, stop=["unseen", stop])) == stopped.text
+    assert "".join(lf.stream(model, prompt, key=key, max_new_tokens=30, stop=["unseen", stop])) == stopped.text
 
 
 @given(st.lists(st.text("ab", max_size=4), max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
@@ -154,7 +154,11 @@ def test_bad_requests_are_refused_at_once(model):
     with pytest.raises(ValueError, match="max_new_tokens must be at least 0, got -1"):
         lf.text_completion(model, ["a"], key=key, max_new_tokens=-1)
     with pytest.raises(ValueError, match="a stop string is empty"):
-        list(lf.stream(model, "a", key=key, stop=[""]))
+        lf.stream(model, "a", key=key, stop=[""])
+    with pytest.raises(ValueError, match="stop is one string; put it in a list"):
+        lf.stream(model, "a", key=key, stop="The end.")
+    with pytest.raises(ValueError, match="prompts is one text; put it in a list"):
+        lf.text_completion(model, "a", key=key)
     with pytest.raises(ValueError, match=r"character 1 is the lone surrogate U\+D800"):
         lf.text_completion(model, ["a\ud800"], key=key)
     with pytest.raises(ValueError, match="prompt 1 is empty: a model needs a token to go on from"):

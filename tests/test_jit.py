@@ -61,10 +61,30 @@ def test_two_donated_arguments_of_one_kind_take_two_results():
 
 
 @pytest.mark.slow
+def test_a_donated_argument_may_be_handed_on():
+    swapped = lf.jit(lambda a, b: (b, a), donate=("a", "b"))(torch.zeros(3), torch.ones(3))
+    assert [x.tolist() for x in swapped] == [[1.0] * 3, [0.0] * 3]
+    kept = lf.jit(lambda p: (p - 1, p), donate="p")(torch.ones(3))
+    assert [x.tolist() for x in kept] == [[0.0] * 3, [1.0] * 3]
+    turned = lf.jit(lambda pair: (pair[::-1],), donate="pair")((torch.zeros(2), torch.ones(2)))
+    assert [x.tolist() for x in turned[0]] == [[1.0] * 2, [0.0] * 2]
+
+
+@pytest.mark.slow
+def test_there_may_be_many_jitted_functions_and_many_shapes():
+    def power(n):
+        return lambda x: x**n
+
+    assert [float(lf.jit(power(n))(torch.tensor([2.0]))) for n in range(10)] == [2.0**n for n in range(10)]
+    total = lf.jit(lambda x: x.sum())
+    assert [float(total(torch.ones(n))) for n in range(1, 13)] == list(range(1, 13))
+
+
+@pytest.mark.slow
 def test_what_no_result_can_take_cannot_be_donated():
     params = random_params(CONFIG, lf.random.key(0), torch.float32)
     step = lf.jit(lf.forward, donate="params")
-    with pytest.raises(Exception, match="no part of the result has the structure, shapes and dtypes of the donated"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="no part of the result has the structure, shapes and"):
         step(params, token_rows(CONFIG, 3))
 
 

@@ -373,6 +373,27 @@ def test_a_full_cache_is_refused():
         lf.init_cache(params.config, max_len=0)
 
 
+def test_a_cache_or_config_of_another_model_is_refused():
+    params = random_params(lf.Config(48, 1, 6, 2, 77, 70), lf.random.key(0))
+    deep = random_params(lf.Config(48, 2, 6, 2, 77, 70), lf.random.key(0))
+    tokens = token_rows(params.config, 3)
+    with pytest.raises(ValueError, match="the cache has 2 layers, the weights 1; make it with init_cache"):
+        lf.forward(params, tokens, cache_for(deep))
+    with pytest.raises(ValueError, match="the config says 12 heads on 2 key/value heads of width 4, "):
+        lf.forward(params._replace(config=lf.Config(48, 1, 12, 2, 77, 70)), tokens)
+    with pytest.raises(ValueError, match="the config says 78 tokens and width 48, the weights 77 and 48"):
+        lf.forward(params._replace(config=lf.Config(48, 1, 6, 2, 78, 70)), tokens)
+    with pytest.raises(ValueError, match="a cache's length must be at least 0, got -1"):
+        lf.forward(params, tokens, cache_for(params)._replace(length=torch.tensor(-1)))
+
+
+@given(models(max_layers=1), st.sampled_from([torch.int32, torch.int16, torch.int8]))
+def test_tokens_may_be_integers_of_any_width(params, dtype):
+    tokens = token_rows(params.config, B, T)
+    assert torch.equal(lf.forward(params, tokens.to(dtype))[0], lf.forward(params, tokens)[0])
+    assert torch.equal(lf.loss(params, tokens.to(dtype)), lf.loss(params, tokens))
+
+
 def test_wrong_axes_and_dtypes_are_named():
     params = random_params(lf.Config(48, 1, 6, 2, 77, 70), lf.random.key(0))
     with pytest.raises(lf.AxesError, match=r"forward: argument `tokens` should be Int.Tensor, '.b t'., got float32.3."):

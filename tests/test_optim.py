@@ -34,7 +34,7 @@ def normal_tree(key) -> dict:
 def test_the_chain_of_clip_and_adamw_takes_the_steps_of_optax():
     schedule = warmup_cosine(0.05, 2, 6, 0.005)
     optimizer = lf.optim.chain(lf.optim.clip_by_global_norm(1.0),
-                               lf.optim.adamw(schedule, 0.9, 0.99, 1e-8, 0.1, lf.optim.matrices))
+                               lf.optim.adamw(schedule, 0.9, 0.99, weight_decay=0.1, mask=lf.optim.matrices))
     params = tensors(OPTAX["params"])
     state = optimizer.init(params)
     for grads, expected in zip(OPTAX["grads"], OPTAX["trajectory"], strict=True):
@@ -60,7 +60,7 @@ def test_adamw_takes_the_steps_of_torch(key, rate, decay):
     params = normal_tree(key)
     theirs = [x.clone().requires_grad_() for x in lf.tree.leaves(params)]
     reference = torch.optim.AdamW(theirs, rate, (0.9, 0.95), 1e-8, decay)
-    optimizer = lf.optim.adamw(rate, 0.9, 0.95, 1e-8, decay)
+    optimizer = lf.optim.adamw(rate, 0.9, 0.95, weight_decay=decay)
     state = optimizer.init(params)
     for i in range(4):
         grads = normal_tree(lf.random.fold_in(key, i))

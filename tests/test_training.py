@@ -94,4 +94,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
 def test_the_texts_are_looked_at_before_any_work(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         run(tmp_path / "run", TINY, tmp_path / "nothing.txt")
+    (tmp_path / "short.txt").write_text("too short for so many tokens")
+    with pytest.raises(ValueError, match=r"no tokenizer of 330 tokens can be learned from these texts: .* <= \d+"):
+        run(tmp_path / "run", TINY, tmp_path / "short.txt")
     assert not (tmp_path / "run").exists()

@@ -24,12 +24,17 @@ class Model(NamedTuple):
 
 def load(path_or_name: str | os.PathLike, *, dtype: torch.dtype | None = None,
          device: torch.device | str | None = None) -> Model:
-    """The embedded model "stories", or the model of a folder in Meta's layout.
+    """The embedded model "stories" (by this string), or the model of a folder in Meta's layout.
 
     `dtype` None keeps the weights as they are stored. The tokenizer lies with the weights or, as in Meta's download,
     one folder above. Raises `FileNotFoundError` and `ValueError`, naming the file and what is wrong with it.
     """
-    folder = EMBEDDED.get(str(path_or_name), Path(path_or_name))
+    folder = Path(path_or_name)
+    if isinstance(path_or_name, str) and path_or_name in EMBEDDED:
+        if (folder / meta.SETTINGS).is_file():
+            raise ValueError(f"{path_or_name} is an embedded model and a folder here; "
+                             f"for the folder say ./{path_or_name}")
+        folder = EMBEDDED[path_or_name]
     if not (folder / meta.SETTINGS).is_file():
         raise FileNotFoundError(f"{path_or_name}: no model there: expected the name of an embedded model "
                                 f"({', '.join(EMBEDDED)}), or a folder with {meta.SETTINGS} and {meta.WEIGHTS}")
@@ -43,9 +48,12 @@ def load(path_or_name: str | os.PathLike, *, dtype: torch.dtype | None = None,
 
 
 def save(model: Model, path: str | os.PathLike, *, format: Literal["meta"] = "meta") -> None:
-    """Write a model to a folder, in Meta's layout, so that `load` reads it back bit for bit."""
+    """Write a model to a folder, in Meta's layout, so that `load` reads it back bit for bit.
+
+    Every file is written beside its place; all are renamed at the end, so that a model there stays until then.
+    """
     if format != "meta":
         raise ValueError(f"save: unknown format {format!r}, only 'meta' is known")
-    meta.save_meta(model.params, path)
     with replacing(Path(path) / TOKENIZER) as beside:
         beside.write_bytes(model.tokenizer.model)
+        meta.save_meta(model.params, path)

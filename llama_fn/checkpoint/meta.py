@@ -4,6 +4,7 @@ Its matrices are ours without the heads' axes; its RoPE pairs are interleaved, a
 """
 
 import dataclasses
+import json
 import math
 import os
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.checkpoint.files import read_json, read_tensors, replacing, write_json
+from llama_fn.checkpoint.files import read_json, read_tensors, replacing
 from llama_fn.config import Config
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.transformer import Params
@@ -37,6 +38,8 @@ def load_meta(folder: str | os.PathLike, dtype: torch.dtype | None = None,
         raise ValueError(f"{folder}: weights in {len(shards)} shards cannot be loaded yet, only {WEIGHTS} alone")
     state = {name: x for name, x in read_tensors(folder / WEIGHTS).items() if name != "rope.freqs"}
     config = read_config(settings, state, str(folder / SETTINGS))
+    if config.n_layers > len(state):
+        raise ValueError(f"{folder / SETTINGS}: n_layers is {config.n_layers}, but {WEIGHTS} has {len(state)} weights")
     abstract = abstract_params(config)
     _check_state(state, {meta_name(path): weight for path, weight in tree.paths(abstract).items()}, folder / WEIGHTS)
     return tree.map_with_path(
@@ -44,14 +47,14 @@ def load_meta(folder: str | os.PathLike, dtype: torch.dtype | None = None,
 
 
 def save_meta(params: Params, folder: str | os.PathLike) -> None:
-    """Write the parameters as Meta does; each file is whole or not there."""
+    """Write the parameters as Meta does: both files, or if anything fails neither."""
     folder = Path(folder)
     flat = tree.map(lambda weight, x: x.reshape(flat_shape(weight)).contiguous().cpu(),
                     abstract_params(params.config), params)
     state = {meta_name(path): x for path, x in tree.paths(flat).items()}
-    with replacing(folder / WEIGHTS) as beside:
-        torch.save(state, beside)
-    write_json(folder / SETTINGS, write_config(params.config))
+    with replacing(folder / SETTINGS) as settings, replacing(folder / WEIGHTS) as weights:
+        torch.save(state, weights)
+        settings.write_text(json.dumps(write_config(params.config), indent=2) + "\n")
 
 
 def meta_name(path: str) -> str:

@@ -26,8 +26,10 @@ def evaluate(model: Annotated[str, tyro.conf.Positional] = "stories", *, count: 
         dtype: Compute in this dtype, or as the weights are stored.
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
     """
+    if count < 1 or batch < 1:
+        raise ValueError(f"count and batch must be at least 1, got {count} and {batch}")
     loaded = load(model, dtype=dtype_of(dtype), device=device_of(device))
-    read, write = random.split(random.key(seed))
+    read, write = random.split(random.fold_in(random.key(seed), 1))  # other keys than a training run's
     told = list(stories.stories(read, count))
     keys = random.split(write, count)
 

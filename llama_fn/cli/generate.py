@@ -6,6 +6,7 @@ import time
 from typing import Annotated
 
 import tyro
+from torch import Tensor
 
 from llama_fn import random
 from llama_fn.checkpoint.load import load
@@ -17,8 +18,8 @@ from llama_fn.generation.sampling import sampler
 def generate(prompt: Annotated[str, tyro.conf.Positional] = "Once upon a time", *, model: str = "stories",
              max_new_tokens: int | None = None, temperature: float = 0.8, top_k: int | None = None,
              top_p: float | None = None, min_p: float | None = None, repetition_penalty: float | None = None,
-             greedy: bool = False, seed: int | None = None, stop: tuple[str, ...] = (), dtype: Dtype = "stored",
-             device: str = "auto") -> None:
+             greedy: bool = False, seed: int | None = None, stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+             dtype: Dtype = "stored", device: str = "auto") -> None:
     """Write a prompt and what the model makes of it to standard output, a piece at a time.
 
     The seed and the speed go to standard error. Ctrl-C stops.
@@ -34,7 +35,7 @@ def generate(prompt: Annotated[str, tyro.conf.Positional] = "Once upon a time", 
         repetition_penalty: Above 1, make what is there already less likely.
         greedy: Always take the likeliest token.
         seed: The same seed writes the same text; by default another one every time.
-        stop: End before any of these strings.
+        stop: End before this string; may be given several times.
         dtype: Compute in this dtype, or as the weights are stored.
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
     """
@@ -44,19 +45,23 @@ def generate(prompt: Annotated[str, tyro.conf.Positional] = "Once upon a time", 
     if prompt == "-":
         prompt = _standard_input()
     loaded = load(model, dtype=dtype_of(dtype), device=device_of(device))
-    pieces = stream(loaded, prompt, key=key, max_new_tokens=max_new_tokens, sampler=sample, stop=stop)
+    drawn = 0
 
-    begun, written = time.perf_counter(), ""
+    def counted(*args: Tensor) -> Tensor:
+        nonlocal drawn
+        drawn += 1
+        return sample(*args)
+
+    pieces = stream(loaded, prompt, key=key, max_new_tokens=max_new_tokens, sampler=counted, stop=stop)
+    begun = time.perf_counter()
     try:
         print(prompt, end="", flush=True)
         for piece in pieces:
-            written += piece
             print(piece, end="", flush=True)
     finally:  # after Ctrl-C, too
         seconds = time.perf_counter() - begun
-        count = len(loaded.tokenizer.encode(written, bos=False))
         print(flush=True)
-        print(f"[seed {seed}: {count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens a second]",
+        print(f"[seed {seed}: {drawn} tokens in {seconds:.2f} s, {drawn / seconds:.0f} tokens a second]",
               file=sys.stderr)
 
 
@@ -65,7 +70,7 @@ def _standard_input() -> str:
     if not data.strip():
         raise ValueError("the prompt is empty: nothing came on standard input")
     try:
-        return data.decode()
+        return data.decode().removesuffix("\n").removesuffix("\r")  # of echo, not of the text
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is not UTF-8: byte 0x{data[error.start]:02X} "
                          f"at offset {error.start}") from None

@@ -8,6 +8,7 @@ import tyro
 from tqdm import tqdm
 
 from llama_fn import random
+from llama_fn.cli.options import device_of
 from llama_fn.generation.completion import text_completion
 from llama_fn.training.curve import plot_losses
 from llama_fn.training.run import Plan, run
@@ -15,7 +16,7 @@ from llama_fn.training.run import Plan, run
 
 def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[TEXTS]")] = None, *,
           plan: Plan = Plan(), out: Path = Path("run"),  # noqa: B008, frozen
-          resume: bool = False, evaluate_every: int = 500) -> None:
+          resume: bool = False, evaluate_every: int = 500, device: str = "auto") -> None:
     """Train a tokenizer and a model, on the embedded stories or on texts of yours, and let it write.
 
     The folder gets the model in Meta's layout (`llama-fn generate --model FOLDER`), metrics.jsonl with a line a step,
@@ -26,6 +27,7 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
         out: The folder of the run.
         resume: Go on with the run in that folder, with the same plan, to the same result as if it had not stopped.
         evaluate_every: Steps between two evaluations on held-out texts.
+        device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
     """
     with tqdm(total=plan.steps, unit="step", dynamic_ncols=True, delay=1e-9) as bar:
 
@@ -45,11 +47,12 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
                 bar.update()
 
         try:
-            model = run(out, plan, texts, resume=resume, evaluate_every=evaluate_every, report=report)
+            model = run(out, plan, texts, resume=resume, evaluate_every=evaluate_every,
+                        device=device_of(device), report=report)
         except KeyboardInterrupt:
-            bar.write(f"stopped; go on with --resume --out {out} and the same options", file=sys.stderr)
+            if (out / "snapshot.pt").is_file():
+                bar.write(f"stopped; go on with --resume --out {out} and the same options", file=sys.stderr)
             raise
     if not plot_losses(out / "metrics.jsonl", out / "loss.png"):
         print("no loss.png: matplotlib is not installed (pip install 'llama_fn[plot]')", file=sys.stderr)
-    prompt = "Once upon a time" if texts is None else ""
-    print(text_completion(model, [prompt], key=random.key(plan.seed), echo=True)[0].text)
+    print(text_completion(model, [""], key=random.key(plan.seed))[0].text)

@@ -38,6 +38,9 @@ def text_completion(model: Model, prompts: Sequence[str], *, key: Int[Tensor, "2
 
     Raises `ValueError` for a prompt as long as the context, and for as many keys as there are neither one nor rows.
     """
+    if isinstance(prompts, str):
+        raise ValueError("text_completion: prompts is one text; put it in a list")
+    _check_stop(stop)
     if not prompts:
         return []
     encoded, limits = zip(*(_encode(model, prompt, max_new_tokens) for prompt in prompts), strict=True)
@@ -62,7 +65,7 @@ def text_completion(model: Model, prompts: Sequence[str], *, key: Int[Tensor, "2
             written[row].append(id)
             if logprobs:
                 nats[row].append(chosen[at])
-            if len(written[row]) < limits[row] and not (stop and _stopped(model, encoded[row], written[row], stop)):
+            if len(written[row]) < limits[row] and not (stop and _stopped(model, prompts[row], written[row], stop)):
                 stay.append(at)
         if len(stay) < len(going):
             going, state = [going[at] for at in stay], decode.select(state, stay)
@@ -85,6 +88,7 @@ def stream(model: Model, prompt: str, *, key: Int[Tensor, "2"], max_new_tokens: 
 
     Raises `ValueError` as `text_completion` does, at once and not with the first piece.
     """
+    _check_stop(stop)
     tokens, limit = _encode(model, prompt, max_new_tokens)
     ids = _stream_ids(model, tokens, limit, key, sampler or make_sampler())
     return until(model.tokenizer.decode_stream(ids, _continues(prompt)), stop)
@@ -106,8 +110,6 @@ def _stream_ids(model: Model, tokens: list[int], limit: int, key: Tensor, sample
 
 def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     """The pieces of a text up to the first of the `stop` strings in it, without it."""
-    if any(not s for s in stop):
-        raise ValueError("a stop string is empty: it would stop every text before it begins")
     held = ""
     for piece in pieces:
         held += piece
@@ -127,9 +129,16 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _stopped(model: Model, prompt: list[int], written: list[int], stop: Sequence[str]) -> bool:
-    text = model.tokenizer.decode(written, continued=True)
+def _stopped(model: Model, prompt: str, written: list[int], stop: Sequence[str]) -> bool:
+    text = model.tokenizer.decode(written, _continues(prompt))
     return any(s in text for s in stop)
+
+
+def _check_stop(stop: Sequence[str]) -> None:
+    if isinstance(stop, str):
+        raise ValueError("stop is one string; put it in a list, or each of its characters would stop the text")
+    if any(not s for s in stop):
+        raise ValueError("a stop string is empty: it would stop every text before it begins")
 
 
 def _continues(prompt: str) -> bool:

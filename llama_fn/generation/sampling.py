@@ -38,14 +38,17 @@ def sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float | N
             raise ValueError("sample: the logits are NaN: the weights or the cache are damaged, or overflowed in a "
                              "16-bit dtype")
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if repetition_penalty is not None and tokens is not None:
+        if repetition_penalty is not None:
+            if tokens is None:
+                raise ValueError("sample: a repetition penalty needs the tokens so far")
             logits = penalize(logits, tokens, repetition_penalty)
         if temperature == 0:
             return logits.argmax(-1)
-        logits = logits / temperature
+        if temperature != 1:  # measured from the likeliest, nothing overflows however low the temperature
+            logits = (logits - logits.amax(-1, keepdim=True)) / temperature
         if top_k is not None:
             logits = keep_top_k(logits, top_k)
-        if top_p is not None:
+        if top_p is not None and top_p < 1:  # all of them sum to 1 only up to rounding
             logits = keep_top_p(logits, top_p)
         if min_p is not None:
             logits = keep_min_p(logits, min_p)

@@ -88,7 +88,7 @@ def fused(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"],
 def attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None) -> Tensor:
     """The fused kernel for values and first derivatives; the definition under `vmap`, `jvp` and a second `grad`.
 
-    The kernel has no rule for those transforms (torch 2.13): it would raise, or run once a sample.
+    The kernel has no rule for those transforms of `torch.func` (torch 2.13): it would raise, or run once a sample.
     """
     kernel = fused if _plain() else written_out
     return kernel(queries, keys, values, positions)

@@ -63,7 +63,9 @@ def check_room(cache: Cache, new: int) -> None:
     """Raise `ValueError` if a row has no room for `new` tokens more. Where numbers cannot be read, do nothing."""
     if concrete(cache.length) and cache.length.numel():
         used, slots = int(cache.length.max()), cache.k[0].shape[-2]
-        if used + new > slots or int(cache.length.min()) < 0:
+        if (least := int(cache.length.min())) < 0:
+            raise ValueError(f"a cache's length must be at least 0, got {least}")
+        if used + new > slots:
             raise ValueError(f"the cache is full: it has {slots} slots, {used} are in use, and {new} more tokens came; "
                              f"make it with init_cache(..., max_len={used + new}) or more")
 

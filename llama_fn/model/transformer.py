@@ -38,13 +38,14 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"],
     """
     config, count = params.config, tokens.shape[-1]
     check_tokens(tokens, config.vocab_size)
+    check_sizes(params, cache)
     positions = torch.arange(count, device=tokens.device)
     if cache is not None:
         check_room(cache, count)
         positions = cache.length[..., None] + positions
     angles = rotation(positions.expand(tokens.shape), config.head_dim, config.rope_theta)
 
-    x = params.embedding[tokens]
+    x = params.embedding[tokens.long()]
     layers = []
     for i, layer in enumerate(params.blocks):
         old = None if cache is None else KeysValues(cache.k[i], cache.v[i])
@@ -56,6 +57,22 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"],
         k, v = zip(*layers, strict=True)
         cache = Cache(k, v, cache.length + count)
     return logits, cache
+
+
+def check_sizes(params: Params, cache: Cache | None) -> None:
+    """Raise `ValueError` where the config or the cache is not that of the weights."""
+    v, d = params.embedding.shape
+    if (v, d) != (params.config.vocab_size, params.config.dim):
+        raise ValueError(f"the config says {params.config.vocab_size} tokens and width {params.config.dim}, "
+                         f"the weights {v} and {d}")
+    for layer in params.blocks[:1]:
+        k, g, h, _ = layer.attention.wq.shape
+        if (k, g, h) != (params.config.n_kv_heads, params.config.group_size, params.config.head_dim):
+            raise ValueError(f"the config says {params.config.n_heads} heads on {params.config.n_kv_heads} key/value "
+                             f"heads of width {params.config.head_dim}, the weights {k * g} on {k} of width {h}")
+    if cache is not None and not len(cache.k) == len(cache.v) == len(params.blocks):
+        raise ValueError(f"the cache has {len(cache.k)} layers, the weights {len(params.blocks)}; "
+                         "make it with init_cache from the same config")
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 GIRLS = ("Lily", "Mia", "Anna", "Rosa", "Nora", "Ella", "Ruby", "Zoe")
 BOYS = ("Tom", "Ben", "Max", "Sam", "Leo", "Jack", "Finn", "Omar")
 TRAITS = ("kind", "brave", "shy", "clever", "happy", "quiet", "curious", "funny")
+GIRL_FRIENDS = ("Daisy", "Luna", "Poppy", "Bella")
+BOY_FRIENDS = ("Bruno", "Oscar", "Rusty", "Felix")
 ANIMALS = ("rabbit", "bear", "fox", "mouse", "duck", "cat", "goat", "frog")
 COLORS = ("red", "blue", "green", "yellow", "white", "purple", "pink", "golden")
 THINGS = ("ball", "kite", "hat", "boat", "drum", "scarf", "cup", "lamp")
@@ -103,8 +105,8 @@ def meet(voice: Voice, hero: Person) -> Person:
     voice.either(f" There {hero.she} met", f" There {hero.name} saw", f" On the way {hero.she} found")
     kind = voice.choose(ANIMALS)
     voice.say(f" a {voice.choose(TRAITS)} {kind}")
-    names, words = voice.choose(((GIRLS, ("she", "her", "her")), (BOYS, ("he", "his", "him"))))
-    name = voice.choose([other for other in names if other != hero.name])
+    names, words = voice.choose(((GIRL_FRIENDS, ("she", "her", "her")), (BOY_FRIENDS, ("he", "his", "him"))))
+    name = voice.choose(names)
     friend = Person(name, kind, *words)
     voice.either(f" named {name}.", f" called {name}.")
     voice.either(f' "Hello, {hero.name}," said the {kind}.', f" {friend.she.title()} smiled at {hero.name}.",
@@ -150,9 +152,9 @@ def find(voice: Voice, hero: Person, friend: Person, thing: str) -> str:
 
 def play(voice: Voice, hero: Person, friend: Person, thing: str, place: str) -> None:
     voice.either(" After that,", " Then", " Soon")
-    voice.either(f" {hero.name} and {friend.name} played with the {thing}",
+    voice.either(f" {hero.name} and {friend.name} played with the {thing} near {place}",
                  f" the {friend.kind} and the {hero.kind} sat in the grass near {place}",
-                 f" they danced around the {thing}")
+                 f" they danced around the {thing} near {place}")
     voice.either(" until the sun went down.", " and laughed a lot.", " for a long time.", " and sang a song.")
 
 

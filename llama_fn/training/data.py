@@ -27,7 +27,9 @@ def read_texts(path: str | os.PathLike) -> Iterator[str]:
     path, found = Path(path), False
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl") and p.is_file())
     for file in files:
         for text in _documents(file):
             if text.strip():
@@ -52,6 +54,8 @@ def _documents(file: Path) -> Iterator[str]:
                 raise ValueError(f"{where}: not JSON: {error}") from None
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
                 raise ValueError(f'{where}: a record needs a string under "text"')
+            if any("\ud800" <= c <= "\udfff" for c in record["text"]):
+                raise ValueError(f'{where}: the "text" holds half a surrogate pair, which is no character')
             yield record["text"]
 
 
@@ -94,6 +98,8 @@ class Corpus(NamedTuple):
 
 def open_corpus(path: str | os.PathLike, tokenizer: Tokenizer, context: int) -> Corpus:
     """Map the file of `encode_corpus` into memory, for rows of `context` predictions."""
+    if context < 1:
+        raise ValueError(f"open_corpus: context must be at least 1, got {context}")
     tokens = np.memmap(path, dtype=_dtype(tokenizer), mode="r")
     begins = np.flatnonzero(tokens == tokenizer.bos_id)
     predictions = np.diff(np.append(begins, len(tokens))) - 1
@@ -131,7 +137,9 @@ def rows(corpus: Corpus, size: int) -> Iterator[tuple[Int[Tensor, "b t"], Bool[T
 def _window(corpus: Corpus, starts: np.ndarray) -> Tensor:
     # The stream is a circle: a row that begins near its end goes on at its beginning.
     positions = (starts[..., None] + np.arange(corpus.context + 1)) % len(corpus.tokens)
-    return torch.from_numpy(corpus.tokens[positions].astype(np.int64))
+    tokens = corpus.tokens[positions].astype(np.int64)
+    tokens[..., 0] = corpus.bos_id  # in the middle of a long document, too: every prompt will begin with it
+    return torch.from_numpy(tokens)
 
 
 def _dtype(tokenizer: Tokenizer) -> type:

@@ -1,5 +1,6 @@
 """The loop: steps over batches that are a function of key and step, so that a run can stop and go on bit for bit."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ def deterministic() -> Iterator[None]:
 
     Without them the embedding's gradient is added up by several threads in the order in which they happen to come.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on CUDA
     before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
               torch.utils.deterministic.fill_uninitialized_memory)
     torch.use_deterministic_algorithms(True)

@@ -26,7 +26,7 @@ def loss_sum(params: Params, tokens: Int[Tensor, "*b t"],
     if tokens.shape[-1] < 2:
         raise ValueError(f"loss: a row needs 2 tokens or more, one to predict the next from, got {tokens.shape[-1]}")
     logits, _ = forward(params, tokens[..., :-1])
-    targets = tokens[..., 1:]
+    targets = tokens[..., 1:].long()
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nats = -exact.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     counts = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask[..., 1:]

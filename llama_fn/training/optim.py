@@ -17,7 +17,7 @@ class Optimizer(NamedTuple):
     """Two pure functions (Optax's `GradientTransformation`)."""
 
     init: Callable[[Any], Any]
-    update: Callable[[Any, Any, Any], tuple[Any, Any]]
+    update: Callable[..., tuple[Any, Any]]
 
 
 class AdamState(NamedTuple):
@@ -29,10 +29,10 @@ class AdamState(NamedTuple):
 
 
 def adamw(learning_rate: float | Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
-          weight_decay: float = 1e-4, mask: Callable[[Any], Any] | None = None) -> Optimizer:
+          *, weight_decay: float = 1e-4, mask: Any = None) -> Optimizer:
     """AdamW (Loshchilov and Hutter 2019, algorithm 2; the decay is scaled by the learning rate, as in Optax and torch).
 
-    `mask(params)` is a tree of booleans that says which leaves decay; left out, all do.
+    `mask` says which leaves decay, by a tree of booleans or a function of the parameters to one; left out, all do.
     """
     return chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay, mask),
                  scale_by_learning_rate(learning_rate))
@@ -49,7 +49,7 @@ def chain(*parts: Optimizer) -> Optimizer:
     def init(params: Any) -> tuple:
         return tuple(part.init(params) for part in parts)
 
-    def update(grads: Any, state: tuple, params: Any) -> tuple[Any, tuple]:
+    def update(grads: Any, state: tuple, params: Any = None) -> tuple[Any, tuple]:
         states = []
         for part, old in zip(parts, state, strict=True):
             grads, new = part.update(grads, old, params)
@@ -62,7 +62,7 @@ def chain(*parts: Optimizer) -> Optimizer:
 def clip_by_global_norm(max_norm: float) -> Optimizer:
     """Scale all gradients down together so that their common norm is `max_norm` at most (Pascanu et al. 2013)."""
 
-    def update(grads: Any, state: tuple, params: Any) -> tuple[Any, tuple]:
+    def update(grads: Any, state: tuple, params: Any = None) -> tuple[Any, tuple]:
         norm = global_norm(grads)
         return tree.map(lambda g: torch.where(norm < max_norm, g, g / norm.to(g.dtype) * max_norm), grads), state
 
@@ -76,7 +76,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Optimizer:
         zeros = [tree.map(lambda p: torch.zeros_like(p, dtype=_exact(p)), params) for _ in range(2)]
         return AdamState(torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device), *zeros)
 
-    def update(grads: Any, state: AdamState, params: Any) -> tuple[Any, AdamState]:
+    def update(grads: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
         count = state.count + 1
         mu = tree.map(lambda m, g: b1 * m + (1 - b1) * g.to(m.dtype), state.mu, grads)
         nu = tree.map(lambda v, g: b2 * v + (1 - b2) * g.to(v.dtype).square(), state.nu, grads)
@@ -90,11 +90,11 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Optimizer:
     return Optimizer(init, update)
 
 
-def add_decayed_weights(weight_decay: float, mask: Callable[[Any], Any] | None = None) -> Optimizer:
+def add_decayed_weights(weight_decay: float, mask: Any = None) -> Optimizer:
     """Add `weight_decay` times each parameter (where `mask` is true) to its update."""
 
-    def update(grads: Any, state: tuple, params: Any) -> tuple[Any, tuple]:
-        decays = tree.map(lambda p: True, params) if mask is None else mask(params)
+    def update(grads: Any, state: tuple, params: Any = None) -> tuple[Any, tuple]:
+        decays = tree.map(lambda p: True, params) if mask is None else mask(params) if callable(mask) else mask
 
         def decayed(g: Tensor, p: Tensor, decay: bool) -> Tensor:
             return g + weight_decay * p.to(g.dtype) if decay else g
@@ -110,7 +110,7 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> Optimizer:
     def init(params: Any) -> Tensor:
         return torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device)
 
-    def update(grads: Any, count: Tensor, params: Any) -> tuple[Any, Tensor]:
+    def update(grads: Any, count: Tensor, params: Any = None) -> tuple[Any, Tensor]:
         rate = learning_rate(count) if callable(learning_rate) else learning_rate
         return tree.map(lambda g: -rate * g, grads), count + 1
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
+import torch
+
 from llama_fn import random, stories
 from llama_fn.checkpoint.files import read_json, replacing, write_json
 from llama_fn.checkpoint.load import TOKENIZER, Model, save
@@ -46,7 +48,7 @@ class Plan:
     vocab_size: int = 1024
     context: int = 256
     """Tokens a row."""
-    steps: int = 3000
+    steps: int = 2400
     batch: int = 32
     """Rows a micro-batch."""
     micro_batches: int = 1
@@ -61,6 +63,14 @@ class Plan:
     stories: int = 200_000
     """How many stories to train on, if no text is given."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("context", "steps", "batch", "micro_batches", "stories"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
     def config(self) -> Config:
         return Config(self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.vocab_size, self.hidden_dim,
@@ -77,7 +87,8 @@ VALIDATION_STORIES = 1000
 
 
 def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None = None, *, resume: bool = False,
-        evaluate_every: int = 500, report: Report = lambda record: None) -> Model:
+        evaluate_every: int = 500, device: torch.device | str | None = None,
+        report: Report = lambda record: None) -> Model:
     """Train a model on `texts` (a file or folder, see `read_texts`; None for the embedded stories) and save it.
 
     `report` gets a record before the first step (which compiles for a while), one a step, and one with `valid_loss` at
@@ -87,17 +98,25 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
 
     Raises `ValueError` if the folder holds a run already and `resume` is not set, or holds one of another plan.
     """
+    if evaluate_every < 1:
+        raise ValueError(f"evaluate_every must be at least 1, got {evaluate_every}")
     folder, config, optimizer = Path(folder), plan.config(), plan.optimizer()
     if texts is not None:
         next(read_texts(texts))  # before any work
     settings = {**dataclasses.asdict(plan), "texts": None if texts is None else os.path.basename(os.fspath(texts))}
-    _claim(folder, settings, resume)
+    _check_folder(folder, settings, resume)
     init, order, told, held_out = random.split(random.key(plan.seed), 4)
-    tokenizer, floor = _prepare(folder, plan, texts, told, held_out)
+    try:
+        tokenizer, floor = _prepare(folder, plan, texts, told, held_out)
+        write_json(folder / "run.json", settings)
+    except BaseException:
+        if not resume:
+            _clear(folder)
+        raise
     training, validation = (open_corpus(folder / "data" / f"{part}.bin", tokenizer, plan.context)
                             for part in ("train", "valid"))
 
-    state = init_state(init_params(init, config), optimizer)
+    state = init_state(init_params(init, config, device=device), optimizer)
     if resume and (folder / "snapshot.pt").is_file():
         state = load_snapshot(state, folder / "snapshot.pt")
     kept = _kept(folder / "metrics.jsonl", int(state.step))
@@ -110,18 +129,24 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
             report(record)
 
         log({"step": int(state.step), "parameters": config.n_params, "training_tokens": len(training.tokens)})
-        begun, tokens = time.perf_counter(), 0
+        begun = since = time.perf_counter()
+        tokens, seconds, first = 0, 0.0, True  # of the steps after the first, which compiles
         with _interrupts() as interrupted:
             shape = (plan.micro_batches, plan.batch)
             for state, measured in train(state,  # noqa: B020, the state before the first step
                                          optimizer, training, order, plan.steps, shape):
-                step, tokens = int(state.step), tokens + int(measured.count)
-                seconds = time.perf_counter() - begun
+                step, now = int(state.step), time.perf_counter()
                 log({"step": step, "loss": float(measured.loss), "grad_norm": float(measured.grad_norm),
-                     "tokens_per_second": round(tokens / seconds), "seconds": round(seconds, 2)})
+                     "tokens_per_second": round((tokens + int(measured.count)) / (seconds + now - since)),
+                     "seconds": round(now - begun, 2)})
+                if first:
+                    first = False
+                else:
+                    tokens, seconds = tokens + int(measured.count), seconds + now - since
                 if step % evaluate_every == 0 or step == plan.steps:
                     log({"step": step, "valid_loss": evaluate(state.params, validation), **floor})
                     save_snapshot(state, folder / "snapshot.pt")
+                since = time.perf_counter()  # an evaluation is no step
                 if interrupted:
                     save_snapshot(state, folder / "snapshot.pt")
                     raise KeyboardInterrupt
@@ -149,7 +174,7 @@ def _interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _claim(folder: Path, settings: dict, resume: bool) -> None:
+def _check_folder(folder: Path, settings: dict, resume: bool) -> None:
     if (folder / "run.json").is_file():
         if not resume:
             raise ValueError(f"{folder} holds a training run already; go on with it (resume), or choose another folder")
@@ -160,7 +185,15 @@ def _claim(folder: Path, settings: dict, resume: bool) -> None:
         raise ValueError(f"{folder} is not empty and holds no training run; choose another folder")
     elif resume:
         raise FileNotFoundError(f"{folder}: there is no run to go on with")
-    write_json(folder / "run.json", settings)
+
+
+def _clear(folder: Path) -> None:
+    """Leave nothing half-made: remove what `_prepare` makes, and nothing else."""
+    for name in (TOKENIZER, "data/train.bin", "data/valid.bin"):
+        (folder / name).unlink(missing_ok=True)
+    for part in (folder / "data", folder):
+        if part.is_dir() and not any(part.iterdir()):
+            part.rmdir()
 
 
 def _prepare(folder: Path, plan: Plan, texts: str | os.PathLike | None, told: Key,
@@ -192,15 +225,15 @@ def _prepare(folder: Path, plan: Plan, texts: str | os.PathLike | None, told: Ke
 
 
 def _split(texts: Iterator[str], last: bool) -> Iterator[str]:
-    """Training texts or held-out ones: every twentieth is held out; of one, its last twentieth."""
-    first, second = next(texts, None), next(texts, None)
-    if first is None:
+    """Training texts, or held-out ones: every twentieth. Of fewer than 20, the last twentieth of each is held out."""
+    few = list(islice(texts, 20))
+    if len(few) == 20:
+        yield from (text for i, text in enumerate(chain(few, texts)) if (i % 20 == 19) is last)
         return
-    if second is None:
-        cut = first.find("\n", len(first) * 19 // 20) + 1 or len(first) * 19 // 20
-        yield first[cut:] if last else first[:cut]
-        return
-    yield from (text for i, text in enumerate(chain((first, second), texts)) if (i % 20 == 1) is last)
+    for text in few:
+        cut = len(text) * 19 // 20
+        line = text.rfind("\n", cut * 9 // 10, cut) + 1  # a line's beginning, if there is one not far before
+        yield text[line or cut:] if last else text[:line or cut]
 
 
 def _kept(path: Path, step: int) -> list[str]:

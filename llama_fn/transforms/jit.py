@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -12,17 +13,21 @@ from llama_fn import tree
 P = ParamSpec("P")
 R = TypeVar("R")
 
+MOST_SHAPES = 64  # compilations of one function; torch gives up after 8
+
 
 def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
-    """`f` compiled as one graph: the same signature and, up to rounding, the same results.
+    """`f` compiled as one graph for every combination of shapes: the same signature and, up to rounding, same results.
 
     The memory of an argument named in `donate` (JAX's `donate_argnames`) takes the part of the result that has its
     structure, shapes and dtypes: a decode step that donates its cache writes one slot and copies nothing. A donated
-    value must not be used again: it holds the new one.
+    value must not be used again: it holds the new one. No other part of the result may be a view of it.
 
     Transforms go inside: `jit(vmap(f))`, not `vmap(jit(f))`. Raises `ValueError` for a donated name that `f` does not
-    have, and while compiling for one that no part of the result can take.
+    have; a call raises torch's `Unsupported` for one that no part of the result can take.
     """
+    import torch._dynamo.config  # a second; only who compiles pays it
+
     names = (donate,) if isinstance(donate, str) else tuple(donate)
     signature = inspect.signature(f)
     if unknown := [name for name in names if name not in signature.parameters]:
@@ -32,24 +37,31 @@ def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
     def body(*args: P.args, **kwargs: P.kwargs) -> R:
         result = f(*args, **kwargs)
         arguments = dict(zip(signature.parameters, args, strict=False)) | kwargs
-        whole = type(result) is tuple
-        parts, taken = list(result) if whole else [result], set()
-        for name in names:
-            if arguments.get(name) is not None:
-                at = _place(arguments[name], parts, taken, name)
-                parts[at] = tree.map(lambda memory, new: memory.copy_(new), arguments[name], parts[at])
-                taken.add(at)
-        return tuple(parts) if whole else parts[0]
+        given = {name: arguments[name] for name in names if arguments.get(name) is not None}
+        return _donated(given, result) if given else result
 
-    return functools.wraps(f)(torch.compile(body, fullgraph=True, dynamic=False))
+    # Dynamo counts compilations by code object: each jitted function needs one of its own.
+    own = types.FunctionType(body.__code__.replace(), body.__globals__, f.__name__, None, body.__closure__)
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, MOST_SHAPES)
+    return functools.wraps(f)(torch.compile(own, fullgraph=True, dynamic=False))
 
 
-def _place(old: Any, parts: list, taken: set[int], name: str) -> int:
-    """Which part of the result is like `old`, the first that is not taken already."""
-    for i, part in enumerate(parts):
-        if i not in taken and _kind(part) == _kind(old):
-            return i
-    raise ValueError(f"jit: no part of the result has the structure, shapes and dtypes of the donated `{name}`")
+def _donated(given: dict[str, Any], result: Any) -> Any:
+    """`result` with each part that is like a donated argument moved into that argument's memory."""
+    parts = list(result) if type(result) is tuple else [result]
+    places: dict[str, int] = {}
+    for name, old in given.items():
+        like = [i for i, part in enumerate(parts) if i not in places.values() and _kind(part) == _kind(old)]
+        if not like:
+            raise ValueError(f"jit: no part of the result has the structure, shapes and dtypes of the donated `{name}`")
+        places[name] = like[0]
+    memories = [x for old in given.values() for x in tree.leaves(old)]
+    # A donated leaf that is handed on elsewhere must be saved before its memory is written to.
+    parts = [tree.map(lambda x: x.clone() if any(x is memory for memory in memories) else x, part) for part in parts]
+    for name, i in places.items():
+        parts[i] = tree.map(lambda memory, new: memory.copy_(new), given[name], parts[i])
+    return tuple(parts) if type(result) is tuple else parts[0]
 
 
 def _kind(part: Any) -> tuple:
