@@ -65,6 +65,7 @@ def test_a_folder_holds_the_texts_of_its_files_in_order(tmp_path):
     ("a.jsonl", b'{"txt": "a"}', r'a\.jsonl, line 1: a record needs a string under "text"'),
     ("a.jsonl", b'{"text": 5}', r'a\.jsonl, line 1: a record needs a string under "text"'),
     ("a.jsonl", b'["text"]', r'a\.jsonl, line 1: a record needs a string under "text"'),
+    ("a.jsonl", b'{"text": "a\\ud800"}', r'a\.jsonl, line 1: the "text" holds half a surrogate pair'),
     ("a.jsonl", b"\n", r"a\.jsonl: no text in it$"),
     ("a.txt", b" \n\t", r"a\.txt: no text in it$"),
 ])
