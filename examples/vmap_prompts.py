@@ -28,10 +28,12 @@ def next_word(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 for name, probability, token in zip(names, *torch.vmap(next_word)(prompts), strict=True):
     print(f"... named {name}.  ->{tokenizer.decode([int(token)], continued=True)!r:8} p = {float(probability):.4f}")
 
-# Over continuations of one shared prompt: the cache is not mapped, so it is neither copied nor computed again.
+# Over continuations of one shared prompt: the cache is not mapped, so the prompt is not computed again. To see its last
+# token once more, with what follows, the cache is rewound by one: another `length`, and nothing else.
 _, cache = lf.forward(params, prompts[0], lf.init_cache(params.config, max_len=64))
+cache = cache._replace(length=cache.length - 1)
 homes = ["She lived in a small house", "She lived in a tall tower", "He lived in a small house"]
-ids = torch.tensor([tokenizer.encode(home, bos=False)[:6] for home in homes])
+ids = torch.tensor([[int(prompts[0, -1]), *tokenizer.encode(home, bos=False)[:6]] for home in homes])
 
 
 def log_probability(tokens: torch.Tensor, cache: lf.Cache) -> torch.Tensor:

@@ -122,20 +122,20 @@ def test_generate_works_in_a_pipe_and_reads_one():
 
 @pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error():
-    process = start("generate", "--seed", "0", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(5)
-    process.stdout.close()
-    err = process.stderr.read()
-    assert process.wait(60) == 0 and "Traceback" not in err and "Exception" not in err
+    with start("generate", "--seed", "0", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(5)
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 0 and "Traceback" not in err and "Exception" not in err
 
 
 @pytest.mark.slow
 def test_ctrl_c_stops_cleanly():
-    process = start("generate", "--seed", "0", "--temperature", "1", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    assert process.stdout.read(20) == "Once upon a time the"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    with start("generate", "--seed", "0", "--temperature", "1", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+               env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
+        assert process.stdout.read(20) == "Once upon a time the"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert out.endswith("\n") and err.startswith("[seed 0: ") and "Traceback" not in err
 

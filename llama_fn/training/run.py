@@ -64,7 +64,8 @@ class Plan:
     """How many stories to train on, if no text is given."""
     seed: int = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise `ValueError` for a setting out of its range."""
         for name in ("context", "steps", "batch", "micro_batches", "stories"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -100,6 +101,7 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
     """
     if evaluate_every < 1:
         raise ValueError(f"evaluate_every must be at least 1, got {evaluate_every}")
+    plan.check()
     folder, config, optimizer = Path(folder), plan.config(), plan.optimizer()
     if texts is not None:
         next(read_texts(texts))  # before any work
