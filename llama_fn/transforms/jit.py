@@ -57,10 +57,17 @@ def _donated(given: dict[str, Any], result: Any) -> Any:
             raise ValueError(f"jit: no part of the result has the structure, shapes and dtypes of the donated `{name}`")
         places[name] = like[0]
     memories = [x for old in given.values() for x in tree.leaves(old)]
-    # A donated leaf that is handed on elsewhere must be saved before its memory is written to.
-    parts = [tree.map(lambda x: x.clone() if any(x is memory for memory in memories) else x, part) for part in parts]
+
+    def handed_on(x: Any) -> bool:
+        return any(x is memory for memory in memories)
+
+    # A part with a donated leaf in it, handed on as it came, is a copy and takes no memory: were it written to another
+    # donated leaf, that one would have to be saved first, and inductor takes such a copy for superfluous.
+    fresh = [not any(map(handed_on, tree.leaves(part))) for part in parts]
+    parts = [tree.map(lambda x: x.clone() if handed_on(x) else x, part) for part in parts]
     for name, i in places.items():
-        parts[i] = tree.map(lambda memory, new: memory.copy_(new), given[name], parts[i])
+        if fresh[i]:
+            parts[i] = tree.map(lambda memory, new: memory.copy_(new), given[name], parts[i])
     return tuple(parts) if type(result) is tuple else parts[0]
 
 
