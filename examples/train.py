@@ -2,7 +2,8 @@
 
     python examples/train.py [FOLDER] [STEPS] [STORIES]
 
-The 2400 steps on 200,000 stories are the shipped model, to the last bit; 300 steps on 20,000 already write sentences.
+The 2400 steps on 200,000 stories are the shipped model (on the same kind of machine, to the last bit); 300 steps on
+20,000 already write sentences.
 """
 
 import math
