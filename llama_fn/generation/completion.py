@@ -32,8 +32,8 @@ def text_completion(model: Model, prompts: Sequence[str], *, key: Int[Tensor, "2
     """Complete every prompt, up to the model's end token, a string of `stop` (not part of the text), `max_new_tokens`,
     or the end of the context, whichever comes first.
 
-    A row's result is the one that it would get alone, up to rounding: it depends on model, prompt and key. One `key` serves
-    every row alike, so that equal prompts get equal texts; `random.split(key, n)` gives each row its own. The
+    A row's result is the one that it would get alone, up to rounding: it depends on model, prompt and key. One `key`
+    serves every row alike, so that equal prompts get equal texts; `random.split(key, n)` gives each row its own. The
     log-probabilities are the model's, before any narrowing by the sampler. The empty prompt is a text's beginning.
 
     Raises `ValueError` for a prompt as long as the context, and for as many keys as there are neither one nor rows.
