@@ -11,7 +11,7 @@ import torch
 
 import llama_fn as lf
 from llama_fn.training import loop
-from llama_fn.training.run import Plan
+from llama_fn.training.plan import Plan
 from llama_fn.training.run import run as run_plan
 
 ROOT = Path(__file__).parent.parent

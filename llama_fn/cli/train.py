@@ -11,7 +11,8 @@ from llama_fn import random
 from llama_fn.cli.options import device_of
 from llama_fn.generation.completion import text_completion
 from llama_fn.training.curve import plot_losses
-from llama_fn.training.run import Plan, run
+from llama_fn.training.plan import Plan
+from llama_fn.training.run import run
 
 
 def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[TEXTS]")] = None, *,
