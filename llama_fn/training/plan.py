@@ -22,7 +22,7 @@ class Plan:
     vocab_size: int = 1024
     context: int = 256
     """Tokens a row."""
-    steps: int = 2400
+    steps: int = 4000
     batch: int = 32
     """Rows a micro-batch."""
     micro_batches: int = 1
@@ -31,7 +31,7 @@ class Plan:
     """The highest, after the warmup."""
     final_learning_rate: float = 0.0
     warmup: int = 100
-    weight_decay: float = 0.1
+    weight_decay: float = 0.01
     clip: float = 1.0
     """The largest norm of the gradient."""
     stories: int = 200_000
