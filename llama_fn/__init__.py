@@ -1,10 +1,14 @@
 """LLaMA 2 as stateless pure functions in PyTorch."""
 
 from llama_fn import random, stories, tree
+from llama_fn.checkpoint.huggingface import from_hf, to_hf
 from llama_fn.checkpoint.load import Model, load, save
-from llama_fn.config import LLAMA2_7B, LLAMA2_13B, LLAMA2_70B, Config
+from llama_fn.config import LLAMA2_7B, LLAMA2_13B, LLAMA2_70B, Config, RopeScaling
+from llama_fn.generation.chat import Message, chat_completion
 from llama_fn.generation.completion import Completion, stream, text_completion
+from llama_fn.generation.conversation import Chat, answer, ask
 from llama_fn.generation.sampling import sampler
+from llama_fn.generation.scoring import Perplexity, Score, perplexity, score, score_options
 from llama_fn.model.block import Block
 from llama_fn.model.cache import Cache, init_cache
 from llama_fn.model.init import abstract_params, init_params
@@ -16,8 +20,9 @@ from llama_fn.training.loss import loss, loss_sum
 from llama_fn.transforms.jit import jit
 
 __all__ = [
-    "LLAMA2_7B", "LLAMA2_13B", "LLAMA2_70B", "AxesError", "Block", "Cache", "Completion", "Config", "Model", "Params",
-    "Tokenizer", "abstract_params", "forward", "init_cache", "init_params", "jit", "load", "load_tokenizer", "loss",
-    "loss_sum", "optim", "random", "sampler", "save", "stories", "stream", "text_completion", "train_tokenizer", "tree",
-    "typed",
+    "LLAMA2_7B", "LLAMA2_13B", "LLAMA2_70B", "AxesError", "Block", "Cache", "Chat", "Completion", "Config",
+    "Message", "Model", "Params", "Perplexity", "RopeScaling", "Score", "Tokenizer", "abstract_params", "answer",
+    "ask", "chat_completion", "forward", "from_hf", "init_cache", "init_params", "jit", "load", "load_tokenizer",
+    "loss", "loss_sum", "optim", "perplexity", "random", "sampler", "save", "score", "score_options", "stories",
+    "stream", "text_completion", "to_hf", "train_tokenizer", "tree", "typed",
 ]

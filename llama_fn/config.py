@@ -1,8 +1,35 @@
 """The sizes and constants of a model, in Meta's spelling."""
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from llama_fn import tree
+
+
+class RopeScaling(NamedTuple):
+    """How RoPE's frequencies are slowed down for a context longer than the one trained on.
+
+    "linear" (Chen et al. 2023, "Extending Context Window via Positional Interpolation") divides all by `factor`.
+    "llama3" (Meta's `apply_scaling` in llama-models) divides those with fewer than `low_freq_factor` turns in
+    `original_max_seq_len` tokens, leaves those with more than `high_freq_factor`, and passes from one to the other.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+    def check(self) -> None:
+        """Raise `ValueError` for an unknown kind and for numbers that scale nothing."""
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"rope_scaling of the kind {self.kind!r} is not known, only 'linear' and 'llama3' are")
+        for name, value in zip(self._fields[1:], self[1:], strict=True):
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise ValueError(f"rope_scaling: {name} must be a number above 0, got {value!r}")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(f"rope_scaling: high_freq_factor ({self.high_freq_factor}) must be above low_freq_factor "
+                             f"({self.low_freq_factor})")
 
 
 @tree.constant
@@ -12,7 +39,7 @@ class Config:
 
     `dim` is the model's width (axis d), `hidden_dim` the feed-forward's (f), `n_heads` the query heads (k * g),
     `n_kv_heads` the key/value heads (k), `norm_eps` RMSNorm's epsilon, `rope_theta` the base of RoPE's
-    frequencies, `max_seq_len` the context that the model was trained for, in tokens.
+    frequencies, `max_seq_len` the context that the model was trained for, in tokens, `rope_scaling` how it got there.
     """
 
     dim: int
@@ -24,6 +51,7 @@ class Config:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     max_seq_len: int = 4096
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -40,6 +68,8 @@ class Config:
         if self.head_dim % 2:
             raise ValueError(f"Config: the width of a head, dim / n_heads = {self.head_dim}, must be even: "
                              "RoPE rotates it in pairs")
+        if self.rope_scaling is not None:
+            self.rope_scaling.check()
 
     @property
     def head_dim(self) -> int:

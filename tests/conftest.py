@@ -1,10 +1,14 @@
 """What every test shares: hypothesis's profiles, and a small tokenizer and model made once a session."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 import llama_fn as lf
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # or transformers asks the network for what a folder does not have
 
 # No deadline and no complaint about slow draws: a test machine may be busy, and time is no law.
 PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}

@@ -27,8 +27,8 @@ def _attention(params, x, config) -> np.ndarray:
     out = []
     for head in range(config.n_heads):
         shared = head // (config.n_heads // config.n_kv_heads)
-        q = _rotate(x @ wq[head * h:(head + 1) * h].T, config.rope_theta)
-        k = _rotate(x @ wk[shared * h:(shared + 1) * h].T, config.rope_theta)
+        q = _rotate(x @ wq[head * h:(head + 1) * h].T, config)
+        k = _rotate(x @ wk[shared * h:(shared + 1) * h].T, config)
         v = x @ wv[shared * h:(shared + 1) * h].T
         rows = []
         for t in range(len(x)):
@@ -39,12 +39,26 @@ def _attention(params, x, config) -> np.ndarray:
     return np.concatenate(out, axis=1) @ wo.T
 
 
-def _rotate(x, theta) -> np.ndarray:
+def _rotate(x, config) -> np.ndarray:
     """Each pair of numbers is a complex one, turned by exp(i m theta^(-2j/h))."""
     t, h = x.shape
-    angles = np.arange(t)[:, None] * theta ** -(np.arange(0, h, 2) / h)
-    turned = (x[:, 0::2] + 1j * x[:, 1::2]) * np.exp(1j * angles)
+    wavelengths = [_stretched(2 * np.pi * config.rope_theta ** (2 * j / h), config) for j in range(h // 2)]
+    turned = (x[:, 0::2] + 1j * x[:, 1::2]) * np.exp(2j * np.pi * np.arange(t)[:, None] / wavelengths)
     return np.stack([turned.real, turned.imag], axis=-1).reshape(t, h)
+
+
+def _stretched(wavelength, config) -> float:
+    """A wavelength (in tokens) after RoPE's scaling: Meta's three cases, or the one of linear interpolation."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return wavelength
+    if scaling.kind == "linear" or wavelength > scaling.original_max_seq_len / scaling.low_freq_factor:
+        return scaling.factor * wavelength
+    if wavelength < scaling.original_max_seq_len / scaling.high_freq_factor:
+        return wavelength
+    smooth = (scaling.original_max_seq_len / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor)
+    return wavelength / ((1 - smooth) / scaling.factor + smooth)
 
 
 def _rms_norm(weight, x, eps) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Hypothesis strategies: what the laws are tried on."""
 
+import dataclasses
+import math
 import zlib
 
 import torch
@@ -20,6 +22,24 @@ def configs(draw, vocab_size: int | None = None, max_layers: int = 3) -> lf.Conf
     return lf.Config(dim=k * g * h, n_layers=layers, n_heads=k * g, n_kv_heads=k, vocab_size=v, hidden_dim=f,
                      norm_eps=draw(st.sampled_from([1e-5, 1e-6])), rope_theta=draw(st.sampled_from([1e4, 5e5])),
                      max_seq_len=64)
+
+
+SCALINGS = [None, "linear", "llama3"]
+
+
+def scaled(config: lf.Config, kind: str | None) -> lf.Config:
+    """The config with RoPE scaling of a kind. "llama3" keeps the first frequency (16 turns or more), slows the second
+    a little (2.5 turns), and divides the others (0.4 turns or fewer).
+    """
+    if kind is None:
+        return config
+    numbers = (1.0, 4.0, round(5 * math.pi * config.rope_theta ** (2 / config.head_dim))) if kind == "llama3" else ()
+    return dataclasses.replace(config, max_seq_len=4096, rope_scaling=lf.RopeScaling(kind, 6.0, *numbers))
+
+
+def scaled_configs(**limits) -> st.SearchStrategy[lf.Config]:
+    """Configs without RoPE scaling, and of both kinds."""
+    return st.builds(scaled, configs(**limits), st.sampled_from(SCALINGS))
 
 
 def keys() -> st.SearchStrategy:

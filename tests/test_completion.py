@@ -130,6 +130,22 @@ def test_a_forked_row_goes_on_as_if_alone(model, key):
         assert (after.logits[i] - logits[-1]).abs().max() < 1e-4
 
 
+@given(st.integers(0, 20), st.integers(1, 30), st.integers(0, 9))
+def test_a_text_goes_on_from_the_cache_of_any_beginning(model, known, slots, more):
+    ids = model.tokenizer.encode("Long ago there was a brave little girl")
+    known = min(known, len(ids), slots)
+    cache = lf.init_cache(model.params.config, (1,), max_len=slots)
+    if known:
+        _, cache = lf.forward(model.params, torch.tensor([ids[:known]]), cache)
+    before = lf.tree.map(torch.clone, cache)
+    state = decode.resume(model.params, ids, cache, len(ids) + more)
+    logits, _ = lf.forward(model.params, torch.tensor(ids))
+    assert (state.logits[0] - logits[-1]).abs().max() < 1e-4 and int(state.cache.length) == len(ids)
+    assert state.tokens[0].tolist() == ids + [-1] * (max(slots, len(ids) + more) - len(ids))
+    assert state.cache.k[0].shape[-2] == state.cache.v[-1].shape[-2] == state.tokens.shape[-1]
+    assert all(torch.equal(*pair) for pair in zip(lf.tree.leaves(cache), lf.tree.leaves(before), strict=True))
+
+
 def test_a_repetition_penalty_sees_prompt_and_answer(model):
     tokens = model.tokenizer.encode("Once upon a time")
     completion, = lf.text_completion(model, ["Once upon a time"], key=lf.random.key(0), echo=True, max_new_tokens=20,

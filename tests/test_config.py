@@ -8,6 +8,7 @@ from strategies import configs, keys
 
 import llama_fn as lf
 from llama_fn import tree
+from llama_fn.config import RopeScaling
 
 GOOD = lf.Config(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=50, hidden_dim=70)
 INTEGERS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "max_seq_len")
@@ -57,12 +58,29 @@ def test_sizes_that_do_not_fit_each_other_are_an_error(fields, message):
         dataclasses.replace(GOOD, **fields)
 
 
+@pytest.mark.parametrize("scaling, message", [
+    (RopeScaling("dynamic", 2.0), r"rope_scaling of the kind 'dynamic' is not known, only 'linear' and 'llama3' are"),
+    (RopeScaling("linear", 0), "rope_scaling: factor must be a number above 0, got 0"),
+    (RopeScaling("linear", True), "rope_scaling: factor must be a number above 0, got True"),
+    (RopeScaling("linear", "2"), "rope_scaling: factor must be a number above 0, got '2'"),
+    (RopeScaling("llama3", math.nan), "rope_scaling: factor must be a number above 0, got nan"),
+    (RopeScaling("llama3", 8.0, -1.0), r"rope_scaling: low_freq_factor must be a number above 0, got -1\.0"),
+    (RopeScaling("llama3", 8.0, 1.0, math.inf), "rope_scaling: high_freq_factor must be a number above 0, got inf"),
+    (RopeScaling("llama3", 8.0, 1.0, 4.0, None), "original_max_seq_len must be a number above 0, got None"),
+    (RopeScaling("llama3", 8.0, 4.0, 4.0), r"high_freq_factor \(4\.0\) must be above low_freq_factor \(4\.0\)"),
+])
+def test_a_scaling_that_scales_nothing_is_an_error(scaling, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(GOOD, rope_scaling=scaling)
+
+
 @given(configs())
 def test_a_config_is_a_constant_in_a_tree(config):
     assert tree.leaves(config) == []
     assert tree.map(None, config) == config
     assert tree.structure(config) == tree.structure(dataclasses.replace(config))
     assert tree.structure(config) != tree.structure(dataclasses.replace(config, norm_eps=2e-5))
+    assert tree.structure(config) != tree.structure(dataclasses.replace(config, rope_scaling=RopeScaling("linear", 2)))
 
 
 def test_a_config_cannot_be_changed():

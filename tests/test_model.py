@@ -10,12 +10,13 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import configs, keys, models, random_params, token_rows
+from strategies import SCALINGS, configs, keys, models, random_params, scaled, token_rows
 
 import llama_fn as lf
 from llama_fn.model import attention, linear
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotate, rotation
+from llama_fn.model.rope import scaled as slowed
 
 B, T, S = 5, 7, 13  # rows, tokens, slots
 
@@ -36,12 +37,23 @@ def cache_for(params: lf.Params, batch: tuple[int, ...] = (), slots: int = S) ->
 # --- the whole model against an independent one
 
 
-@given(models(dtype=torch.float32), st.integers(0, 99))
-def test_logits_are_those_of_metas_formulas(params, seed):
+@given(models(dtype=torch.float32), st.sampled_from(SCALINGS), st.integers(0, 99))
+def test_logits_are_those_of_metas_formulas(params, scaling, seed):
+    params = params._replace(config=scaled(params.config, scaling))
     tokens = token_rows(params.config, 40, seed=seed)
     ours, _ = lf.forward(params, tokens)
     theirs = torch.from_numpy(reference.logits(params, tokens)).float()
     assert close(ours, theirs, 1e-4)  # float32 against float64: 1e-5 seen
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+def test_logits_at_long_positions_are_those_of_metas_formulas(theta, scaling):
+    config = scaled(lf.Config(60, 1, 6, 2, 77, 70, rope_theta=theta), scaling)
+    params, tokens = random_params(config, lf.random.key(6)), token_rows(config, 2100)
+    theirs = torch.from_numpy(reference.logits(params, tokens))
+    # Positions times frequencies are float32, Meta's too: angles of up to 2100 * 2^-24 = 1e-4 too much or too little.
+    assert close(lf.forward(params, tokens)[0], theirs, 1e-3)
 
 
 # --- the cache
@@ -253,6 +265,23 @@ def test_rope_keeps_norms_and_depends_on_differences_alone(config, key, shift):
     products = [torch.einsum("tnh,unh->ntu", a, b) for a, b in ((q0, k0), (q1, k1))]
     assert close(*products, 2e-2)  # float32 angles of up to 4000 radians are off by 4000 * 2^-24 = 2e-4 each
     assert not close(q0[1], q[1], 1e-3)
+
+
+@given(configs(), st.sampled_from([2.0, 8.0]), st.integers(0, 4000))
+def test_linear_scaling_counts_positions_slower(config, factor, position):
+    longer, plain = (rotation(torch.tensor([p]), config.head_dim, config.rope_theta, s) for p, s in (
+        (int(factor) * position, lf.RopeScaling("linear", factor)), (position, None)))
+    assert torch.equal(longer.cos, plain.cos) and torch.equal(longer.sin, plain.sin)
+
+
+@given(st.floats(1.5, 64), st.floats(0.5, 2), st.floats(2.5, 8), st.integers(32, 10**5))
+def test_llama3_scaling_keeps_what_turns_often_and_divides_what_turns_rarely(factor, low, high, context):
+    scaling = lf.RopeScaling("llama3", factor, low, high, context)
+    before = torch.logspace(0, -8, 99)
+    after, turns = slowed(before, scaling), before.double() * context / (2 * math.pi)
+    assert torch.equal(after[turns > high * 1.001], before[turns > high * 1.001])
+    assert torch.equal(after[turns < low * 0.999], (before / factor)[turns < low * 0.999])
+    assert (after.diff() < 0).all() and (after <= before).all() and (after >= before / factor).all()
 
 
 def test_rope_counts_positions_exactly_whatever_the_dtype():

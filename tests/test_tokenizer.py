@@ -165,3 +165,28 @@ def test_digits_are_tokens_by_themselves():
 def test_texts_that_cannot_fill_the_vocabulary_are_an_error(texts, size, reason):
     with pytest.raises(ValueError, match=reason + r" from these texts: \S+"):
         lf.train_tokenizer(texts, size)
+
+
+# LLaMA 2's own ids, from Meta's file by SentencePiece 0.2.3; the first is 1, the begin.
+TRICKY = {
+    "Hello, world!": [15043, 29892, 3186, 29991],
+    "  two  spaces ": [259, 1023, 29871, 8162, 29871],
+    "\n\n\ttab": [29871, 13, 13, 12, 3891],
+    "I've 12345 apples": [306, 29915, 345, 29871, 29896, 29906, 29941, 29946, 29945, 623, 793],
+    "naïve café": [1055, 30085, 345, 274, 28059],
+    "漢字とかな": [29871, 31652, 30578, 30364, 30412, 30371],
+    "\U0001f999 llama": [29871, 243, 162, 169, 156, 11148, 3304],
+    "<s>[INST] no </s>": [529, 29879, 24566, 25580, 29962, 694, 1533, 29879, 29958],
+    "ﬁ ﬂ ½": [29871, 31017, 29871, 242, 175, 133, 29871, 30226],
+    "f = lambda x: x**2": [285, 353, 14013, 921, 29901, 921, 1068, 29906],
+    "\u200bzero": [29871, 30166, 9171],
+    "": [],
+}
+
+
+@pytest.mark.skipif("llama2" not in TOKENIZERS, reason="Meta's license keeps LLaMA 2's tokenizer.model out of the "
+                    "repository: LLAMA2_TOKENIZER=/path/to/tokenizer.model runs this test")
+def test_tricky_strings_have_llama_2s_ids():
+    tokenizer = TOKENIZERS["llama2"]
+    assert {text: tokenizer.encode(text) for text in TRICKY} == {text: [1, *ids] for text, ids in TRICKY.items()}
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (32000, 1, 2)

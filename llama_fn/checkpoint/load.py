@@ -1,18 +1,24 @@
-"""A model in and out of a folder: its parameters and its tokenizer."""
+"""A model in and out of a folder: its parameters and its tokenizer, in any of the formats."""
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from llama_fn.checkpoint import meta
-from llama_fn.checkpoint.files import replacing
+from llama_fn.checkpoint import huggingface, llama2c, meta
+from llama_fn.checkpoint.files import inside, replacing_folder
+from llama_fn.checkpoint.weights import Report, Weights, params_of, weights_of
 from llama_fn.model.transformer import Params
 from llama_fn.tokenizer import Tokenizer, load_tokenizer
 
 EMBEDDED = {"stories": Path(__file__).parent.parent / "stories" / "model"}
 TOKENIZER = "tokenizer.model"
+Format = Literal["meta", "hf", "llama2c"]
+SETTINGS: dict[Format, str] = {"meta": meta.SETTINGS, "hf": huggingface.SETTINGS, "llama2c": llama2c.WEIGHTS}
 
 
 class Model(NamedTuple):
@@ -24,36 +30,91 @@ class Model(NamedTuple):
 
 def load(path_or_name: str | os.PathLike, *, dtype: torch.dtype | None = None,
          device: torch.device | str | None = None) -> Model:
-    """The embedded model "stories" (by this string), or the model of a folder in Meta's layout.
+    """The embedded model "stories" (by this string), or the model of a folder in Meta's or Hugging Face's layout, or
+    of llama2.c, told apart by their files.
 
-    `dtype` None keeps the weights as they are stored. The tokenizer lies with the weights or, as in Meta's download,
-    one folder above. Raises `FileNotFoundError` and `ValueError`, naming the file and what is wrong with it.
+    `dtype` None keeps the weights as they are stored; then those of one file of Meta's are not copied but mapped: they
+    are read from the disk when they are used. Otherwise they are cast one by one. The tokenizer lies with the weights
+    or, as in Meta's download, one folder above. Raises `FileNotFoundError` and `ValueError`, naming the file and
+    everything that is wrong with it.
     """
-    folder = Path(path_or_name)
+    format, place = find(path_or_name)
+    weights = open_weights(format, place, dtype).checked(place)
+    tokenizer = open_tokenizer(place, weights)
+    return Model(params_of(weights, device), tokenizer)
+
+
+def save(model: Model, path: str | os.PathLike, *, format: Format = "meta", shards: int | None = None,
+         dtype: torch.dtype | None = None) -> None:
+    """Write a model to a folder, so that `load` reads it back bit for bit (`dtype` None), or cast.
+
+    The formats are "meta", in any number of `shards`; "hf", which transformers reads; and "llama2c", in float32, which
+    llama2.c's run.c reads. Every file is written beside its place and moved there at the end: a model of the same
+    format there stays whole until then, and none of its files stays after. Raises `ValueError` for a folder with a
+    model of another format, and for what the format cannot hold.
+    """
+    write(weights_of(model.params, dtype), model.tokenizer, path, format, shards)
+
+
+def find(path_or_name: str | os.PathLike) -> tuple[Format, Path]:
+    """The format of a model, and where it lies: a folder, or llama2.c's file."""
+    path = Path(path_or_name)
+    there = [format for format, name in SETTINGS.items() if (path / name).is_file()]
     if isinstance(path_or_name, str) and path_or_name in EMBEDDED:
-        if (folder / meta.SETTINGS).is_file():
+        if there:
             raise ValueError(f"{path_or_name} is an embedded model and a folder here; "
                              f"for the folder say ./{path_or_name}")
-        folder = EMBEDDED[path_or_name]
-    if not (folder / meta.SETTINGS).is_file():
+        return "meta", EMBEDDED[path_or_name]
+    if path.is_file() and path.suffix == ".bin":
+        return "llama2c", path
+    if not there:
         raise FileNotFoundError(f"{path_or_name}: no model there: expected the name of an embedded model "
-                                f"({', '.join(EMBEDDED)}), or a folder with {meta.SETTINGS} and {meta.WEIGHTS}")
-    file = next((f for f in (folder / TOKENIZER, folder.parent / TOKENIZER) if f.is_file()), folder / TOKENIZER)
+                                f"({', '.join(EMBEDDED)}), or a folder with {meta.SETTINGS} (Meta's), "
+                                f"{huggingface.SETTINGS} (Hugging Face's) or {llama2c.WEIGHTS} (llama2.c's)")
+    if len(there) > 1:
+        raise ValueError(f"{path}: models in the formats {' and '.join(there)} lie there together, by "
+                         f"{' and '.join(SETTINGS[format] for format in there)}; put each in a folder of its own")
+    return there[0], path / llama2c.WEIGHTS if there[0] == "llama2c" else path
+
+
+def open_weights(format: Format, place: Path, dtype: torch.dtype | None = None) -> Weights:
+    """The weights of the place that `find` found, before a number is read."""
+    opener = {"meta": meta.open_meta, "hf": huggingface.open_hf, "llama2c": llama2c.open_llama2c}[format]
+    return opener(place, dtype)
+
+
+def open_tokenizer(place: Path, weights: Weights) -> Tokenizer:
+    """The tokenizer of a model. Raises `ValueError` if its vocabulary is not that of the weights."""
+    folder = place if place.is_dir() else place.parent
+    above = folder.resolve().parent
+    in_folder = (folder / TOKENIZER).exists() or not (above / TOKENIZER).exists()
+    file = inside(folder, TOKENIZER, above) if in_folder else inside(above, TOKENIZER)
     tokenizer = load_tokenizer(file)
-    params = meta.load_meta(folder, dtype, device)
-    if tokenizer.vocab_size != params.config.vocab_size:
+    if tokenizer.vocab_size != weights.config.vocab_size:
         raise ValueError(f"{file}: a vocabulary of {tokenizer.vocab_size} tokens does not fit weights for "
-                         f"{params.config.vocab_size} in {folder}; use the tokenizer that came with them")
-    return Model(params, tokenizer)
+                         f"{weights.config.vocab_size} in {place}; use the tokenizer that came with them")
+    return tokenizer
 
 
-def save(model: Model, path: str | os.PathLike, *, format: Literal["meta"] = "meta") -> None:
-    """Write a model to a folder, in Meta's layout, so that `load` reads it back bit for bit.
+def write(weights: Weights, tokenizer: Tokenizer, path: str | os.PathLike, format: Format, shards: int | None = None,
+          report: Report = lambda _: None) -> None:
+    """Write weights, a leaf at a time, and their tokenizer. `report` is told of bytes as they are written."""
+    writers = {"meta": (meta.write_meta, meta.FILES), "hf": (huggingface.write_hf, huggingface.FILES),
+               "llama2c": (llama2c.write_llama2c, llama2c.FILES)}
+    if format not in writers:
+        raise ValueError(f"unknown format {format!r}, only {', '.join(map(repr, writers))} are known")
+    if others := [name for other, name in SETTINGS.items() if other != format and (Path(path) / name).exists()]:
+        raise ValueError(f"{path}: a model in another format lies there ({others[0]}); choose a folder of its own")
+    writer, files = writers[format]
+    weights = weights._replace(read=functools.partial(_on_cpu, weights.read))
+    with replacing_folder(path, files) as beside:
+        (beside / TOKENIZER).write_bytes(tokenizer.model)
+        writer(weights, beside, shards, report)
+        if format == "hf":
+            huggingface.write_tokenizer_config(tokenizer, weights.config, beside / huggingface.VOCABULARY)
+        if format == "llama2c":
+            llama2c.write_vocabulary(tokenizer, beside / llama2c.VOCABULARY)
 
-    Every file is written beside its place; all are renamed at the end, so that a model there stays until then.
-    """
-    if format != "meta":
-        raise ValueError(f"save: unknown format {format!r}, only 'meta' is known")
-    with replacing(Path(path) / TOKENIZER) as beside:
-        beside.write_bytes(model.tokenizer.model)
-        meta.save_meta(model.params, path)
+
+def _on_cpu(read: Callable[[str], Tensor], path: str) -> Tensor:
+    return read(path).cpu()

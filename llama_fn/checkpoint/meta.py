@@ -1,12 +1,13 @@
-"""Meta's own layout: `params.json` and `consolidated.00.pth`.
+"""Meta's own layout: `params.json` and `consolidated.00.pth`, one file or a shard for each of several devices.
 
 Its matrices are ours without the heads' axes; its RoPE pairs are interleaved, as ours are, so nothing is permuted.
+Shards are slices: of the rows of most matrices, of the columns of three, and whole copies of the norms.
 """
 
 import dataclasses
-import json
+import functools
 import math
-import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +15,85 @@ import torch
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.checkpoint.files import read_json, read_tensors, replacing
-from llama_fn.config import Config
-from llama_fn.model.init import Weight, abstract_params
-from llama_fn.model.transformer import Params
+from llama_fn.checkpoint.files import inside, read_json, read_tensors, write_json
+from llama_fn.checkpoint.weights import Report, Weights, flat_shape, layer_of, misfits, stored, usual_dtype
+from llama_fn.config import Config, RopeScaling
+from llama_fn.model.init import abstract_params
 
-HEADS = ("k", "g", "h")
 FEED_FORWARD = {"w_gate": "w1", "w_down": "w2", "w_up": "w3"}
-WEIGHTS = "consolidated.00.pth"
+COLUMNS = ("embedding", "wo", "w_down")  # split along axis 1, as by fairscale's layers
 SETTINGS = "params.json"
+FILES = (SETTINGS, "consolidated.[0-9][0-9].pth")
+KNOWN = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
+         "rope_theta", "max_seq_len", "max_batch_size", "use_scaled_rope"}
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)  # what `use_scaled_rope` means in Meta's llama-models
 
 
-def load_meta(folder: str | os.PathLike, dtype: torch.dtype | None = None,
-              device: torch.device | str | None = None) -> Params:
-    """The parameters of a folder in Meta's layout, in `dtype`, or if None in that of the file, without a copy.
+def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
+    """The weights of a folder in Meta's layout, mapped into memory: of one file, nothing is copied.
 
-    Raises `FileNotFoundError` for a missing file and `ValueError` for damaged ones, for settings that make no model,
-    and for weights that are missing, unknown or of another shape than the settings say: all of them, in one error.
+    Raises `FileNotFoundError` for a missing file, `ValueError` for damaged ones and for settings that make no model.
     """
-    folder = Path(folder)
-    settings = read_json(folder / SETTINGS)
-    if len(shards := sorted(folder.glob("consolidated.*.pth"))) > 1:
-        raise ValueError(f"{folder}: weights in {len(shards)} shards cannot be loaded yet, only {WEIGHTS} alone")
-    state = {name: x for name, x in read_tensors(folder / WEIGHTS).items() if name != "rope.freqs"}
-    config = read_config(settings, state, str(folder / SETTINGS))
-    if config.n_layers > len(state):
-        raise ValueError(f"{folder / SETTINGS}: n_layers is {config.n_layers}, but {WEIGHTS} has {len(state)} weights")
-    abstract = abstract_params(config)
-    _check_state(state, {meta_name(path): weight for path, weight in tree.paths(abstract).items()}, folder / WEIGHTS)
-    return tree.map_with_path(
-        lambda path, weight: state[meta_name(path)].reshape(weight.shape).to(device, dtype).detach(), abstract)
+    settings = read_json(inside(folder, SETTINGS))
+    files = _shards(folder)
+    states = [read_tensors(file) for file in files]
+    config = read_config(settings, states[0], str(folder / SETTINGS))
+    if config.n_layers > len(states[0]):
+        raise ValueError(f"{folder / SETTINGS}: n_layers is {config.n_layers}, but {files[0].name} has "
+                         f"{len(states[0])} weights")
+    abstract = tree.paths(abstract_params(config))
+    found = [[stored(file.name, name, x) for name, x in state.items() if name != "rope.freqs"]
+             for file, state in zip(files, states, strict=True)]
+    entries = [entry for shard in found for entry in shard]
+    kept = usual_dtype(entries)
+    wanted = {meta_name(path): _slice(flat_shape(weight), path, len(files)) for path, weight in abstract.items()}
+    problems = _shard_problems(config, found) or [
+        line for file, shard in zip(files, found, strict=True)
+        for line in misfits(wanted, shard, kept if dtype is None else None, f" in {file.name}")]
+    for name in [] if problems else [meta_name(path) for path in abstract if _axis(path) is None]:
+        problems += [f"{name}: differs between {files[0].name} and {file.name}"
+                     for file, state in zip(files, states, strict=True)
+                     if not torch.equal(state[name], states[0][name])]
+    copied = len(files) > 1 or dtype not in (None, kept)
+
+    @functools.lru_cache(maxsize=1)
+    def mapped(layer: str | None) -> list[dict[str, Tensor]]:
+        return states if layer is None else [read_tensors(file) for file in files]
+
+    def read(path: str) -> Tensor:
+        # What is copied is mapped anew for every layer, so that the pages of those before leave the memory.
+        pieces = [state[meta_name(path)].detach() for state in mapped(layer_of(path) if copied else None)]
+        if len(pieces) == 1 or _axis(path) is None:
+            return pieces[0].reshape(abstract[path].shape).to(dtype or kept, copy=copied)  # a view would keep its layer
+        whole = torch.empty(flat_shape(abstract[path]), dtype=dtype or kept)
+        for place, piece in zip(whole.chunk(len(pieces), _axis(path)), pieces, strict=True):
+            place.copy_(piece)
+        return whole.reshape(abstract[path].shape)
+
+    unknown = sorted(set(settings) - KNOWN)
+    notes = [f"{folder / SETTINGS}: unknown settings, left out of account: {', '.join(unknown)}"] if unknown else []
+    return Weights(config, read, dtype or kept, entries, problems, notes)
 
 
-def save_meta(params: Params, folder: str | os.PathLike) -> None:
-    """Write the parameters as Meta does: both files, or if anything fails neither."""
-    folder = Path(folder)
-    flat = tree.map(lambda weight, x: x.reshape(flat_shape(weight)).contiguous().cpu(),
-                    abstract_params(params.config), params)
-    state = {meta_name(path): x for path, x in tree.paths(flat).items()}
-    with replacing(folder / SETTINGS) as settings, replacing(folder / WEIGHTS) as weights:
-        torch.save(state, weights)
-        settings.write_text(json.dumps(write_config(params.config), indent=2) + "\n")
+def write_meta(weights: Weights, folder: Path, shards: int | None, report: Report) -> None:
+    """Write `params.json` and the weights in as many shards as wanted, each held in memory while it is written.
+
+    Raises `ValueError` for what the layout has no word for, and for sizes that cannot be split so.
+    """
+    settings, count = write_config(weights.config), 1 if shards is None else shards
+    if wrong := _indivisible(weights.config, count):
+        raise ValueError(f"{count} shards cannot be made: {wrong}")
+    abstract = tree.paths(abstract_params(weights.config))
+    for i in range(count):
+        state = {}
+        for path, weight in abstract.items():
+            x = weights.read(path).reshape(flat_shape(weight))
+            piece = x if _axis(path) is None else x.chunk(count, _axis(path))[i]
+            whole = piece.is_contiguous() and piece.untyped_storage().nbytes() == piece.nbytes
+            state[meta_name(path)] = piece if whole else piece.clone(memory_format=torch.contiguous_format)
+        with (folder / f"consolidated.{i:02d}.pth").open("wb") as file:
+            torch.save(state, _Counted(file, report))
+    write_json(folder / SETTINGS, settings)
 
 
 def meta_name(path: str) -> str:
@@ -82,7 +121,8 @@ def read_config(settings: dict[str, Any], state: dict[str, Tensor], where: str) 
             hidden_dim=_hidden_dim(settings["dim"], settings.get("multiple_of", 256),
                                    settings.get("ffn_dim_multiplier")),
             norm_eps=settings.get("norm_eps", 1e-5), rope_theta=settings.get("rope_theta", 10000.0),
-            max_seq_len=settings.get("max_seq_len", 4096))
+            max_seq_len=settings.get("max_seq_len", 4096),
+            rope_scaling=LLAMA3 if settings.get("use_scaled_rope") else None)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -94,6 +134,11 @@ def write_config(config: Config) -> dict[str, Any]:
     settings["multiple_of"] = settings.pop("hidden_dim")
     if usual > config.hidden_dim:  # so that rounding down gives hidden_dim itself
         settings["ffn_dim_multiplier"] = (config.hidden_dim + 0.5) / usual
+    del settings["rope_scaling"]
+    if config.rope_scaling == LLAMA3:
+        settings["use_scaled_rope"] = True
+    elif config.rope_scaling is not None:
+        raise ValueError(f"{SETTINGS} has no word for {config.rope_scaling}; write the model in the format hf")
     return settings
 
 
@@ -110,25 +155,52 @@ def _hidden_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
     return multiple_of * -(-hidden // multiple_of)
 
 
-def flat_shape(weight: Weight) -> tuple[int, ...]:
-    """The shape without the heads' axes: "k g h d" becomes (kgh, d) and "d k g h" becomes (d, kgh)."""
-    sizes, last = [], ""
-    for axis, size in zip(weight.axes.split(), weight.shape, strict=True):
-        if axis in HEADS and last in HEADS:
-            sizes[-1] *= size
-        else:
-            sizes.append(size)
-        last = axis
-    return tuple(sizes)
+def _shards(folder: Path) -> list[Path]:
+    """`consolidated.00.pth`, `consolidated.01.pth`, ..., all there."""
+    count = sum(re.fullmatch(r"consolidated\.[0-9]{2,}\.pth", file.name) is not None for file in folder.iterdir())
+    return [inside(folder, f"consolidated.{i:02d}.pth") for i in range(max(1, count))]
 
 
-def _check_state(state: dict[str, Tensor], wanted: dict[str, Weight], file: Path) -> None:
-    wrong = [f"missing: {name}" for name in wanted if name not in state]
-    wrong += [f"unknown: {name}" for name in state if name not in wanted]
-    for name, weight in wanted.items():
-        x = state.get(name)
-        if x is not None and not (isinstance(x, Tensor) and x.is_floating_point() and x.shape == flat_shape(weight)):
-            given = f"{x.dtype}{list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            wrong.append(f"{name}: should be {list(flat_shape(weight))}, is {given}")
-    if wrong:
-        raise ValueError(f"{file}: {len(wrong)} weights do not fit the settings:\n  " + "\n  ".join(wrong))
+def _axis(path: str) -> int | None:
+    """The axis along which a weight is split into shards; None for a norm, which every shard has whole."""
+    last = path.split(".")[-1]
+    return None if last.endswith("norm") else int(last in COLUMNS)
+
+
+def _slice(shape: tuple[int, ...], path: str, count: int) -> tuple[int, ...]:
+    return tuple(size // count if axis == _axis(path) else size for axis, size in enumerate(shape))
+
+
+def _indivisible(config: Config, count: int) -> str:
+    sizes = {"dim": config.dim, "n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads,
+             "hidden_dim": config.hidden_dim, "vocab_size": config.vocab_size}
+    if count < 1:
+        return f"their number must be at least 1, got {count}"
+    return ", ".join(f"{name} is {size}" for name, size in sizes.items() if size % count)
+
+
+def _shard_problems(config: Config, found: list[list]) -> list[str]:
+    """What is wrong with the number of shards."""
+    widths = {entry.shape[1] for entries in found for entry in entries
+              if entry.name == "tok_embeddings.weight" and len(entry.shape) == 2}
+    width = widths.pop() if len(widths) == 1 else 0
+    if width and config.dim % width == 0 and (count := config.dim // width) != len(found):
+        return [f"there are {len(found)} of {count} shards, by the width of tok_embeddings.weight ({width} of "
+                f"{config.dim}); consolidated.00.pth to consolidated.{count - 1:02d}.pth belong together"]
+    if wrong := _indivisible(config, len(found)):
+        return [f"{len(found)} shards cannot make a model where {wrong}"]
+    return []
+
+
+class _Counted:
+    """A file that reports the bytes written to it."""
+
+    def __init__(self, file: Any, report: Report) -> None:
+        self.file, self.report = file, report
+
+    def write(self, data: Any) -> int:
+        self.report(len(data))
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.checkpoint.files import read_tensors, replacing
+from llama_fn.checkpoint.weights import spelled, stored
 
 T = TypeVar("T")
 
@@ -37,15 +38,16 @@ def load_snapshot(like: T, path: str | os.PathLike) -> T:
     wrong += [f"{name}: should be {_kind(wanted[name])}, is {_kind(x)}" for name, x in leaves.items()
               if name in wanted and _kind(x) != _kind(wanted[name])]
     wrong += [f"{name}: damaged, its checksum differs" for name, x in leaves.items()
-              if checksums.get(name) != _checksum(x)]
+              if name in wanted and _kind(x) == _kind(wanted[name]) and checksums.get(name) != _checksum(x)]
     if wrong:
         raise ValueError(f"{path}: {len(wrong)} leaves do not fit this run:\n  " + "\n  ".join(wrong))
     return tree.map_with_path(lambda name, x: leaves[name].clone().to(x.device), like)
 
 
 def _kind(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+    entry = stored("", "", x)
+    return f"{spelled(entry.kind)}{list(entry.shape)}" if isinstance(entry.kind, torch.dtype) else entry.kind
 
 
 def _checksum(x: Tensor) -> int:
-    return zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy()) if isinstance(x, Tensor) else -1
+    return zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy())

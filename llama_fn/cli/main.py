@@ -2,23 +2,31 @@
 
 import os
 import sys
+import warnings
 
 import tyro
 
 from llama_fn.cli.bench import bench
+from llama_fn.cli.chat import chat
+from llama_fn.cli.convert import convert
 from llama_fn.cli.evaluate import evaluate
 from llama_fn.cli.generate import generate
+from llama_fn.cli.inspect import inspect
+from llama_fn.cli.perplexity import choose, perplexity
 from llama_fn.cli.tokenizer import tokenizer
 from llama_fn.cli.train import train
 
-COMMANDS = {"generate": generate, "train": train, "tokenizer": tokenizer, "evaluate": evaluate, "bench": bench}
+COMMANDS = {"generate": generate, "chat": chat, "perplexity": perplexity, "choose": choose, "inspect": inspect,
+            "convert": convert, "train": train, "tokenizer": tokenizer, "evaluate": evaluate, "bench": bench}
 
 
 def main() -> None:
     """Run one subcommand. Bad input is one line on standard error and status 2; Ctrl-C is status 130."""
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="llama-fn", description="LLaMA 2 as pure functions.",
-                                             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"llama-fn: {message}", file=sys.stderr)
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="llama-fn", description="LLaMA 2 as pure functions.",
+                                                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
     except BrokenPipeError:  # the reader of a pipe has gone; nothing more is to be said
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:

@@ -1,6 +1,6 @@
 """Completing text: Meta's `text_completion`, and the same a piece at a time."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,42 +43,41 @@ def text_completion(model: Model, prompts: Sequence[str], *, key: Int[Tensor, "2
     _check_stop(stop)
     if not prompts:
         return []
-    encoded, limits = zip(*(_encode(model, prompt, max_new_tokens) for prompt in prompts), strict=True)
-    keys = _keys(key, len(prompts)).to(model.params.embedding.device)
-    sample = sampler or make_sampler()
-    max_len = max(len(tokens) + limit for tokens, limit in zip(encoded, limits, strict=True))
-    state, prompt_logits = decode.prefill(model.params, encoded, max_len)
+    encoded = [model.tokenizer.encode(prompt) for prompt in prompts]
 
-    written: list[list[int]] = [[] for _ in prompts]
-    nats: list[list[float]] = [_prompt_logprobs(x, ids) if echo else []
-                               for x, ids in zip(prompt_logits, encoded, strict=True)] if logprobs else []
-    going = [row for row, limit in enumerate(limits) if limit > 0]
-    state, keys = decode.select(state, going), keys[going]
-    while going:
-        token = decode.draw(state, keys, sample)
-        if logprobs:
-            chosen = state.logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0].tolist()
-        stay = []
-        for at, (row, id) in enumerate(zip(going, token.tolist(), strict=True)):
-            if id == model.tokenizer.eos_id:
-                continue
-            written[row].append(id)
-            if logprobs:
-                nats[row].append(chosen[at])
-            if len(written[row]) < limits[row] and not (stop and _stopped(model, prompts[row], written[row], stop)):
-                stay.append(at)
-        if len(stay) < len(going):
-            going, state = [going[at] for at in stay], decode.select(state, stay)
-            keys, token = keys[stay], token[stay]
-        if going:
-            state = decode.advance(model.params, state, token)
+    def stopped(row: int, written: list[int]) -> bool:
+        return bool(stop) and any(s in model.tokenizer.decode(written, _continues(prompts[row])) for s in stop)
 
+    written, nats, prompt_logits = complete(model, encoded, key, max_new_tokens, sampler, logprobs, stopped)
     completions = []
-    for row, prompt in enumerate(prompts):
+    for row, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         text = "".join(until(model.tokenizer.decode_stream(written[row], _continues(prompt)), stop))
-        completions.append(Completion(prompt + text if echo else text, encoded[row] * echo + written[row],
-                                      nats[row] if logprobs else None))
+        if echo:
+            text, written[row] = prompt + text, ids + written[row]
+            nats[row] = prompt_logprobs(prompt_logits[row], ids) + nats[row] if logprobs else []
+        completions.append(Completion(text, written[row], nats[row] if logprobs else None))
     return completions
+
+
+def complete(model: Model, encoded: Sequence[list[int]], key: Tensor, max_new_tokens: int | None,
+             sampler: Sampler | None, logprobs: bool,
+             stopped: Callable[[int, list[int]], bool] = lambda row, written: False,
+             ) -> tuple[list[list[int]], list[list[float]], Tensor]:
+    """What follows each row of tokens: its tokens, their log-probabilities if wanted, and the logits after the rows'
+    own tokens.
+    """
+    limits = [room(model, len(ids), max_new_tokens) for ids in encoded]
+    keys = _keys(key, len(encoded), model)
+    longest = max(len(ids) + limit for ids, limit in zip(encoded, limits, strict=True))
+    state, prompt_logits = decode.prefill(model.params, encoded, longest)
+    written: list[list[int]] = [[] for _ in encoded]
+    nats: list[list[float]] = [[] for _ in encoded]
+    for step in decode.steps(model.params, state, keys, sampler or make_sampler(), model.tokenizer.eos_id, limits,
+                             stopped):
+        written[step.row].append(step.token)
+        if logprobs:
+            nats[step.row].append(float(step.logits.float().log_softmax(-1)[step.token]))
+    return written, nats, prompt_logits
 
 
 @typed
@@ -89,23 +88,16 @@ def stream(model: Model, prompt: str, *, key: Int[Tensor, "2"], max_new_tokens: 
     Raises `ValueError` as `text_completion` does, at once and not with the first piece.
     """
     _check_stop(stop)
-    tokens, limit = _encode(model, prompt, max_new_tokens)
-    ids = _stream_ids(model, tokens, limit, key, sampler or make_sampler())
-    return until(model.tokenizer.decode_stream(ids, _continues(prompt)), stop)
+    tokens = model.tokenizer.encode(prompt)
+    limit = room(model, len(tokens), max_new_tokens)
 
+    def ids() -> Iterator[int]:
+        state = decode.resume(model.params, tokens, None, len(tokens) + limit)
+        for step in decode.steps(model.params, state, _keys(key, 1, model), sampler or make_sampler(),
+                                 model.tokenizer.eos_id, [limit]):
+            yield step.token
 
-def _stream_ids(model: Model, tokens: list[int], limit: int, key: Tensor, sample: Sampler) -> Iterator[int]:
-    if limit == 0:
-        return
-    state, _ = decode.prefill(model.params, [tokens], len(tokens) + limit)
-    keys = key[None].to(model.params.embedding.device)
-    for count in range(1, limit + 1):
-        token = decode.draw(state, keys, sample)
-        if int(token) == model.tokenizer.eos_id:
-            return
-        yield int(token)
-        if count < limit:
-            state = decode.advance(model.params, state, token)
+    return until(model.tokenizer.decode_stream(ids(), _continues(prompt)), stop)
 
 
 def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
@@ -129,11 +121,6 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _stopped(model: Model, prompt: str, written: list[int], stop: Sequence[str]) -> bool:
-    text = model.tokenizer.decode(written, _continues(prompt))
-    return any(s in text for s in stop)
-
-
 def _check_stop(stop: Sequence[str]) -> None:
     if isinstance(stop, str):
         raise ValueError("stop is one string; put it in a list, or each of its characters would stop the text")
@@ -145,27 +132,24 @@ def _continues(prompt: str) -> bool:
     return prompt != ""
 
 
-def _encode(model: Model, prompt: str, max_new_tokens: int | None) -> tuple[list[int], int]:
-    """The prompt's tokens, and how many may follow."""
+def room(model: Model, count: int, max_new_tokens: int | None) -> int:
+    """How many tokens may follow `count` tokens. Raises `ValueError` for so many that none may."""
     if max_new_tokens is not None and max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    tokens, context = model.tokenizer.encode(prompt), model.params.config.max_seq_len
-    if len(tokens) >= context:
-        raise ValueError(f"the prompt has {len(tokens)} tokens, and the model's context is {context}, with room for an "
+    context = model.params.config.max_seq_len
+    if count >= context:
+        raise ValueError(f"the prompt has {count} tokens, and the model's context is {context}, with room for an "
                          f"answer; shorten the prompt to {context - 1} tokens or fewer")
-    room = context - len(tokens)
-    return tokens, room if max_new_tokens is None else min(room, max_new_tokens)
+    return context - count if max_new_tokens is None else min(context - count, max_new_tokens)
 
 
-def _keys(key: Tensor, rows: int) -> Tensor:
-    if key.ndim == 1:
-        return key.expand(rows, 2)
-    if len(key) != rows:
-        raise ValueError(f"text_completion: {len(key)} keys for {rows} prompts; give one for all, or one for each")
-    return key
+def _keys(key: Tensor, rows: int, model: Model) -> Tensor:
+    if key.ndim == 2 and len(key) != rows:
+        raise ValueError(f"{len(key)} keys for {rows} prompts; give one for all, or one for each")
+    return key.expand(rows, 2).to(model.params.embedding.device)
 
 
-def _prompt_logprobs(logits: Tensor, tokens: list[int]) -> list[float]:
+def prompt_logprobs(logits: Tensor, tokens: list[int]) -> list[float]:
     """Of each token of a prompt, after those before it; 0 for the first, which nothing precedes."""
     nats = logits[:len(tokens) - 1].float().log_softmax(-1)
     return [0.0, *nats.gather(-1, torch.tensor(tokens[1:], device=logits.device)[:, None])[:, 0].tolist()]

@@ -1,6 +1,6 @@
 """Decoding: prompts of any lengths go in at once, then a token a row comes out of every step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +50,23 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]],
     return State(cache._replace(length=length), last, tokens), logits
 
 
+def resume(params: Params, tokens: Sequence[int], cache: Cache | None, max_len: int) -> State:
+    """The state of one row after `tokens`, of which the cache holds the first `length` already; the rest goes through
+    the model, and at least the last. The cache grows to `max_len` slots if it has fewer (so its axis s has two sizes
+    here, and this function is not `typed`).
+    """
+    device, dtype = params.embedding.device, params.embedding.dtype
+    if cache is None:
+        cache = init_cache(params.config, (1,), max_len=max_len, dtype=dtype, device=device)
+    known = min(int(cache.length), len(tokens) - 1)
+    slots = max(max_len, cache.k[0].shape[-2])
+    cache = tree.map(lambda x: x if x.ndim == 1 else torch.nn.functional.pad(x, (0, 0, 0, slots - x.shape[-2])),
+                     cache._replace(length=torch.full_like(cache.length, known)))
+    row = torch.tensor([list(tokens)], device=device)
+    logits, cache = forward(params, row[:, known:], cache)
+    return State(cache, logits[:, -1], torch.nn.functional.pad(row, (0, slots - len(tokens)), value=-1))
+
+
 @typed
 def draw(state: State, keys: Int[Tensor, "b 2"], sample: Sampler) -> Int[Tensor, "b"]:
     """The next token of every row. At position i it is drawn with the row's key folded in with i: the draw depends on
@@ -70,6 +87,41 @@ def advance(params: Params, state: State, token: Int[Tensor, "b"]) -> State:
     tokens = state.tokens.index_put((row, state.cache.length), token)
     logits, cache = forward(params, token[:, None], state.cache)
     return State(cache, logits[:, 0], tokens)
+
+
+class Step(NamedTuple):
+    """A token that was drawn, its row, the logits it was drawn from, and the state, which it is not yet part of."""
+
+    row: int
+    token: int
+    logits: Float[Tensor, "v"]
+    state: State
+
+
+def steps(params: Params, state: State, keys: Int[Tensor, "b 2"], sample: Sampler, end: int, limits: Sequence[int],
+          stopped: Callable[[int, list[int]], bool] = lambda row, tokens: False) -> Iterator[Step]:
+    """All tokens of all rows, as they are drawn; a token goes through the model when the one after it is asked for.
+
+    A row ends before the token `end`, after as many tokens as its limit says, or as soon as it is `stopped(row,
+    tokens)`; it then leaves the batch.
+    """
+    written: list[list[int]] = [[] for _ in limits]
+    going, stay = list(range(len(limits))), [row for row, limit in enumerate(limits) if limit > 0]
+    token = None
+    while stay:
+        if len(stay) < len(going):
+            going, keys = [going[place] for place in stay], keys[stay]
+            state, token = select(state, stay), None if token is None else token[stay]
+        if token is not None:
+            state = advance(params, state, token)
+        token, stay = draw(state, keys, sample), []
+        for place, (row, id) in enumerate(zip(going, token.tolist(), strict=True)):
+            if id == end:
+                continue
+            written[row].append(id)
+            yield Step(row, id, state.logits[place], state)
+            if len(written[row]) < limits[row] and not stopped(row, written[row]):
+                stay.append(place)
 
 
 def select(state: State, rows: list[int]) -> State:

@@ -4,6 +4,7 @@ Pair i of a head at position m is turned by the angle m * theta^(-2i/h). A dot p
 depends on the difference of their positions alone.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llama_fn.config import RopeScaling
 from llama_fn.shapes import typed
 
 
@@ -22,11 +24,25 @@ class Rotation(NamedTuple):
 
 
 @typed
-def rotation(positions: Int[Tensor, "*b t"], head_dim: int, theta: float) -> Rotation:
+def rotation(positions: Int[Tensor, "*b t"], head_dim: int, theta: float,
+             scaling: RopeScaling | None = None) -> Rotation:
     """Built from integers, in float32, whatever the model's dtype: a bfloat16 position of 257 would be 256."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions[..., None].float() * (1.0 / theta**exponents)
+    angles = positions[..., None].float() * scaled(1.0 / theta**exponents, scaling)
     return Rotation(angles.cos(), angles.sin())
+
+
+@typed
+def scaled(frequencies: Float[Tensor, "p"], scaling: RopeScaling | None) -> Float[Tensor, "p"]:
+    """The frequencies (in radians a token) for a longer context, by the two rules of `RopeScaling`."""
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    # In the order of Meta's `apply_scaling`: a last bit more or less turns a pair by 1e-4 in 2000 tokens.
+    turns = scaling.original_max_seq_len / (2 * math.pi / frequencies)
+    kept = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
 @typed

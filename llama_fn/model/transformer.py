@@ -43,7 +43,7 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"],
     if cache is not None:
         check_room(cache, count)
         positions = cache.length[..., None] + positions
-    angles = rotation(positions.expand(tokens.shape), config.head_dim, config.rope_theta)
+    angles = rotation(positions.expand(tokens.shape), config.head_dim, config.rope_theta, config.rope_scaling)
 
     x = params.embedding[tokens.long()]
     layers = []

@@ -1,0 +1,73 @@
+"""The `config.json` of Hugging Face's LLaMA, in and out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from llama_fn.checkpoint.weights import spelled
+from llama_fn.config import Config, RopeScaling
+
+
+def read_config(settings: Mapping[str, Any], where: str) -> tuple[Config, bool]:
+    """The config of a `config.json`, and whether embedding and output are tied. What we cannot honor is refused."""
+    if missing := [name for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                                     "vocab_size") if name not in settings]:
+        raise ValueError(f"{where}: {', '.join(missing)} missing")
+    kind = settings.get("model_type", "llama")
+    heads = settings["num_attention_heads"]
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}  # in transformers' order
+    for name, only in (("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False),
+                       ("quantization_config", None), ("partial_rotary_factor", 1.0)):
+        for place in (settings, rope if isinstance(rope, Mapping) else {}):
+            if (value := place.get(name, only)) not in (only, None):
+                raise ValueError(f"{where}: {name} is {value!r}, only {only!r} can be loaded (model_type {kind})")
+    kv_heads = settings.get("num_key_value_heads")
+    try:
+        scaling = _scaling(rope)
+        config = Config(
+            dim=settings["hidden_size"], n_layers=settings["num_hidden_layers"], n_heads=heads,
+            n_kv_heads=heads if kv_heads is None else kv_heads, vocab_size=settings["vocab_size"],
+            hidden_dim=settings["intermediate_size"], norm_eps=settings.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta", settings.get("rope_theta", 10000.0)),
+            max_seq_len=settings.get("max_position_embeddings", 2048), rope_scaling=scaling)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if settings.get("head_dim") not in (None, config.head_dim):
+        raise ValueError(f"{where}: head_dim is {settings['head_dim']}, only hidden_size / num_attention_heads = "
+                         f"{config.head_dim} can be loaded")
+    return config, bool(settings.get("tie_word_embeddings", False))
+
+
+def write_config(config: Config, tied: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """The `config.json` for transformers' `LlamaForCausalLM`."""
+    scaling = None
+    if config.rope_scaling is not None:
+        kind, factor, low, high, original = config.rope_scaling
+        scaling = {"rope_type": kind, "factor": factor}
+        if kind == "llama3":
+            scaling |= {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": config.dim, "intermediate_size": config.hidden_dim, "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size, "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "rope_scaling": scaling,
+        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": tied,
+        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": spelled(dtype),
+    }
+
+
+def _scaling(rope: Any) -> RopeScaling | None:
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_scaling must be an object, got {rope!r}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise ValueError(f"rope_scaling of the kind {kind!r} is not known, only 'linear' and 'llama3' are")
+    wanted = ["factor"] if kind == "linear" else ["factor", "low_freq_factor", "high_freq_factor",
+                                                  "original_max_position_embeddings"]
+    if missing := [name for name in wanted if name not in rope]:
+        raise ValueError(f"rope_scaling of the kind {kind!r}: {', '.join(missing)} missing")
+    return RopeScaling(kind, *(rope[name] for name in wanted))

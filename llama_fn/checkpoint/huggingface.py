@@ -1,0 +1,221 @@
+"""Hugging Face's layout: `config.json` and `model.safetensors`, or several such files and an index of them.
+
+Its RoPE turns the pairs (i, i + h/2) of a head where ours, as Meta's, turns (2i, 2i + 1): the rows of `wq` and `wk` are
+permuted on the way in and out (as by transformers' `convert_llama_weights_to_hf.py`).
+"""
+
+import functools
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llama_fn import tree
+from llama_fn.checkpoint.files import inside, read_json, write_json
+from llama_fn.checkpoint.hf_config import read_config, write_config
+from llama_fn.checkpoint.weights import (
+    Report,
+    Stored,
+    Weights,
+    flat_shape,
+    is_same,
+    layer_of,
+    misfits,
+    params_of,
+    stored,
+    usual_dtype,
+    weights_of,
+)
+from llama_fn.config import Config
+from llama_fn.model.init import abstract_params
+from llama_fn.model.transformer import Params
+from llama_fn.tokenizer import Tokenizer
+
+NAMES = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attention": "self_attn",
+         "feed_forward": "mlp", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj", "w_gate": "gate_proj",
+         "w_up": "up_proj", "w_down": "down_proj", "blocks": "layers", "embedding": "embed_tokens"}
+SETTINGS, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+VOCABULARY = "tokenizer_config.json"
+FILES = (SETTINGS, WEIGHTS, "model-?????-of-?????.safetensors", INDEX, "generation_config.json", VOCABULARY)
+LARGEST_FILE = 5 * 10**9  # bytes, as `save_pretrained` long had it
+HEAD = "lm_head.weight"
+KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def to_halves(x: Tensor, heads: int) -> Tensor:
+    """Rows of interleaved pairs, (2i, 2i + 1), to those of halves, (i, i + h/2), head by head."""
+    return rearrange(x, "(n p two) d -> (n two p) d", n=heads, two=2)
+
+
+def to_interleaved(x: Tensor, heads: int) -> Tensor:
+    """The inverse of `to_halves`."""
+    return rearrange(x, "(n two p) d -> (n p two) d", n=heads, two=2)
+
+
+def from_hf(state_dict: Mapping[str, Tensor], config: Any) -> Params:
+    """The parameters of a `LlamaForCausalLM`: its `state_dict()` and its `config` (or `config.json`, or a `Config`).
+
+    All but `wq` and `wk` share the state's memory. Raises `ValueError` for a config that is no LLaMA's, and for weights
+    that are missing, unknown or of another shape or dtype, all of them.
+    """
+    settings = config.to_dict() if hasattr(config, "to_dict") else config
+    tied = False
+    if not isinstance(settings, Config):
+        settings, tied = read_config(settings, "config")
+    found = [stored("the state_dict", name, x) for name, x in state_dict.items()]
+    weights = _weights("config", settings, tied, found, lambda name, layer: state_dict[name], None)
+    weights.checked("from_hf")
+    return params_of(weights)
+
+
+def to_hf(params: Params) -> dict[str, Tensor]:
+    """The state that `LlamaForCausalLM.load_state_dict` takes. All but `wq` and `wk` share the tree's memory."""
+    weights = weights_of(params)
+    return {hf_name(path): _out(weights, path) for path in tree.paths(params)}
+
+
+def open_hf(folder: Path, dtype: torch.dtype | None = None) -> Weights:
+    """The weights of a folder in Hugging Face's layout, mapped into memory; only `wq` and `wk` are copied when read.
+
+    Raises `FileNotFoundError` for a missing file, `ValueError` for damaged ones, for an index that points elsewhere,
+    and for settings that make no model.
+    """
+    config, tied = read_config(read_json(inside(folder, SETTINGS)), str(folder / SETTINGS))
+    index = _index(folder)
+    if not index and not (folder / WEIGHTS).exists() and list(folder.glob("pytorch_model*.bin")):
+        raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; pytorch_model.bin is not read: take the model's "
+                                "safetensors, or let transformers write them (`save_pretrained`)")
+    files = [inside(folder, name) for name in (sorted(set(index.values())) if index else [WEIGHTS])]
+    found = [entry for file in files for entry in _header(file)]
+    copied = dtype not in (None, usual_dtype(found))
+    where = {entry.name: folder / entry.file for entry in found}
+
+    @functools.lru_cache(maxsize=len(files))
+    def mapped(file: Path, layer: str | None) -> Any:
+        return safe_open(file, "pt")
+
+    def read(name: str, layer: str) -> Tensor:
+        # What is copied is mapped anew for every layer, so that the pages of those before leave the memory.
+        return mapped(where[name], layer if copied else None).get_tensor(name)
+
+    weights = _weights(str(folder / SETTINGS), config, tied, found, read, dtype)
+    strays = [f"{name}: the index says {file}, but it is {'in ' + where[name].name if name in where else 'nowhere'}"
+              for name, file in index.items() if name not in where or where[name].name != file]
+    return weights._replace(problems=weights.problems + strays)
+
+
+def write_hf(weights: Weights, folder: Path, shards: int | None, report: Report) -> None:
+    """Write `config.json` and the weights, in `shards` files, or None for as many as hold 5 GB each."""
+    abstract = tree.paths(abstract_params(weights.config))
+    paths = [path for path in abstract if not (weights.tied and path == "output")]
+    sizes = [math.prod(abstract[path].shape) * weights.dtype.itemsize for path in paths]
+    count = max(1, -(-sum(sizes) // LARGEST_FILE)) if shards is None else shards
+    if not 1 <= count <= len(paths):
+        raise ValueError(f"{count} files cannot be made of {len(paths)} weights")
+    files: list[list[str]] = [[] for _ in range(count)]
+    done = at = 0
+    for i, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        due, last_chance = done * count // sum(sizes) > at, len(paths) - i < count - at
+        if files[at] and (due or last_chance):
+            at += 1
+        files[at].append(path)
+        done += size
+    index = {}
+    write_json(folder / SETTINGS, write_config(weights.config, weights.tied, weights.dtype))
+    for i, some in enumerate(files):
+        name = WEIGHTS if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        state = _apart({hf_name(path): _out(weights, path) for path in some})
+        save_file(state, folder / name, {"format": "pt"})
+        shutil.copymode(folder / SETTINGS, folder / name)  # safetensors lets nobody but the owner read it
+        report(sum(x.nbytes for x in state.values()))
+        index |= dict.fromkeys(state, name)
+    if count > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": index})
+
+
+def write_tokenizer_config(tokenizer: Tokenizer, config: Config, file: Path) -> None:
+    """Write what transformers must know to read `tokenizer.model` as a LLaMA's; else it puts no token and no space
+    before a text.
+    """
+    bos, eos, unk = (tokenizer.processor.id_to_piece(id) for id in (tokenizer.bos_id, tokenizer.eos_id,
+                                                                    tokenizer.processor.unk_id()))
+    write_json(file, {"tokenizer_class": "LlamaTokenizer", "bos_token": bos, "eos_token": eos, "unk_token": unk,
+                      "add_bos_token": True, "add_eos_token": False, "legacy": False,
+                      "clean_up_tokenization_spaces": False, "model_max_length": config.max_seq_len})
+
+
+def hf_name(path: str) -> str:
+    """`blocks.0.feed_forward.w_gate` -> `model.layers.0.mlp.gate_proj.weight`."""
+    if path == "output":
+        return HEAD
+    return ".".join(["model", *(NAMES.get(part, part) for part in path.split(".")), "weight"])
+
+
+def _weights(where: str, config: Config, tied: bool, found: list[Stored], tensor: Any,
+             dtype: torch.dtype | None) -> Weights:
+    """`tensor(name, layer)` gives the numbers of an entry."""
+    found = [entry for entry in found if not entry.name.endswith("rotary_emb.inv_freq")]
+    if config.n_layers > len(found):
+        raise ValueError(f"{where}: it says {config.n_layers} layers, but there are {len(found)} weights")
+    abstract = tree.paths(abstract_params(config))
+    wanted = {hf_name(path): flat_shape(weight) for path, weight in abstract.items()}
+    both = any(entry.name == HEAD for entry in found)
+    if tied and not both:
+        del wanted[HEAD]
+    problems = misfits(wanted, found, usual_dtype(found) if dtype is None else None)
+    if not problems and both:
+        head, embedding = tensor(HEAD, HEAD), tensor(hf_name("embedding"), HEAD)
+        if tied and not torch.equal(head, embedding):
+            problems = [f"duplicate: {HEAD} differs from {hf_name('embedding')}, to which tie_word_embeddings ties it"]
+        tied = tied or is_same(head, embedding)
+
+    def read(path: str) -> Tensor:
+        x = tensor(hf_name("embedding" if tied and path == "output" else path), layer_of(path)).detach()
+        heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(path.split(".")[-1])
+        return (x if heads is None else to_interleaved(x, heads)).reshape(abstract[path].shape).to(dtype)
+
+    return Weights(config, read, dtype or usual_dtype(found), found, problems, tied=tied)
+
+
+def _out(weights: Weights, path: str) -> Tensor:
+    x = weights.read(path)
+    config, last = weights.config, path.split(".")[-1]
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(last)
+    x = x.reshape(flat_shape(tree.paths(abstract_params(config))[path]))
+    return x.contiguous() if heads is None else to_halves(x, heads)
+
+
+def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each in memory of its own; safetensors refuses others."""
+    owners = {x.untyped_storage().data_ptr(): name for name, x in state.items()}
+    return {name: x if owners[x.untyped_storage().data_ptr()] == name else x.clone() for name, x in state.items()}
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Which file each weight is in, if there is an index."""
+    if not (folder / INDEX).exists():
+        return {}
+    if (folder / WEIGHTS).exists():
+        raise ValueError(f"{folder}: both {WEIGHTS} and {INDEX} tell where the weights are; remove the one that is old")
+    index = read_json(inside(folder, INDEX)).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
+        raise ValueError(f'{folder / INDEX}: expected the names of files under "weight_map"')
+    return index
+
+
+def _header(file: Path) -> list[Stored]:
+    """The tensors of a safetensors file, by its header; the library checks its length and offsets."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118, it is no dict
+            return [Stored(file.name, name, KINDS.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
+                    for name, part in parts.items()]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a safetensors file, or a damaged one: {error}") from None

@@ -1,0 +1,138 @@
+"""A model's weights wherever they lie: names, shapes and dtypes first, numbers only when asked for.
+
+A format is two functions: one opens such a folder as `Weights`, one writes `Weights` to such a folder. To load is to
+open and to read every leaf; to convert is to open one and write the other, a leaf at a time and never a whole tree.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama_fn import tree
+from llama_fn.config import Config
+from llama_fn.model.init import Weight, abstract_params
+from llama_fn.model.transformer import Params
+
+HEADS = ("k", "g", "h")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Report = Callable[[int], None]
+
+
+class Stored(NamedTuple):
+    """One entry of a file, as its header tells: `kind` is a tensor's dtype, or in words what else it is."""
+
+    file: str
+    name: str
+    kind: torch.dtype | str
+    shape: tuple[int, ...]
+
+
+class Weights(NamedTuple):
+    """What is known of weights before a number is read, and `read`, which gives the leaf at a path of the tree.
+
+    `problems` are reasons not to load them, `notes` are worth a warning. `tied` weights have one matrix as embedding
+    and output. `dtype` is what `read` gives.
+    """
+
+    config: Config
+    read: Callable[[str], Tensor]
+    dtype: torch.dtype
+    stored: list[Stored]
+    problems: list[str] = []  # noqa: RUF012, nobody adds to it
+    notes: list[str] = []  # noqa: RUF012
+    tied: bool = False
+
+    def checked(self, where: Any) -> "Weights":
+        """These weights. Raises `ValueError` with every problem in it, and warns of the notes."""
+        for note in self.notes:
+            warnings.warn(note, stacklevel=3)
+        if self.problems:
+            raise ValueError(f"{where}: {len(self.problems)} weights do not fit the settings:\n  "
+                             + "\n  ".join(self.problems))
+        return self
+
+
+def weights_of(params: Params, dtype: torch.dtype | None = None) -> Weights:
+    """The weights of a tree, cast leaf by leaf to `dtype` (None leaves them). Raises `ValueError` for wrong shapes."""
+    leaves, abstract = tree.paths(params), tree.paths(abstract_params(params.config))
+    shapes = [{path: list(x.shape) for path, x in weights.items()} for weights in (abstract, leaves)]
+    wrong = [f"{path}: should be {shapes[0].get(path)}, is {shapes[1].get(path)}"
+             for path in abstract | leaves if shapes[0].get(path) != shapes[1].get(path)]
+    if wrong:
+        raise ValueError("the parameters do not fit their config:\n  " + "\n  ".join(wrong))
+    return Weights(params.config, lambda path: leaves[path].detach().to(dtype),
+                   dtype or params.embedding.dtype, [], tied=is_same(params.embedding, params.output))
+
+
+def params_of(weights: Weights, device: torch.device | str | None = None) -> Params:
+    """The tree of all leaves."""
+    params = tree.map_with_path(lambda path, _: weights.read(path).to(device), abstract_params(weights.config))
+    return params._replace(output=params.embedding) if weights.tied else params
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one and the same memory."""
+    return a is b or (a.device.type != "meta" and a.data_ptr() == b.data_ptr() and a.shape == b.shape)
+
+
+def flat_shape(weight: Weight) -> tuple[int, ...]:
+    """The shape without the heads' axes: "k g h d" becomes (kgh, d) and "d k g h" becomes (d, kgh)."""
+    sizes, last = [], ""
+    for axis, size in zip(weight.axes.split(), weight.shape, strict=True):
+        if axis in HEADS and last in HEADS:
+            sizes[-1] *= size
+        else:
+            sizes.append(size)
+        last = axis
+    return tuple(sizes)
+
+
+def layer_of(path: str) -> str:
+    """`blocks.3` for all leaves of layer 3; what is in no layer stands for itself."""
+    return ".".join(path.split(".")[:2])
+
+
+def stored(file: str, name: str, value: Any) -> Stored:
+    """What an entry of a torch file is. A tensor may claim to be larger than its file: such a one is no weight."""
+    if not isinstance(value, Tensor):
+        return Stored(file, name, type(value).__name__, ())
+    if value.is_nested or value.layout is not torch.strided:
+        return Stored(file, name, "a tensor of another layout than strided", ())
+    if value.is_meta or value.untyped_storage().nbytes() < value.nbytes:
+        return Stored(file, name, f"a tensor with fewer numbers than its shape {list(value.shape)}", ())
+    return Stored(file, name, value.dtype, tuple(value.shape))
+
+
+def misfits(wanted: dict[str, tuple[int, ...]], found: Iterable[Stored], only: torch.dtype | None,
+            where: str = "") -> list[str]:
+    """A line for every weight that is missing, unknown, there twice, of another shape, of no dtype for weights, or of
+    another dtype than `only` (None takes all, to be cast). `where` says in which file a missing one should be.
+    """
+    wrong, seen = [], {}
+    for entry in found:
+        given = f"{spelled(entry.kind)}{list(entry.shape)}" if entry.kind in DTYPES else spelled(entry.kind)
+        if entry.name in seen:
+            wrong.append(f"duplicate: {entry.name} in {seen[entry.name]} and in {entry.file}")
+        elif entry.name not in wanted:
+            wrong.append(f"unknown: {entry.name} in {entry.file}")
+        elif entry.kind not in DTYPES or entry.shape != wanted[entry.name]:
+            wrong.append(f"{entry.name} in {entry.file}: should be {list(wanted[entry.name])}, is {given}")
+        elif only not in (None, entry.kind):
+            wrong.append(f"{entry.name} in {entry.file}: is {given} among {spelled(only)}; load it with a dtype")
+        seen.setdefault(entry.name, entry.file)
+    return [f"missing: {name}{where}" for name in wanted if name not in seen] + wrong
+
+
+def usual_dtype(found: Iterable[Stored]) -> torch.dtype:
+    """The dtype of most tensors."""
+    kinds = Counter(entry.kind for entry in found if entry.kind in DTYPES)
+    return kinds.most_common(1)[0][0] if kinds else torch.float32
+
+
+def spelled(kind: torch.dtype | str) -> str:
+    """`bfloat16` for `torch.bfloat16`."""
+    return str(kind).removeprefix("torch.")

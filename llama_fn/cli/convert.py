@@ -1,0 +1,55 @@
+"""`llama-fn convert`: a model from one format to another."""
+
+import bisect
+import itertools
+import math
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from llama_fn import tree
+from llama_fn.checkpoint.load import Format, find, open_tokenizer, open_weights, write
+from llama_fn.cli.options import Dtype, dtype_of
+from llama_fn.model.init import abstract_params
+
+
+def convert(src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
+            dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")], *, to: Format,
+            shards: int | None = None, dtype: Dtype = "stored", force: bool = False) -> None:
+    """Write the model of SRC to the folder DST in another format, number of shards or dtype.
+
+    One weight is read at a time. All is written beside DST and moved there at the end: an interrupted run leaves
+    nothing.
+
+    Args:
+        src: The embedded model "stories", or the folder (of llama2.c also the file) of a model.
+        dst: The folder to write to.
+        to: "meta" (params.json, consolidated.*.pth), "hf" (config.json, *.safetensors) or "llama2c" (model.bin).
+        shards: Into how many files the weights go; by default one, and for "hf" one for each 5 GB.
+        dtype: Cast to this dtype, or leave the weights as they are stored; llama2.c's file is always float32.
+        force: Replace a model of the same format that is in DST.
+    """
+    format, place = find(src)
+    if dst.resolve() == (place if place.is_dir() else place.parent).resolve():
+        raise ValueError(f"{src} and {dst} are the same folder; choose another DST")
+    if dst.exists() and not dst.is_dir():
+        raise ValueError(f"{dst} is a file; choose a folder")
+    if dst.exists() and any(dst.iterdir()) and not force:
+        raise ValueError(f"{dst} exists and is not empty; choose another folder, or replace the model with --force")
+    weights = open_weights(format, place, torch.float32 if to == "llama2c" else dtype_of(dtype)).checked(place)
+    tokenizer = open_tokenizer(place, weights)
+    leaves = tree.leaves(abstract_params(weights.config))
+    ends = list(itertools.accumulate(math.prod(leaf.shape) * weights.dtype.itemsize for leaf in leaves))
+    with tqdm(total=ends[-1], unit="B", unit_scale=True, desc=f"0 of {len(ends)} tensors", dynamic_ncols=True) as bar:
+
+        def report(count: int) -> None:
+            bar.update(min(count, bar.total - bar.n))  # file formats add some bytes of their own
+            bar.set_description(f"{bisect.bisect(ends, bar.n)} of {len(ends)} tensors", refresh=False)
+
+        write(weights, tokenizer, dst, to, shards, report)
+        report(bar.total)
+    print(f"{dst}: {weights.config.n_params:,} parameters, {to}", file=sys.stderr)

@@ -1,0 +1,59 @@
+"""`llama-fn perplexity` and `llama-fn choose`: how likely a model finds a text, or one option beside others."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from llama_fn.checkpoint.load import load
+from llama_fn.cli.options import Dtype, device_of, dtype_of
+from llama_fn.generation import scoring
+from llama_fn.training.data import read_texts
+
+
+def perplexity(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")], *, model: str = "stories",
+               window: int | None = None, stride: int | None = None, dtype: Dtype = "stored",
+               device: str = "auto") -> None:
+    """Tell how well a model predicts a text, in a sliding window: perplexity a token, and bits a byte.
+
+    Args:
+        file: A text file, a JSON-lines file (the "text" of each line), or a folder of such files.
+        model: The embedded model "stories", or the folder of a model.
+        window: Tokens in a window; by default the model's context.
+        stride: How far it slides; by default half of it. A shorter stride gives more context and takes longer.
+        dtype: Compute in this dtype, or as the weights are stored.
+        device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
+    """
+    texts = list(read_texts(file))
+    loaded = load(model, dtype=dtype_of(dtype), device=device_of(device))
+    count = sum(len(loaded.tokenizer.encode(text, bos=False)) for text in texts)
+    with torch.no_grad(), tqdm(total=count, unit="token", dynamic_ncols=True) as bar:
+        parts = [scoring.perplexity(loaded, text, window, stride, bar.update) for text in texts]
+    whole = scoring.Perplexity(*map(sum, zip(*parts, strict=True)))
+    print(f"perplexity    {whole.perplexity:.4f}")
+    print(f"bits a byte   {whole.bits_per_byte:.4f}")
+    print(f"nats a token  {whole.nats / whole.tokens:.4f}")
+    print(f"tokens        {whole.tokens:,} of {whole.bytes:,} bytes, in {len(texts)} text{'s' * (len(texts) != 1)}")
+
+
+def choose(prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")],
+           options: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="OPTION ...")], *,
+           model: str = "stories", dtype: Dtype = "stored", device: str = "auto") -> None:
+    """Score options against each other as continuations of a prompt, the likeliest first.
+
+    Args:
+        prompt: What stands before each option; leave the space between them to the options.
+        options: Two or more.
+        model: The embedded model "stories", or the folder of a model.
+        dtype: Compute in this dtype, or as the weights are stored.
+        device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
+    """
+    loaded = load(model, dtype=dtype_of(dtype), device=device_of(device))
+    scores = scoring.score_options(loaded, prompt, options)
+    shares = torch.tensor([score.total for score in scores], dtype=torch.float64).softmax(0).tolist()
+    print("share    bits a byte  option")
+    for share, score, option in sorted(zip(shares, scores, options, strict=True), reverse=True):
+        print(f"{share:7.2%}  {-score.total / math.log(2) / max(1, len(option.encode())):11.4f}  {option}")

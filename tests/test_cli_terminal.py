@@ -1,0 +1,118 @@
+"""`llama-fn chat` as a process: on a terminal with its keys, and in a pipe that breaks."""
+
+import os
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+from dialogs import save_talker
+from test_cli import COMMAND
+
+# The program has a terminal of its own; what comes on standard input is typed there.
+ON_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+CTRL_A, CTRL_C, CTRL_D, CTRL_P = "\x01", "\x03", "\x04", "\x10"
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer, tmp_path_factory):
+    """Models with contexts of 100 tokens and of more than is ever waited for."""
+    root = tmp_path_factory.mktemp("models")
+    return {context: save_talker(tokenizer, context, root / str(context)) for context in (100, 4000)}
+
+
+class Terminal:
+    """The program on a terminal of its own."""
+
+    def __init__(self, *args: str) -> None:
+        pytest.importorskip("readline", reason="this Python has no line editing")
+        self.last = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", ON_A_TERMINAL, *COMMAND, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            bufsize=0, env={**os.environ, "TERM": "dumb", "INPUTRC": os.devnull})
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def read(self, *, until: str = "", at_least: int = 0) -> str:
+        """What comes, up to a text and no further."""
+        seen, begun = "", time.monotonic()
+        while until not in seen or len(seen) < at_least:
+            ready, _, _ = select.select([self.process.stdout], [], [], 5)
+            new = os.read(self.process.stdout.fileno(), 1) if ready else b""
+            seen += new.decode("latin-1")
+            assert (new or not ready) and time.monotonic() - begun < 120, f"no {until!r} in {seen!r}"
+            if not ready and self.last == CTRL_C:  # readline overhears one that comes just before it begins to listen
+                self.type(CTRL_C)
+        return seen
+
+    def type(self, keys: str) -> None:
+        self.last = keys
+        self.process.stdin.write(keys.encode())
+
+    def end(self) -> int:
+        assert b"Traceback" not in self.process.stdout.read()
+        return self.process.wait()
+
+
+@pytest.mark.slow
+def test_lines_are_edited_and_ctrl_c_stops_an_answer_and_not_the_program(folders):
+    with Terminal("chat", str(folders[4000]), "--temperature", "0") as terminal:
+        terminal.read(until="/help names the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+        terminal.read(until="> ")
+        terminal.type(CTRL_C)
+        assert "Traceback" not in terminal.read(until="Ctrl-D or /quit leaves")
+        terminal.read(until="> ")
+        terminal.type(f"help{CTRL_A}/\n")
+        terminal.read(until="answer the last message once more")
+        terminal.read(until="> ")
+        terminal.type("Who?\n")
+        terminal.read(until="Who?")
+        for keys, shown in ((f"{CTRL_P}\n", "Who?"), ("/again\n", "/again"), (CTRL_D, "")):
+            assert "> " not in terminal.read(at_least=30)  # of the answer
+            terminal.type(CTRL_C)
+            terminal.read(until=" [stopped]")
+            terminal.read(until="> ")
+            terminal.type(keys)
+            terminal.read(until=shown)
+        assert terminal.end() == 0
+
+
+@pytest.mark.slow
+def test_a_full_context_asks_how_many_exchanges_to_drop(folders):
+    with Terminal("chat", str(folders[100]), "--max-new-tokens", "2", "--temperature", "0") as terminal:
+        for digit in "123":  # which is a token
+            terminal.read(until="> ")
+            terminal.type(digit * 20 + "\n")
+        asked = "drop how many of the oldest exchanges? [1, 0 keeps all] "
+        terminal.read(until="the context of 100 tokens is full: the conversation has ")
+        terminal.read(until=asked)
+        terminal.type("3\n")
+        terminal.read(until="of 2 exchanges 3 cannot be dropped")
+        for keys in ("0\n", CTRL_C, CTRL_D, "no\n"):
+            terminal.read(until=asked)
+            terminal.type(keys)
+            terminal.read(until="the message was not sent")
+            terminal.read(until="> ")
+            terminal.type("3" * 20 + "\n")
+        terminal.read(until=asked)
+        terminal.type("\n")  # as many as it takes
+        assert "not sent" not in terminal.read(until="> ")
+        terminal.type("/quit\n")
+        assert terminal.end() == 0
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_is_no_error(folders):
+    with subprocess.Popen([*COMMAND, "chat", str(folders[100])], text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        process.stdin.write("Who?\nand?\n")
+        process.stdin.close()
+        err = process.stderr.read()
+    assert (process.returncode, err) == (0, "")
