@@ -1,6 +1,7 @@
 """What every test shares: hypothesis's profiles, and a small tokenizer and model made once a session."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from hypothesis import HealthCheck, settings
 
 import llama_fn as lf
 
+# A process started in the background of a script ignores Ctrl-C, and its children with it; ours are asked to stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # or transformers asks the network for what a folder does not have
 
 # No deadline and no complaint about slow draws: a test machine may be busy, and time is no law.

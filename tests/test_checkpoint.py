@@ -243,3 +243,11 @@ def test_more_layers_than_weights_are_refused_before_a_tree_is_made(folder):
     edit_json(folder / "params.json", n_layers=10**9)
     with pytest.raises(ValueError, match="n_layers is 1000000000, but consolidated.00.pth has .* weights"):
         lf.load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, "float32"])
+def test_a_dtype_that_is_none_for_weights_is_an_error(model, folder, tmp_path, dtype):
+    for call in (lambda: lf.load(folder, dtype=dtype), lambda: lf.save(model, tmp_path / "new", dtype=dtype)):
+        with pytest.raises(ValueError, match=r"dtype must be None \(as stored\) or one of torch\.float16, .*, got "):
+            call()
+    assert not (tmp_path / "new").exists()

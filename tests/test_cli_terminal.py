@@ -10,8 +10,13 @@ import pytest
 from dialogs import save_talker
 from test_cli import COMMAND
 
-# The program has a terminal of its own; what comes on standard input is typed there.
-ON_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+# The program has a terminal of its own; what comes on standard input is typed there. Tests in the background are not to
+# be interrupted, and it would inherit that.
+ON_A_TERMINAL = """
+import os, pty, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
+"""
 CTRL_A, CTRL_C, CTRL_D, CTRL_P = "\x01", "\x03", "\x04", "\x10"
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import keys
 
@@ -130,7 +130,8 @@ def test_a_forked_row_goes_on_as_if_alone(model, key):
         assert (after.logits[i] - logits[-1]).abs().max() < 1e-4
 
 
-@given(st.integers(0, 20), st.integers(1, 30), st.integers(0, 9))
+@given(st.integers(0, 40), st.integers(1, 60), st.integers(0, 9))
+@example(known=40, slots=60, more=0)  # all of it
 def test_a_text_goes_on_from_the_cache_of_any_beginning(model, known, slots, more):
     ids = model.tokenizer.encode("Long ago there was a brave little girl")
     known = min(known, len(ids), slots)

@@ -61,6 +61,18 @@ def test_train_is_the_run_of_the_command_line_bit_for_bit(tmp_path, monkeypatch,
     assert all(map(torch.equal, lf.tree.leaves(page.params), lf.tree.leaves(command.params)))
 
 
+@pytest.mark.parametrize("shards", ["1", "2"])
+def test_seven_billion_makes_opens_and_decodes(tmp_path, monkeypatch, capsys, shards):
+    small = lf.Config(dim=48, n_layers=3, n_heads=8, n_kv_heads=4, vocab_size=90, hidden_dim=70)
+    monkeypatch.setattr(lf, "LLAMA2_7B", small)
+    for args in (["make", str(tmp_path / "7b"), shards], ["open", str(tmp_path / "7b"), "3"]):
+        monkeypatch.setattr(sys, "argv", ["seven_billion.py", *args])
+        runpy.run_path(str(ROOT / "examples" / "seven_billion.py"), run_name="__main__")
+    assert len(list((tmp_path / "7b").glob("consolidated.*.pth"))) == int(shards)
+    out = capsys.readouterr().out
+    assert "opened " in out and "median of 2" in out and "GiB resident" in out
+
+
 @pytest.mark.slow
 def test_the_first_block_of_the_readme_runs(tmp_path):
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)

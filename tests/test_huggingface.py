@@ -267,3 +267,9 @@ def test_two_equal_matrices_that_are_not_tied_stay_two(tied, tmp_path):
     assert loaded.params.output is not loaded.params.embedding
     lf.save(loaded, tmp_path / "again", format="hf")
     assert HEAD in tensors(tmp_path / "again")
+
+
+def test_a_model_in_the_place_of_its_state_is_an_error():
+    for state, config in ((torch.nn.Linear(2, 3), {}), ({}, None)):
+        with pytest.raises(ValueError, match=r"from_hf takes a model's state_dict\(\) and its config, got a "):
+            lf.from_hf(state, config)

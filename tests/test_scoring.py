@@ -45,8 +45,8 @@ def test_batches_do_not_matter(scorer, texts, batch_size):
     assert lf.score(scorer, []) == []
 
 
-@given(st.sampled_from(TEXTS), st.lists(st.sampled_from([" a fox", " a fo", " a fox.", "", "s", " the", "x 1"])
-                                        | unicode_texts(max_size=4), min_size=2, max_size=4))
+@given(st.sampled_from(TEXTS), st.lists(st.sampled_from([" a fox", " a fo", " a fox.", "s", " the", "x 1"])
+                                        | unicode_texts(min_size=1, max_size=4), min_size=2, max_size=4))
 def test_totals_of_options_differ_as_those_of_the_whole_texts(scorer, prompt, options):
     scores = lf.score_options(scorer, prompt, options)
     whole = lf.score(scorer, [prompt + option for option in options])
@@ -114,7 +114,7 @@ def test_bad_requests_are_refused_at_once(scorer):
     with pytest.raises(ValueError, match=f"text 1 has {count} tokens, more than the model's context of 64"):
         lf.score(scorer, ["", long])
     with pytest.raises(ValueError, match=f"the prompt with option 1 has {count} tokens, more than"):
-        lf.score_options(scorer, "", ["", long])
+        lf.score_options(scorer, "", ["one", long])
     with pytest.raises(ValueError, match="score: texts is one text; put it in a list"):
         lf.score(scorer, "one")
     with pytest.raises(ValueError, match="score: batch_size must be at least 1, got 0"):
@@ -130,3 +130,8 @@ def test_bad_requests_are_refused_at_once(scorer):
     for stride in (0, 9):
         with pytest.raises(ValueError, match=rf"stride must lie in \[1, 8\], the window, got {stride}"):
             lf.perplexity(scorer, "One", 8, stride)
+
+
+def test_an_empty_option_is_refused(scorer):
+    with pytest.raises(ValueError, match="option 1 is empty: there is nothing to score"):
+        lf.score_options(scorer, "One", [" a", ""])

@@ -242,3 +242,10 @@ def test_a_damaged_shard_is_named(folder):
     shard(folder, 2).write_bytes(shard(folder, 2).read_bytes()[:-100])
     with pytest.raises(ValueError, match=rf"{re.escape(str(shard(folder, 2)))}: not a file of tensors, or a damaged"):
         lf.load(folder)
+
+
+def test_a_shard_that_is_a_copy_of_another_is_told(whole, tmp_path):
+    write_meta(whole.params, tmp_path, 2)
+    shard(tmp_path, 1).write_bytes(shard(tmp_path, 0).read_bytes())
+    with pytest.warns(UserWarning, match=r"consolidated\.01\.pth holds the numbers of consolidated\.00\.pth: is it a "):
+        read_meta(tmp_path)

@@ -66,6 +66,9 @@ def from_hf(state_dict: Mapping[str, Tensor], config: Any) -> Params:
     that are missing, unknown or of another shape or dtype, all of them.
     """
     settings = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(state_dict, Mapping) or not isinstance(settings, Mapping | Config):
+        raise ValueError("from_hf takes a model's state_dict() and its config, got a "
+                         f"{type(state_dict).__name__} and a {type(config).__name__}")
     tied = False
     if not isinstance(settings, Config):
         settings, tied = read_config(settings, "config")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama_fn.checkpoint import huggingface, llama2c, meta
 from llama_fn.checkpoint.files import inside, replacing_folder
-from llama_fn.checkpoint.weights import Report, Weights, params_of, weights_of
+from llama_fn.checkpoint.weights import Report, Weights, check_dtype, params_of, weights_of
 from llama_fn.model.transformer import Params
 from llama_fn.tokenizer import Tokenizer, load_tokenizer
 
@@ -79,6 +79,7 @@ def find(path_or_name: str | os.PathLike) -> tuple[Format, Path]:
 
 def open_weights(format: Format, place: Path, dtype: torch.dtype | None = None) -> Weights:
     """The weights of the place that `find` found, before a number is read."""
+    check_dtype(dtype)
     opener = {"meta": meta.open_meta, "hf": huggingface.open_hf, "llama2c": llama2c.open_llama2c}[format]
     return opener(place, dtype)
 

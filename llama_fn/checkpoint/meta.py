@@ -72,6 +72,10 @@ def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
 
     unknown = sorted(set(settings) - KNOWN)
     notes = [f"{folder / SETTINGS}: unknown settings, left out of account: {', '.join(unknown)}"] if unknown else []
+    name = meta_name("blocks.0.attention.wq")
+    notes += [f"{file} holds the numbers of {files[0].name}: is it a copy?"
+              for file, state in list(zip(files, states, strict=True))[1:]
+              if not problems and torch.equal(state[name], states[0][name])]
     return Weights(config, read, dtype or kept, entries, problems, notes)
 
 

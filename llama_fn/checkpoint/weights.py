@@ -22,6 +22,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Report = Callable[[int], None]
 
 
+def check_dtype(dtype: Any) -> None:
+    """Raise `ValueError` for what weights cannot be cast to."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be None (as stored) or one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+
+
 class Stored(NamedTuple):
     """One entry of a file, as its header tells: `kind` is a tensor's dtype, or in words what else it is."""
 
@@ -58,6 +64,7 @@ class Weights(NamedTuple):
 
 def weights_of(params: Params, dtype: torch.dtype | None = None) -> Weights:
     """The weights of a tree, cast leaf by leaf to `dtype` (None leaves them). Raises `ValueError` for wrong shapes."""
+    check_dtype(dtype)
     leaves, abstract = tree.paths(params), tree.paths(abstract_params(params.config))
     shapes = [{path: list(x.shape) for path, x in weights.items()} for weights in (abstract, leaves)]
     wrong = [f"{path}: should be {shapes[0].get(path)}, is {shapes[1].get(path)}"

@@ -181,6 +181,8 @@ def _command(model: Model, talk: Chat, line: str) -> Chat:
             raise ValueError("/save needs the name of a file")
         if Path(rest.strip()).exists():
             raise ValueError(f"{rest.strip()} exists; choose another name")
+        if not Path(rest.strip()).parent.is_dir():
+            raise ValueError(f"{Path(rest.strip()).parent}: no such folder")
         with replacing(rest.strip()) as beside:
             beside.write_text(json.dumps(dialog_of(model.tokenizer, talk), indent=2, ensure_ascii=False) + "\n",
                               encoding="utf-8")

@@ -17,7 +17,8 @@ NAMES = {"meta": "Meta's", "hf": "Hugging Face's", "llama2c": "llama2.c's"}
 def inspect(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = "stories") -> None:
     """Tell a model's format, config, parameters, bytes and dtype, and all that is missing or odd.
 
-    Only headers are read. Exit status 1 if `load` would refuse the model.
+    Only headers are read. Exit status 1 if something is wrong with the weights or the tokenizer, and 2 if a file cannot
+    be read or its settings make no model.
 
     Args:
         model: The embedded model "stories", or the folder (of llama2.c also the file) of a model.

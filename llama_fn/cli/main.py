@@ -30,7 +30,8 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe has gone; nothing more is to be said
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        print("llama-fn: " + "; ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
+        text = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) else str(error)
+        print("llama-fn: " + "; ".join(line.strip() for line in text.splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -56,4 +56,4 @@ def choose(prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="P
     shares = torch.tensor([score.total for score in scores], dtype=torch.float64).softmax(0).tolist()
     print("share    bits a byte  option")
     for share, score, option in sorted(zip(shares, scores, options, strict=True), reverse=True):
-        print(f"{share:7.2%}  {-score.total / math.log(2) / max(1, len(option.encode())):11.4f}  {option}")
+        print(f"{share:7.2%}  {(0 - score.total) / math.log(2) / len(option.encode()):11.4f}  {option}")

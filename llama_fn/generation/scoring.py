@@ -58,6 +58,8 @@ def score_options(model: Model, prompt: str, options: Sequence[str]) -> list[Sco
     """
     if isinstance(options, str) or len(options) < 2:
         raise ValueError(f"score_options: give two options or more in a list, got {options!r}")
+    if "" in options:
+        raise ValueError(f"score_options: option {list(options).index('')} is empty: there is nothing to score")
     encoded = [model.tokenizer.encode(prompt + option) for option in options]
     for i, ids in enumerate(encoded):
         _check_length(model, len(ids), f"the prompt with option {i}")
