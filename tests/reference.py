@@ -43,7 +43,10 @@ def _rotate(x, config) -> np.ndarray:
     """Each pair of numbers is a complex one, turned by exp(i m theta^(-2j/h))."""
     t, h = x.shape
     wavelengths = [_stretched(2 * np.pi * config.rope_theta ** (2 * j / h), config) for j in range(h // 2)]
-    turned = (x[:, 0::2] + 1j * x[:, 1::2]) * np.exp(2j * np.pi * np.arange(t)[:, None] / wavelengths)
+    # Meta's `freqs` and their outer product with the positions are float32; all else here is float64.
+    frequencies = (2 * np.pi / np.array(wavelengths)).astype(np.float32)
+    angles = np.arange(t, dtype=np.float32)[:, None] * frequencies
+    turned = (x[:, 0::2] + 1j * x[:, 1::2]) * np.exp(1j * angles.astype(np.float64))
     return np.stack([turned.real, turned.imag], axis=-1).reshape(t, h)
 
 

@@ -52,8 +52,8 @@ def test_logits_at_long_positions_are_those_of_metas_formulas(theta, scaling):
     config = scaled(lf.Config(60, 1, 6, 2, 77, 70, rope_theta=theta), scaling)
     params, tokens = random_params(config, lf.random.key(6)), token_rows(config, 2100)
     theirs = torch.from_numpy(reference.logits(params, tokens))
-    # Positions times frequencies are float32, Meta's too: angles of up to 2100 * 2^-24 = 1e-4 too much or too little.
-    assert close(lf.forward(params, tokens)[0], theirs, 1e-3)
+    # A frequency's last bit, in float32, is an angle of 2100 * 2^-24 = 1e-4 at the end: 7e-5 seen in the logits.
+    assert close(lf.forward(params, tokens)[0], theirs, 1e-4)
 
 
 # --- the cache

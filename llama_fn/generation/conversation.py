@@ -50,8 +50,10 @@ class ContextFull(ValueError):
 def ask(model: Model, chat: Chat, question: str) -> Chat:
     """The conversation with a question more, for `answer` to go on with.
 
-    Raises `ContextFull` if nothing could be answered, and `ValueError` for a tag of the format in the question.
+    Raises `ContextFull` if nothing could be answered, and `ValueError` for a tag of the format in the question or in
+    the system's words.
     """
+    check_tags(chat.system or "", "the system's message")
     check_tags(question, "the message")
     exchanges = tuple(_closed(model.tokenizer, exchange) for exchange in chat.exchanges)
     prompt = model.tokenizer.encode(request(question, None if exchanges else chat.system))
