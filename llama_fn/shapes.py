@@ -106,7 +106,7 @@ def concrete(x: Tensor) -> bool:
 
 def _check(hint: Any) -> Callable[[Any, str], tuple[str, Any, Any] | None]:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if inspect.isclass(hint) and issubclass(hint, AbstractArray):
+    if _is_array(hint):
         return lambda value, where: None if isinstance(value, hint) else (where, hint, value)
     if inspect.isclass(hint) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
         fields = [(name, _check(h)) for name, h in typing.get_type_hints(hint, include_extras=True).items()]
@@ -150,10 +150,16 @@ def _check(hint: Any) -> Callable[[Any, str], tuple[str, Any, Any] | None]:
                 if (wrong := option(value, where)) is None:
                     return None
                 wrongs.append(wrong)
-            return wrongs[0] if len(wrongs) == 1 else (where, hint, value)
+            # Of several options, the one of the value's own kind says best what is wrong.
+            own = [w for w in wrongs if w[0] != where or (isinstance(value, Tensor) and _is_array(w[1]))]
+            return own[0] if len(own) == 1 else wrongs[0] if len(wrongs) == 1 else (where, hint, value)
 
         return union
     return lambda value, where: None if is_bearable(value, hint) else (where, hint, value)
+
+
+def _is_array(hint: Any) -> bool:
+    return inspect.isclass(hint) and issubclass(hint, AbstractArray)
 
 
 def _gathered(parameter: inspect.Parameter, hint: Any) -> Any:

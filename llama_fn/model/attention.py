@@ -4,18 +4,20 @@ The written-out einsum is the definition. The fused kernel stands beside it and 
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from llama_fn.model import cache as kv
 from llama_fn.model.cache import KeysValues
-from llama_fn.model.linear import linear
+from llama_fn.model.linear import Adapted, linear
 from llama_fn.model.rope import Rotation, rotate
 from llama_fn.shapes import typed
 
@@ -23,10 +25,10 @@ from llama_fn.shapes import typed
 class Attention(NamedTuple):
     """The four matrices, with their heads. Query head i belongs to key/value head i // g."""
 
-    wq: Float[Tensor, "k g h d"]
-    wk: Float[Tensor, "k h d"]
-    wv: Float[Tensor, "k h d"]
-    wo: Float[Tensor, "d k g h"]
+    wq: Float[Tensor, "k g h d"] | Adapted
+    wk: Float[Tensor, "k h d"] | Adapted
+    wv: Float[Tensor, "k h d"] | Adapted
+    wo: Float[Tensor, "d k g h"] | Adapted
 
 
 @typed
@@ -36,19 +38,16 @@ def attention(params: Attention, x: Float[Tensor, "*b t d"], rotation: Rotation,
 
     `positions` are the tokens' slots in the cache, None where there is none.
     """
-    k, g, h, _ = params.wq.shape
-    queries = rotate(linear(rearrange(params.wq, "k g h d -> (k g h) d"), x).unflatten(-1, (k * g, h)), rotation)
-    keys = rotate(linear(rearrange(params.wk, "k h d -> (k h) d"), x).unflatten(-1, (k, h)), rotation)
-    values = linear(rearrange(params.wv, "k h d -> (k h) d"), x).unflatten(-1, (k, h))
+    queries = rotate(rearrange(linear(params.wq, x), "... t k g h -> ... t (k g) h"), rotation)
+    keys, values = rotate(linear(params.wk, x), rotation), linear(params.wv, x)
 
-    queries = rearrange(queries, "... t (k g) h -> ... k g t h", k=k)
+    queries = rearrange(queries, "... t (k g) h -> ... k g t h", k=keys.shape[-2])
     keys, values = (rearrange(leaf, "... t k h -> ... k t h") for leaf in (keys, values))
     if cache is not None:
         cache = kv.write(cache, keys, values, positions)
         keys, values = kv.read(cache, positions)
     heads = attend(queries, keys.to(x.dtype), values.to(x.dtype), positions)
-    out = linear(rearrange(params.wo, "d k g h -> d (k g h)"), rearrange(heads, "... k g t h -> ... t (k g h)"))
-    return out, cache
+    return linear(params.wo, rearrange(heads, "... k g t h -> ... t k g h"), inputs=3), cache
 
 
 @typed
@@ -81,23 +80,57 @@ def fused(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"],
     if positions is not None:
         slots = torch.arange(keys.shape[-2], device=queries.device)
         visible = (slots <= positions.reshape(-1, t, 1))[:, None]
-    out = F.scaled_dot_product_attention(heads, keys, values, visible, is_causal=visible is None, enable_gqa=g > 1)
+    grouped = {"enable_gqa": True} if g > 1 else {}  # the flag itself may not be symbolic in a compiled graph
+    out = F.scaled_dot_product_attention(heads, keys, values, visible, is_causal=visible is None, **grouped)
     return out.reshape(*batch, k, g, t, h)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None) -> Tensor:
-    """The fused kernel for values and first derivatives; the definition under `vmap`, `jvp` and a second `grad`.
-
-    The kernel has no rule for those transforms of `torch.func` (torch 2.13): it would raise, or run once a sample.
-    """
-    kernel = fused if _plain() else written_out
+    """The fused kernel for values and first derivatives, mapped or not; the definition for all that lies beyond."""
+    kernel = written_out if _beyond_first_order() else fused
     return kernel(queries, keys, values, positions)
 
 
-def _plain() -> bool:
-    """Whether we run under no transform of `torch.func` but one `grad`: known while tracing, so one graph has one."""
-    kinds = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
-    return not kinds or kinds == [TransformType.Grad]
+def _beyond_first_order() -> bool:
+    """Whether torch.func asks for forward mode or for a second derivative: the kernel has neither.
+
+    It is known while tracing, so a compiled graph has the one or the other.
+    """
+    kinds = [interpreter.key() for interpreter in functorch.get_interpreter_stack() or ()]
+    return functorch.TransformType.Jvp in kinds or kinds.count(functorch.TransformType.Grad) > 1
 
 
-_plain._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import of a second
+_beyond_first_order._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import of 1 s
+
+
+def _fold(kernel: torch._ops.OpOverload) -> Callable[..., tuple[Tensor, ...]]:
+    """The batching rule of a kernel "b n t h": the mapped axis is folded into the batch, and the kernel runs once."""
+
+    def rule(queries: Tensor, *rest: Any, attn_mask: Tensor | None = None, **scale: Any) -> tuple[Tensor, ...]:
+        level, size = functorch.maybe_current_level(), retrieve_current_functorch_interpreter().batch_size()
+        rows = queries.shape[0]
+
+        def folded(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            x, axis = functorch._unwrap_batched(x, level)
+            return (x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0)).flatten(0, 1)
+
+        mask = None if attn_mask is None else folded(attn_mask.expand(rows, 1, *attn_mask.shape[-2:]))
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)):
+            results = kernel(*map(folded, (queries, *rest)), attn_mask=mask, **scale)
+            return tuple(functorch._add_batch_dim(x.unflatten(0, (size, rows)), 0, level) for x in results)
+
+    return rule
+
+
+def _register() -> torch.library.Library:
+    """Torch has these rules for its CUDA kernels. The ones on the CPU it runs once a sample, with a warning (2.13)."""
+    library = torch.library.Library("aten", "IMPL")
+    for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "FuncTorchBatched"):
+            library.impl(name, _fold(getattr(torch.ops.aten, name).default), "FuncTorchBatched")
+    return library
+
+
+_LIBRARY = _register()  # registered for as long as it lives

@@ -9,7 +9,7 @@ from torch import Tensor
 from llama_fn.config import Config
 from llama_fn.model.block import Block, block
 from llama_fn.model.cache import Cache, KeysValues, check_room
-from llama_fn.model.linear import linear
+from llama_fn.model.linear import Adapted, linear
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotation
 from llama_fn.shapes import concrete, typed
@@ -21,7 +21,7 @@ class Params(NamedTuple):
     embedding: Float[Tensor, "v d"]
     blocks: tuple[Block, ...]
     norm: Float[Tensor, "d"]
-    output: Float[Tensor, "v d"]
+    output: Float[Tensor, "v d"] | Adapted
     config: Config
 
 
