@@ -10,7 +10,7 @@ from llama_fn.generation.conversation import Chat, answer, ask
 from llama_fn.generation.sampling import sampler
 from llama_fn.generation.scoring import Perplexity, Score, perplexity, score, score_options
 from llama_fn.model.block import Block
-from llama_fn.model.cache import Cache, init_cache
+from llama_fn.model.cache import Cache, fork, init_cache
 from llama_fn.model.init import abstract_params, init_params
 from llama_fn.model.transformer import Params, forward
 from llama_fn.shapes import AxesError, typed
@@ -22,7 +22,7 @@ from llama_fn.transforms.jit import jit
 __all__ = [
     "LLAMA2_7B", "LLAMA2_13B", "LLAMA2_70B", "AxesError", "Block", "Cache", "Chat", "Completion", "Config",
     "Message", "Model", "Params", "Perplexity", "RopeScaling", "Score", "Tokenizer", "abstract_params", "answer",
-    "ask", "chat_completion", "forward", "from_hf", "init_cache", "init_params", "jit", "load", "load_tokenizer",
+    "ask", "chat_completion", "fork", "forward", "from_hf", "init_cache", "init_params", "jit", "load", "load_tokenizer",
     "loss", "loss_sum", "optim", "perplexity", "random", "sampler", "save", "score", "score_options", "stories",
     "stream", "text_completion", "to_hf", "train_tokenizer", "tree", "typed",
 ]

@@ -1,44 +1,74 @@
-"""`llama-fn bench`: what the axes' checks cost, and how fast a model decodes, measured here and now."""
+"""`llama-fn bench`: what the project claims of its speed, measured here and now."""
 
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
+from typing import Literal
 
 import torch
+import tyro
 
 from llama_fn.checkpoint.load import load
+from llama_fn.cli.bench_transforms import TRANSFORMS
 from llama_fn.model.cache import init_cache
 from llama_fn.model.transformer import forward
 
+What = Literal["checks", "transforms"]
 
-def bench(*, model: str = "stories", rounds: int = 5, calls: int = 200) -> None:
-    """Time one eager decode step with and without the checks of `typed`, in turn, each in a process of its own.
+
+def bench(what: tyro.conf.Positional[What] = "checks", *, only: tuple[str, ...] = (), rounds: int = 11,
+          json_out: bool = False) -> None:
+    """Time one kind of work against another, in turn and in one run, and print ratios of medians with their quartiles.
 
     Args:
-        model: The embedded model "stories", or the folder of a model.
-        rounds: Pairs of processes.
-        calls: Steps a process, of which it gives the median.
+        what: "checks": one eager decode step of the stories' model with and without the checks of `typed`.
+            "transforms": per-sample gradients and norms, `vmap` beside a batch, adapters, recomputation, speculation.
+        only: Some of the transforms' measurements alone.
+        rounds: How often each work is timed.
+        json_out: Print the figures as JSON.
     """
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    if unknown := [name for name in only if name not in TRANSFORMS]:
+        raise ValueError(f"bench: there is no measurement {unknown[0]!r}, only {', '.join(TRANSFORMS)}")
+    if rounds < 3:
+        raise ValueError(f"bench: quartiles need 3 rounds or more, got {rounds}")
+    if what == "checks":
+        figures = {"checks": checks(rounds)}
+    else:
+        figures = {name: measure(rounds) for name, measure in TRANSFORMS.items() if not only or name in only}
+    if json_out:
+        print(json.dumps({"machine": machine, **figures}, indent=1))
+        return
+    print(machine)
+    for name, lines in figures.items():
+        print(f"\n{name}")
+        for what_, figure in lines.items():
+            print(f"  {what_:58} {figure}")
+
+
+def checks(rounds: int, calls: int = 200) -> dict[str, str]:
+    """One eager decode step with and without checks, in turn, each in a process of its own."""
     times: dict[str, list[float]] = {"1": [], "0": []}
     for _ in range(rounds):
-        for checks, seen in times.items():
-            program = f"from llama_fn.cli.bench import step_time; print(step_time({json.dumps(model)}, {calls}))"
-            done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "LLAMA_FN_TYPED": checks},
+        for switch, seen in times.items():
+            program = f"from llama_fn.cli.bench import step_time; print(step_time({calls}))"
+            done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "LLAMA_FN_TYPED": switch},
                                   check=True, stdout=subprocess.PIPE, text=True)
             seen.append(1e6 * float(done.stdout))
     checked, unchecked = (statistics.median(seen) for seen in times.values())
-    print(f"one decode step, eager, batch 1, {torch.get_num_threads()} threads, median of {rounds} x {calls}:")
-    print(f"with checks     {checked:7.0f} us  {1e6 / checked:6.0f} tokens a second   {_spread(times['1'])}")
-    print(f"without         {unchecked:7.0f} us  {1e6 / unchecked:6.0f} tokens a second   {_spread(times['0'])}")
-    print(f"the checks cost {checked - unchecked:7.0f} us, {checked / unchecked - 1:.0%}")
+    spread = {switch: f"({min(seen):.0f} to {max(seen):.0f})" for switch, seen in times.items()}
+    return {"a decode step with checks, us": f"{checked:.0f} {spread['1']}",
+            "without, us": f"{unchecked:.0f} {spread['0']}",
+            "the checks cost": f"{checked - unchecked:.0f} us, {checked / unchecked - 1:.0%}"}
 
 
-def step_time(model: str, calls: int) -> float:
-    """The median seconds of a decode step of one row."""
-    params, _ = load(model)
+def step_time(calls: int) -> float:
+    """The median seconds of a decode step of one row of the shipped model."""
+    params, _ = load("stories")
     cache = init_cache(params.config, max_len=params.config.max_seq_len, dtype=params.norm.dtype)
     tokens, times = torch.tensor([1]), []
     for _ in range(calls):
@@ -46,7 +76,3 @@ def step_time(model: str, calls: int) -> float:
         forward(params, tokens, cache)
         times.append(time.perf_counter() - begun)
     return statistics.median(times)
-
-
-def _spread(times: list[float]) -> str:
-    return f"({min(times):.0f} to {max(times):.0f})"

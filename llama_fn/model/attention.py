@@ -15,8 +15,9 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
+from llama_fn import tree
 from llama_fn.model import cache as kv
-from llama_fn.model.cache import KeysValues
+from llama_fn.model.cache import Forked, KeysValues
 from llama_fn.model.linear import Adapted, linear
 from llama_fn.model.rope import Rotation, rotate
 from llama_fn.shapes import typed
@@ -46,27 +47,30 @@ def attention(params: Attention, x: Float[Tensor, "*b t d"], rotation: Rotation,
     if cache is not None:
         cache = kv.write(cache, keys, values, positions)
         keys, values = kv.read(cache, positions)
-    heads = attend(queries, keys.to(x.dtype), values.to(x.dtype), positions)
+    keys, values = (tree.map(lambda leaf: leaf.to(x.dtype), part) for part in (keys, values))
+    heads = attend(queries, keys, values, positions)
     return linear(params.wo, rearrange(heads, "... k g t h -> ... t k g h"), inputs=3), cache
 
 
 @typed
-def written_out(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"],
-                values: Float[Tensor, "*b k s h"],
+def written_out(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"] | Forked,
+                values: Float[Tensor, "*b k s h"] | Forked,
                 positions: Int[Tensor, "*b t"] | None) -> Float[Tensor, "*b k g t h"]:
     """softmax(q k / sqrt(h)) v (Vaswani et al. 2017, eq. 1) over the slots up to each query's own position.
 
     The query at position p sees slots 0 to p; without `positions`, query i stands in slot i. The softmax is
-    computed in float32 at least.
+    computed in float32 at least. The slots may lie in two places, of which neither is copied.
     """
-    t, s, h = queries.shape[-2], keys.shape[-2], queries.shape[-1]
+    places = list(zip(keys, values, strict=True)) if isinstance(keys, Forked) else [(keys, values)]
+    t, h = queries.shape[-2:]
+    scores = torch.cat([einsum(queries, k, "... k g t h, ... k s h -> ... k g t s") for k, _ in places], -1)
     if positions is None:
         positions = torch.arange(t, device=queries.device)
-    hidden = rearrange(torch.arange(s, device=queries.device) > positions[..., None], "... t s -> ... 1 1 t s")
-    scores = einsum(queries, keys, "... k g t h, ... k s h -> ... k g t s") / math.sqrt(h)
-    exact = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(hidden, -math.inf)
-    weights = exact.softmax(-1).to(values.dtype)
-    return einsum(weights, values, "... k g t s, ... k s h -> ... k g t h")
+    slots = torch.arange(scores.shape[-1], device=queries.device)
+    hidden = rearrange(slots > positions[..., None], "... t s -> ... 1 1 t s")
+    exact = (scores / math.sqrt(h)).to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(hidden, -math.inf)
+    weights = exact.softmax(-1).to(queries.dtype).split([k.shape[-2] for k, _ in places], -1)
+    return sum(einsum(w, v, "... k g t s, ... k s h -> ... k g t h") for w, (_, v) in zip(weights, places, strict=True))
 
 
 @typed
@@ -85,9 +89,9 @@ def fused(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"],
     return out.reshape(*batch, k, g, t, h)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None) -> Tensor:
+def attend(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> Tensor:
     """The fused kernel for values and first derivatives, mapped or not; the definition for all that lies beyond."""
-    kernel = written_out if _beyond_first_order() else fused
+    kernel = written_out if isinstance(keys, Forked) or _beyond_first_order() else fused
     return kernel(queries, keys, values, positions)
 
 

@@ -11,6 +11,19 @@ from llama_fn.config import Config
 from llama_fn.shapes import concrete, typed
 
 
+class Forked(NamedTuple):
+    """The slots of several sequences that began as one: those of the beginning, there once, and each one's own."""
+
+    shared: Float[Tensor, "*c k _ h"]
+    own: Float[Tensor, "*b k s h"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the slots if they lay side by side."""
+        *batch, s, h = self.own.shape
+        return *batch, self.shared.shape[-2] + s, h
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens so far: one leaf a layer, so that a compiled step can update each in place.
 
@@ -18,16 +31,16 @@ class Cache(NamedTuple):
     or to let rows differ, choose another length: `cache._replace(length=...)`. What lies beyond is never read.
     """
 
-    k: tuple[Float[Tensor, "*b k s h"], ...]
-    v: tuple[Float[Tensor, "*b k s h"], ...]
+    k: tuple[Float[Tensor, "*b k s h"] | Forked, ...]
+    v: tuple[Float[Tensor, "*b k s h"] | Forked, ...]
     length: Int[Tensor, "*b"]
 
 
 class KeysValues(NamedTuple):
     """One layer's share of the cache."""
 
-    k: Float[Tensor, "*b k s h"]
-    v: Float[Tensor, "*b k s h"]
+    k: Float[Tensor, "*b k s h"] | Forked
+    v: Float[Tensor, "*b k s h"] | Forked
 
 
 @typed
@@ -44,6 +57,30 @@ def init_cache(config: Config, batch: tuple[int, ...] = (), *, max_len: int, dty
     return Cache(k, v, torch.zeros(batch, dtype=torch.int64, device=device))
 
 
+def fork(cache: Cache, batch: tuple[int, ...], *, max_len: int) -> Cache:
+    """Sequences that go on from one, as many as `batch` has: what they share lies in memory once, for all of them.
+
+    `forward` takes the result as any other cache, each row with its own tokens, up to `max_len` in all. A row cannot be
+    rewound to before the fork. The rows of a cache with batch axes are each forked; the new axes come first.
+
+    Raises `ValueError` where rows differ in length, where nothing is left of `max_len`, and for a forked cache.
+    """
+    if any(isinstance(leaf, Forked) for leaf in cache.k):
+        raise ValueError("fork: this cache is forked already; fork the one that it came from")
+    lengths = cache.length.unique().tolist()
+    if len(lengths) != 1:
+        raise ValueError(f"fork: the rows must be of one length, got {lengths}; fork each by itself")
+    if max_len <= lengths[0]:
+        raise ValueError(f"fork: max_len counts what is shared, too: more than {lengths[0]} is needed, got {max_len}")
+
+    def forked(leaf: Tensor) -> Forked:
+        *rows, k, _, h = leaf.shape
+        return Forked(leaf[..., :lengths[0], :], leaf.new_zeros((*batch, *rows, k, max_len - lengths[0], h)))
+
+    k, v = (tuple(map(forked, leaves)) for leaves in cache[:2])
+    return Cache(k, v, cache.length.expand(*batch, *cache.length.shape).clone())
+
+
 @typed
 def write(cache: KeysValues, keys: Float[Tensor, "*b k t h"], values: Float[Tensor, "*b k t h"],
           positions: Int[Tensor, "*b t"]) -> KeysValues:
@@ -54,23 +91,25 @@ def write(cache: KeysValues, keys: Float[Tensor, "*b k t h"], values: Float[Tens
 @typed
 def read(cache: KeysValues, positions: Int[Tensor, "*b t"]) -> KeysValues:
     """What attention may see: every slot up to the last position, zeros beyond (a NaN there stays without effect)."""
-    slots = torch.arange(cache.k.shape[-2], device=positions.device)
-    beyond = rearrange(slots > positions[..., -1:], "... s -> ... 1 s 1")
-    return KeysValues(*(leaf.masked_fill(beyond, 0) for leaf in cache))
+    return KeysValues(*(_clean(leaf, positions) for leaf in cache))
 
 
 def check_room(cache: Cache, new: int) -> None:
     """Raise `ValueError` if a row has no room for `new` tokens more. Where numbers cannot be read, do nothing."""
     if concrete(cache.length) and cache.length.numel():
         used, slots = int(cache.length.max()), cache.k[0].shape[-2]
-        if (least := int(cache.length.min())) < 0:
-            raise ValueError(f"a cache's length must be at least 0, got {least}")
+        start = cache.k[0].shared.shape[-2] if isinstance(cache.k[0], Forked) else 0
+        if (least := int(cache.length.min())) < start:
+            raise ValueError(f"a cache's length must be at least {start}{', where it was forked' if start else ''}, "
+                             f"got {least}")
         if used + new > slots:
             raise ValueError(f"the cache is full: it has {slots} slots, {used} are in use, and {new} more tokens came; "
                              f"make it with init_cache(..., max_len={used + new}) or more")
 
 
-def _put(leaf: Tensor, new: Tensor, positions: Tensor) -> Tensor:
+def _put(leaf: Tensor | Forked, new: Tensor, positions: Tensor) -> Tensor | Forked:
+    if isinstance(leaf, Forked):
+        return leaf._replace(own=_put(leaf.own, new, positions - leaf.shared.shape[-2]))
     # index_put is what torch.compile turns into a write in place when the old cache is donated.
     k, s, h = leaf.shape[-3:]
     flat, rows = leaf.reshape(-1, k, s, h), positions.reshape(-1, positions.shape[-1])
@@ -78,3 +117,10 @@ def _put(leaf: Tensor, new: Tensor, positions: Tensor) -> Tensor:
     head = torch.arange(k, device=leaf.device)[None, :, None]
     new = new.reshape(-1, *new.shape[-3:]).to(leaf.dtype)
     return flat.index_put((row, head, rows[:, None, :]), new).reshape(leaf.shape)
+
+
+def _clean(leaf: Tensor | Forked, positions: Tensor) -> Tensor | Forked:
+    if isinstance(leaf, Forked):
+        return leaf._replace(own=_clean(leaf.own, positions - leaf.shared.shape[-2]))
+    slots = torch.arange(leaf.shape[-2], device=positions.device)
+    return leaf.masked_fill(rearrange(slots > positions[..., -1:], "... s -> ... 1 s 1"), 0)

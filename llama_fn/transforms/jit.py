@@ -61,13 +61,19 @@ def _donated(given: dict[str, Any], result: Any) -> Any:
     def handed_on(x: Any) -> bool:
         return any(x is memory for memory in memories)
 
-    # A part with a donated leaf in it, handed on as it came, is a copy and takes no memory: were it written to another
-    # donated leaf, that one would have to be saved first, and inductor takes such a copy for superfluous.
-    fresh = [not any(map(handed_on, tree.leaves(part))) for part in parts]
-    parts = [tree.map(lambda x: x.clone() if handed_on(x) else x, part) for part in parts]
-    for name, i in places.items():
-        if fresh[i]:
-            parts[i] = tree.map(lambda memory, new: memory.copy_(new), given[name], parts[i])
+    # A donated leaf that comes back in its own place is there already. A part with one in another place is a copy and
+    # takes no memory: were it written to another donated leaf, that one would have to be saved first, and inductor
+    # takes such a copy for superfluous.
+    fresh = {}
+    for i, part in enumerate(parts):
+        old = next((given[name] for name, place in places.items() if place == i), None)
+        own = [None] * len(tree.leaves(part)) if old is None else tree.leaves(old)
+        if any(handed_on(x) and x is not mine for x, mine in zip(tree.leaves(part), own, strict=True)):
+            parts[i] = tree.map(lambda x: x.clone() if handed_on(x) else x, part)
+        elif old is not None:
+            fresh[i] = old
+    for i, old in fresh.items():
+        parts[i] = tree.map(lambda memory, new: memory if new is memory else memory.copy_(new), old, parts[i])
     return tuple(parts) if type(result) is tuple else parts[0]
 
 
