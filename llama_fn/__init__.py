@@ -7,7 +7,8 @@ from llama_fn.config import LLAMA2_7B, LLAMA2_13B, LLAMA2_70B, Config, RopeScali
 from llama_fn.generation.chat import Message, chat_completion
 from llama_fn.generation.completion import Completion, stream, text_completion
 from llama_fn.generation.conversation import Chat, answer, ask
-from llama_fn.generation.sampling import sampler
+from llama_fn.generation.drafted import Speculation, speculate, speculate_stream
+from llama_fn.generation.sampling import narrowing, sampler
 from llama_fn.generation.scoring import Perplexity, Score, perplexity, score, score_options
 from llama_fn.model.block import Block
 from llama_fn.model.cache import Cache, fork, init_cache
@@ -20,9 +21,52 @@ from llama_fn.training.loss import loss, loss_sum
 from llama_fn.transforms.jit import jit
 
 __all__ = [
-    "LLAMA2_7B", "LLAMA2_13B", "LLAMA2_70B", "AxesError", "Block", "Cache", "Chat", "Completion", "Config",
-    "Message", "Model", "Params", "Perplexity", "RopeScaling", "Score", "Tokenizer", "abstract_params", "answer",
-    "ask", "chat_completion", "fork", "forward", "from_hf", "init_cache", "init_params", "jit", "load", "load_tokenizer",
-    "loss", "loss_sum", "optim", "perplexity", "random", "sampler", "save", "score", "score_options", "stories",
-    "stream", "text_completion", "to_hf", "train_tokenizer", "tree", "typed",
+    "LLAMA2_7B",
+    "LLAMA2_13B",
+    "LLAMA2_70B",
+    "AxesError",
+    "Block",
+    "Cache",
+    "Chat",
+    "Completion",
+    "Config",
+    "Message",
+    "Model",
+    "Params",
+    "Perplexity",
+    "RopeScaling",
+    "Score",
+    "Speculation",
+    "Tokenizer",
+    "abstract_params",
+    "answer",
+    "ask",
+    "chat_completion",
+    "fork",
+    "forward",
+    "from_hf",
+    "init_cache",
+    "init_params",
+    "jit",
+    "load",
+    "load_tokenizer",
+    "loss",
+    "loss_sum",
+    "narrowing",
+    "optim",
+    "perplexity",
+    "random",
+    "sampler",
+    "save",
+    "score",
+    "score_options",
+    "speculate",
+    "speculate_stream",
+    "stories",
+    "stream",
+    "text_completion",
+    "to_hf",
+    "train_tokenizer",
+    "tree",
+    "typed",
 ]

@@ -7,12 +7,14 @@ they lie in int64, each in [0, 2**32). To draw for many keys at once, `vmap` ove
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llama_fn import tree
 from llama_fn.shapes import typed
 
 Key = Int[Tensor, "2"]
@@ -78,6 +80,12 @@ def normal(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> F
 
 
 @typed
+def rademacher(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+    """Random signs: 1 and -1, equally likely."""
+    return 1 - 2 * (bits(key, shape) >> 31).to(dtype)
+
+
+@typed
 def gumbel(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
     """Standard Gumbel: -log(-log u), u uniform on (0, 1)."""
     return -torch.log(-torch.log(uniform(key, shape, dtype, torch.finfo(dtype).tiny, 1.0)))
@@ -98,6 +106,16 @@ def categorical(key: Key, logits: Float[Tensor, "*logits"], axis: int = -1,
         raise ValueError(f"random.categorical: shape {shape} must end in the logits' batch axes {batch}")
     noise = gumbel(key.to(logits.device), (*draws, *logits.shape), logits.dtype)
     return torch.argmax(noise + logits, dim=len(draws) + axis)
+
+
+@typed
+def like(key: Key, value: Any, draw: Callable[[Key, Shape, torch.dtype], Tensor] = normal) -> Any:
+    """A tree of draws, each leaf with a key of its own, and of the shape, dtype and device of that leaf of `value`.
+
+    (Optax's `tree.random_like`.)
+    """
+    keys = iter(split(key, len(tree.leaves(value))))
+    return tree.map(lambda x: draw(next(keys).to(x.device), x.shape, x.dtype), value)
 
 
 def threefry2x32(key: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ A tree is a leaf, or a tuple, list, dict or `NamedTuple` of trees. As in JAX, `N
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
 from torch.utils import _pytree
 
 T = TypeVar("T")
@@ -46,6 +48,18 @@ def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
     """As `map`, with each leaf's path as the first argument of `f`."""
     return _pytree.tree_map_with_path(
         lambda path, x: None if x is None else f(".".join(_step(entry) for entry in path), x), tree)
+
+
+def vdot(tree: Any, other: Any) -> Tensor:
+    """The dot product of two trees of tensors as one long vector each, in float32 at least (Optax's `tree.vdot`)."""
+
+    def dot(x: Tensor, y: Tensor) -> Tensor:
+        if x.shape != y.shape:  # or the smaller one would be broadcast
+            raise ValueError(f"tree.vdot: corresponding leaves must have one shape, got {[*x.shape]} and {[*y.shape]}")
+        exact = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        return (x.to(exact) * y.to(exact)).sum()
+
+    return torch.stack(leaves(map(dot, tree, other))).sum()
 
 
 def constant(cls: type[T]) -> type[T]:

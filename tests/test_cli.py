@@ -1,6 +1,7 @@
 """The command line: what it prints where, its exit status, and one line for every error."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,6 +47,17 @@ def test_greedy_is_greedy(monkeypatch, capsys):
     assert len(texts) == 1
 
 
+def test_a_draft_changes_the_speed_and_not_the_text(monkeypatch, capsys):
+    plain, *drafted = (cli(monkeypatch, capsys, "generate", "--greedy", "--seed", "1", "--max-new-tokens", "40", *more)
+                       for more in ([], ["--draft", "stories-draft", "--speculate", "3"], ["--draft", "stories"]))
+    assert [out for _, out, _ in drafted] == [plain[1]] * 2
+    for (status, _, err), n in zip(drafted, (3, 4), strict=True):
+        found = re.fullmatch(r"\[seed 1: 40 tokens .* tokens a second; (\d+) of (\d+) drafted tokens accepted\]\n", err)
+        accepted, proposed = map(int, found.groups())
+        assert status == 0 and proposed % n == 0 and 10 < accepted <= proposed
+    assert accepted == proposed == 32  # of a draft that is the model itself; 8 rounds and the first token are 41
+
+
 def test_stop_and_empty_prompt(monkeypatch, capsys):
     status, out, _ = cli(monkeypatch, capsys, "generate", "--seed", "1", "--stop", ".", "--stop", "lived", "")
     assert status == 0 and len(out) > 20 and "." not in out
@@ -58,6 +70,8 @@ def test_stop_and_empty_prompt(monkeypatch, capsys):
     (["generate", "word " * 300], "llama-fn: the prompt has "),
     (["generate", "a\ud800"], "llama-fn: the text is not valid Unicode: character 1 is the lone surrogate U+D800"),
     (["generate", "--max-new-tokens", "-3"], "llama-fn: max_new_tokens must be at least 0, got -3"),
+    (["generate", "--draft", "nowhere"], "llama-fn: nowhere: no model there"),
+    (["generate", "--draft", "stories", "--speculate", "0"], "llama-fn: n must be at least 1 proposed token a round"),
     (["generate", "--stop", ""], "llama-fn: a stop string is empty"),
     (["generate", "--device", "warp"], "llama-fn: --device warp: "),
     (["generate", "--device", "meta"], "llama-fn: --device meta: "),

@@ -137,7 +137,7 @@ def test_convert_that_ends_early_leaves_nothing(run, monkeypatch, saved, tmp_pat
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (["nowhere", "out", "--to", "hf"], "nowhere: no model there: expected the name of an embedded model (stories), or"),
+    (["nowhere", "out", "--to", "hf"], "nowhere: no model there: expected the name of an embedded model (stories, "),
     (["stories", "file", "--to", "hf"], "file is a file; choose a folder"),
     (["stories", "out", "--to", "llama2c", "--shards", "2"], "llama2.c's checkpoint is one file, 2 shards cannot be"),
     (["stories", "out", "--to", "hf", "--shards", "99"], "99 files cannot be made of 39 weights"),

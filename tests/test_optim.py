@@ -105,6 +105,57 @@ def test_clipping_bounds_the_common_norm_and_keeps_the_direction(key, bound):
     assert torch.allclose(clipped["w"] * before, grads["w"] * after, rtol=1e-4, atol=1e-6)
 
 
+ADAM = lf.optim.scale_by_adam(0.9, 0.99, 1e-8)
+
+
+def adams_direction(*grads: torch.Tensor) -> torch.Tensor:
+    """The direction after these gradients."""
+    state = ADAM.init(grads[0])
+    for g in grads:
+        updates, state = ADAM.update(g, state)
+    return updates
+
+
+@given(keys(), st.sampled_from([torch.float32, torch.float64]))
+def test_adams_direction_is_the_formula_to_the_last_bit_at_zero_too(key, dtype):
+    sizes = torch.tensor([0, 1e-30, 1e-18, 1e-8, 1e-4, 1, 1e4, 0, 1], dtype=dtype)
+    grads = lf.random.normal(key, (3, 9), dtype) * sizes
+    mu = nu = torch.zeros(9, dtype=dtype)
+    for g in grads:
+        mu, nu = 0.9 * mu + (1 - 0.9) * g, 0.99 * nu + (1 - 0.99) * g.square()
+    three = torch.tensor(3, dtype=dtype)
+    expected = mu / (1 - 0.9**three) / ((nu / (1 - 0.99**three)).sqrt() + 1e-8)
+    assert torch.equal(adams_direction(*grads), expected)
+
+
+@given(keys(), st.integers(1, 3))
+def test_adams_direction_has_its_true_slope_where_all_gradients_are_zero(key, steps):
+    zeros = tuple(torch.zeros(4, dtype=torch.float64) for _ in range(steps))
+    along = tuple(lf.random.normal(k, (4,), torch.float64) for k in lf.random.split(key, steps))
+    _, forward = torch.func.jvp(adams_direction, zeros, along)
+    step = 1e-20  # the direction is m / (|g| + eps), as good as linear in a neighborhood much smaller than eps
+    expected = (adams_direction(*(step * x for x in along)) - adams_direction(*zeros)) / step
+    assert torch.allclose(forward, expected, rtol=1e-9) and (forward.abs() > 1).all()
+    backward = torch.func.grad(lambda grads: adams_direction(*grads) @ along[0])(zeros)
+    assert all(x.isfinite().all() for x in backward)
+    curvature = torch.func.hessian(lambda g: adams_direction(*zeros[1:], g).sum())(zeros[0])
+    assert curvature.isfinite().all()
+
+
+@pytest.mark.parametrize("make", [lf.optim.sgd, lf.optim.adamw])
+@given(keys())
+def test_the_learning_rate_may_be_a_tensor_and_has_a_gradient(make, key):
+    params, grads = normal_tree(key), normal_tree(lf.random.fold_in(key, 1))
+
+    def updates(rate):
+        return make(rate).update(grads, make(rate).init(params), params)[0]
+
+    rate = torch.tensor(0.1)
+    assert all(map(torch.allclose, lf.tree.leaves(updates(rate)), lf.tree.leaves(updates(0.1))))
+    slopes = torch.func.jacrev(updates)(rate)
+    assert all(map(torch.allclose, lf.tree.leaves(slopes), lf.tree.leaves(updates(1.0))))
+
+
 def test_only_matrices_decay():
     mask = lf.optim.matrices({"w": torch.ones(3, 2), "b": (torch.ones(5),)})
     assert mask == {"w": True, "b": (False,)}

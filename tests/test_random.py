@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import keys
 from torch import Tensor
 
-from llama_fn import random
+from llama_fn import random, tree
 
 JAX = json.loads((Path(__file__).parent / "data" / "jax_random.json").read_text())["seeds"]
 SEEDS = [seed for seed in JAX if seed != "x64"]
@@ -65,6 +65,28 @@ def test_numbers_are_those_of_jax(seed):
     # XLA has other polynomials for erfinv and the logarithm: the results differ by up to 1.5 units.
     assert_close(random.normal(key, (2, 5)), jax["normal"], ulps=2)
     assert_close(random.gumbel(key, (7,)), jax["gumbel"], ulps=2)
+    assert random.rademacher(key, (2, 5)).tolist() == jax["rademacher"]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_random_tree_is_that_of_optax(seed):
+    optax = JAX[seed]["optax_random_like"]  # made with Optax 0.2.8
+    ours = random.like(random.key(int(seed)), {"b": torch.zeros(2), "w": (torch.zeros(2, 3),)}, random.uniform)
+    assert_close(ours["b"], optax["b"])
+    assert_close(ours["w"][0], optax["w"][0])
+
+
+@given(keys())
+def test_a_random_tree_has_the_shapes_and_dtypes_of_another_and_draws_of_its_own(key):
+    four = torch.zeros(4, dtype=torch.float64)
+    value = [four, four, (torch.zeros(3, 2).bfloat16(), None)]
+    for draw in (random.normal, random.uniform, random.rademacher):
+        ours = random.like(key, value, draw)
+        assert [(x.shape, x.dtype) for x in tree.leaves(ours)] == [(x.shape, x.dtype) for x in tree.leaves(value)]
+        assert tree.structure(ours) == tree.structure(value)
+    one, other, _ = random.like(key, value)
+    assert not torch.equal(one, other)
+    assert torch.equal(one, random.normal(random.split(key, 3)[0], (4,), torch.float64))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -89,7 +111,8 @@ def test_under_vmap_a_key_draws_what_it_draws_alone(many, shape):
     logits = torch.linspace(-1, 1, 5)
     for draw in (lambda key: random.split(key, 3), lambda key: random.fold_in(key, 7),
                  lambda key: random.bits(key, shape), lambda key: random.uniform(key, shape),
-                 lambda key: random.normal(key, shape), lambda key: random.categorical(key, logits)):
+                 lambda key: random.normal(key, shape), lambda key: random.categorical(key, logits),
+                 lambda key: random.rademacher(key, shape), lambda key: random.like(key, [logits])[0]):
         assert torch.equal(torch.vmap(draw)(many), torch.stack([draw(key) for key in many]))
 
 
@@ -138,6 +161,13 @@ def test_normal_has_mean_0_and_variance_1(key):
     assert abs(x.mean()) < 5 / 64  # 5 standard errors: sqrt(1 / 4096) each
     assert abs(x.var() - 1) < 5 * 2**0.5 / 64  # and sqrt(2 / 4096)
     assert x.isfinite().all()
+
+
+@given(keys())
+def test_signs_are_equally_likely(key):
+    signs = random.rademacher(key, (4096,))
+    assert (signs.abs() == 1).all()
+    assert abs(signs.mean()) < 5 / 64  # 5 standard errors
 
 
 @given(keys(), st.sampled_from(list(random.MANTISSA_BITS)), st.floats(-8, 8, width=16), st.floats(1, 8, width=16))

@@ -87,6 +87,17 @@ def test_top_p_of_one_keeps_everything_and_no_temperature_is_too_low(monkeypatch
     assert lf.sampler(1e-38)(key, LOGITS) == LOGITS.argmax()
 
 
+@given(keys(), st.sampled_from([{}, {"temperature": 0.0}, {"temperature": 0.7, "repetition_penalty": 1.3}, {"top_k": 3},
+                                {"top_p": 0.7}, {"min_p": 0.2}]))
+def test_a_sampler_draws_by_its_narrowing(key, settings):
+    logits, tokens = logits_of(key, 200, 11), torch.tensor([[3, 3, 7, -1]] * 200)
+    narrowed, key = lf.narrowing(**settings)(logits, tokens), lf.random.fold_in(key, 1)
+    assert torch.equal(lf.sampler(**settings)(key, logits, tokens), lf.random.categorical(key, narrowed))
+    assert (settings == {}) is torch.equal(narrowed, logits)
+    if settings.get("temperature") == 0.0:
+        assert torch.equal(narrowed.softmax(-1), torch.nn.functional.one_hot(logits.argmax(-1), 11).float())
+
+
 @given(keys(), st.floats(0.0, 1.0))
 def test_min_p_keeps_what_is_likely_enough(key, p):
     logits = logits_of(key, 5, 11)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import configs
 
-from llama_fn import LLAMA2_7B, tree
+from llama_fn import LLAMA2_7B, random, tree
 
 
 class Pair(NamedTuple):
@@ -77,6 +77,24 @@ def test_a_path_is_fields_keys_and_indices_joined_by_dots():
     value = Pair([10, {"key": 20}], (None, 30))
     assert tree.paths(value) == {"left.0": 10, "left.1.key": 20, "right.1": 30}
     assert tree.map_with_path(lambda path, x: path, value) == Pair(["left.0", {"key": "left.1.key"}], (None, "right.1"))
+
+
+@given(nested(st.integers(0, 3).map(torch.ones)).filter(tree.leaves), st.integers(0, 9))
+def test_vdot_is_the_dot_product_of_the_trees_as_vectors(value, seed):
+    value, other = (random.like(random.key(n), value) for n in (seed, seed + 1))
+    one, two = (torch.cat(tree.leaves(x)) for x in (value, other))
+    assert float(tree.vdot(value, other)) == pytest.approx(float(one @ two), abs=1e-6)
+
+
+def test_vdot_is_exact_for_small_floats():
+    ones = {"a": torch.full((1000,), 1.01, dtype=torch.bfloat16), "b": torch.ones(()), "c": None}
+    assert tree.vdot(ones, ones) == 1000 * float(ones["a"][0]) ** 2 + 1 and tree.vdot(ones, ones).dtype == torch.float32
+    assert tree.vdot(torch.ones(3, dtype=torch.float64), torch.ones(3)).dtype == torch.float64
+
+
+def test_vdot_of_leaves_of_different_shapes_is_an_error():
+    with pytest.raises(ValueError, match=r"corresponding leaves must have one shape, got \[3\] and \[3, 1\]"):
+        tree.vdot([torch.ones(3)], [torch.ones(3, 1)])
 
 
 @given(nested(configs() | st.none()))

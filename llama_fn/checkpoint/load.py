@@ -15,7 +15,8 @@ from llama_fn.checkpoint.weights import Report, Weights, check_dtype, params_of,
 from llama_fn.model.transformer import Params
 from llama_fn.tokenizer import Tokenizer, load_tokenizer
 
-EMBEDDED = {"stories": Path(__file__).parent.parent / "stories" / "model"}
+STORIES = Path(__file__).parent.parent / "stories"
+EMBEDDED = {"stories": STORIES / "model", "stories-draft": STORIES / "draft"}
 TOKENIZER = "tokenizer.model"
 Format = Literal["meta", "hf", "llama2c"]
 SETTINGS: dict[Format, str] = {"meta": meta.SETTINGS, "hf": huggingface.SETTINGS, "llama2c": llama2c.WEIGHTS}
@@ -30,8 +31,8 @@ class Model(NamedTuple):
 
 def load(path_or_name: str | os.PathLike, *, dtype: torch.dtype | None = None,
          device: torch.device | str | None = None) -> Model:
-    """The embedded model "stories" (by this string), or the model of a folder in Meta's or Hugging Face's layout, or
-    of llama2.c, told apart by their files.
+    """The embedded model "stories" or its draft "stories-draft" (by this string), or the model of a folder in Meta's or
+    Hugging Face's layout, or of llama2.c, told apart by their files.
 
     `dtype` None keeps the weights as they are stored; then those of one file of Meta's are not copied but mapped: they
     are read from the disk when they are used. Otherwise they are cast one by one. The tokenizer lies with the weights

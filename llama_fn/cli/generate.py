@@ -3,6 +3,7 @@
 import secrets
 import sys
 import time
+from collections.abc import Iterator
 from typing import Annotated
 
 import tyro
@@ -12,17 +13,18 @@ from llama_fn import random
 from llama_fn.checkpoint.load import load
 from llama_fn.cli.options import Dtype, device_of, dtype_of
 from llama_fn.generation.completion import stream
-from llama_fn.generation.sampling import sampler
+from llama_fn.generation.drafted import speculate_stream
+from llama_fn.generation.sampling import narrowing, sampler
 
 
 def generate(prompt: Annotated[str, tyro.conf.Positional] = "Once upon a time", *, model: str = "stories",
              max_new_tokens: int | None = None, temperature: float = 0.8, top_k: int | None = None,
              top_p: float | None = None, min_p: float | None = None, repetition_penalty: float | None = None,
              greedy: bool = False, seed: int | None = None, stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-             dtype: Dtype = "stored", device: str = "auto") -> None:
+             draft: str | None = None, speculate: int = 4, dtype: Dtype = "stored", device: str = "auto") -> None:
     """Write a prompt and what the model makes of it to standard output, a piece at a time.
 
-    The seed and the speed go to standard error. Ctrl-C stops.
+    The seed and the speed (and, with a draft, how much of it the model accepted) go to standard error. Ctrl-C stops.
 
     Args:
         prompt: The beginning of the text; "-" reads it from standard input, "" leaves everything to the model.
@@ -36,23 +38,40 @@ def generate(prompt: Annotated[str, tyro.conf.Positional] = "Once upon a time", 
         greedy: Always take the likeliest token.
         seed: The same seed writes the same text; by default another one every time.
         stop: End before this string; may be given several times.
+        draft: A smaller model with the same tokenizer that drafts for the model to check: what may come is the same,
+            and it comes sooner where most of the draft is accepted.
+        speculate: How many tokens to draft at a time.
         dtype: Compute in this dtype, or as the weights are stored.
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
     """
-    sample = sampler(0.0 if greedy else temperature, top_k, top_p, min_p, repetition_penalty)
+    settings = (0.0 if greedy else temperature, top_k, top_p, min_p, repetition_penalty)
+    sample, narrow = sampler(*settings), narrowing(*settings)
     seed = secrets.randbelow(2**32) if seed is None else seed
     key = random.key(seed)
     if prompt == "-":
         prompt = _standard_input()
-    loaded = load(model, dtype=dtype_of(dtype), device=device_of(device))
-    drawn = 0
+    loaded, drafting = (None if name is None else load(name, dtype=dtype_of(dtype), device=device_of(device))
+                        for name in (model, draft))
+    drawn, acceptance = 0, ""
 
     def counted(*args: Tensor) -> Tensor:
         nonlocal drawn
         drawn += 1
         return sample(*args)
 
-    pieces = stream(loaded, prompt, key=key, max_new_tokens=max_new_tokens, sampler=counted, stop=stop)
+    def speculated() -> Iterator[str]:
+        nonlocal drawn, acceptance
+        for piece, told in drafted:
+            drawn = len(told.tokens)
+            acceptance = f"; {told.accepted} of {told.proposed} drafted tokens accepted"
+            yield piece
+
+    if drafting is None:
+        pieces = stream(loaded, prompt, key=key, max_new_tokens=max_new_tokens, sampler=counted, stop=stop)
+    else:
+        drafted = speculate_stream(loaded, drafting, prompt, key=key, n=speculate, max_new_tokens=max_new_tokens,
+                                   narrow=narrow, stop=stop)
+        pieces = speculated()
     begun = time.perf_counter()
     try:
         print(prompt, end="", flush=True)
@@ -61,7 +80,7 @@ def generate(prompt: Annotated[str, tyro.conf.Positional] = "Once upon a time", 
     finally:  # after Ctrl-C, too
         seconds = time.perf_counter() - begun
         print(flush=True)
-        print(f"[seed {seed}: {drawn} tokens in {seconds:.2f} s, {drawn / seconds:.0f} tokens a second]",
+        print(f"[seed {seed}: {drawn} tokens in {seconds:.2f} s, {drawn / seconds:.0f} tokens a second{acceptance}]",
               file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""Timing several pieces of work against each other: in turn, so that a slow minute of the machine falls on all alike."""
+"""Timing works against each other: in turn, so that a slow minute of the machine falls on all alike."""
 
 import statistics
 import time

@@ -40,7 +40,7 @@ def text_completion(model: Model, prompts: Sequence[str], *, key: Int[Tensor, "2
     """
     if isinstance(prompts, str):
         raise ValueError("text_completion: prompts is one text; put it in a list")
-    _check_stop(stop)
+    check_stop(stop)
     if not prompts:
         return []
     encoded = [model.tokenizer.encode(prompt) for prompt in prompts]
@@ -67,7 +67,7 @@ def complete(model: Model, encoded: Sequence[list[int]], key: Tensor, max_new_to
     own tokens.
     """
     limits = [room(model, len(ids), max_new_tokens) for ids in encoded]
-    keys = _keys(key, len(encoded), model)
+    keys = keys_of(key, len(encoded), model)
     longest = max(len(ids) + limit for ids, limit in zip(encoded, limits, strict=True))
     state, prompt_logits = decode.prefill(model.params, encoded, longest)
     written: list[list[int]] = [[] for _ in encoded]
@@ -87,13 +87,13 @@ def stream(model: Model, prompt: str, *, key: Int[Tensor, "2"], max_new_tokens: 
 
     Raises `ValueError` as `text_completion` does, at once and not with the first piece.
     """
-    _check_stop(stop)
+    check_stop(stop)
     tokens = model.tokenizer.encode(prompt)
     limit = room(model, len(tokens), max_new_tokens)
 
     def ids() -> Iterator[int]:
         state = decode.resume(model.params, tokens, None, len(tokens) + limit)
-        for step in decode.steps(model.params, state, _keys(key, 1, model), sampler or make_sampler(),
+        for step in decode.steps(model.params, state, keys_of(key, 1, model), sampler or make_sampler(),
                                  model.tokenizer.eos_id, [limit]):
             yield step.token
 
@@ -121,7 +121,8 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _check_stop(stop: Sequence[str]) -> None:
+def check_stop(stop: Sequence[str]) -> None:
+    """Raise `ValueError` for stop strings that would end every text, or are none."""
     if isinstance(stop, str):
         raise ValueError("stop is one string; put it in a list, or each of its characters would stop the text")
     if any(not s for s in stop):
@@ -143,7 +144,9 @@ def room(model: Model, count: int, max_new_tokens: int | None) -> int:
     return context - count if max_new_tokens is None else min(context - count, max_new_tokens)
 
 
-def _keys(key: Tensor, rows: int, model: Model) -> Tensor:
+@typed
+def keys_of(key: Int[Tensor, "2"] | Int[Tensor, "n 2"], rows: int, model: Model) -> Int[Tensor, "b 2"]:
+    """One key a row, on the model's device. Raises `ValueError` for as many as there are neither one nor rows."""
     if key.ndim == 2 and len(key) != rows:
         raise ValueError(f"{len(key)} keys for {rows} prompts; give one for all, or one for each")
     return key.expand(rows, 2).to(model.params.embedding.device)

@@ -12,18 +12,37 @@ from llama_fn.random import Key
 from llama_fn.shapes import concrete, typed
 
 Sampler = Callable[..., Tensor]
+Narrowing = Callable[..., Tensor]
 
 
 def sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
             repetition_penalty: float | None = None) -> Sampler:
-    """A function `sample(key, logits, tokens=None)` that draws from the model's distribution, narrowed in this order:
-
-    `repetition_penalty` r (Keskar et al. 2019, "CTRL", 4.1) divides a positive logit of a token that is there already
-    by r, and multiplies a negative one; `temperature` divides all logits, and 0 takes the likeliest token; `top_k`
-    (Fan et al. 2018) keeps the k likeliest, `top_p` (Holtzman et al. 2020) the fewest likeliest whose probabilities sum
-    to p, `min_p` (Nguyen et al. 2024) those of at least p times the highest probability.
+    """A function `sample(key, logits, tokens=None)` that draws from the model's distribution, narrowed by `narrowing`
+    with the same settings.
 
     Raises `ValueError` for a setting outside its range; `sample` does for logits that are not numbers.
+    """
+    narrow = narrowing(temperature, top_k, top_p, min_p, repetition_penalty)
+
+    @typed
+    def sample(key: Key, logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b s"] | None = None) -> Int[Tensor, "*b"]:
+        """The next token after `tokens` (where a negative one stands for none)."""
+        narrowed = narrow(logits, tokens)
+        return narrowed.argmax(-1) if temperature == 0 else random.categorical(key, narrowed)
+
+    return sample
+
+
+def narrowing(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+              min_p: float | None = None, repetition_penalty: float | None = None) -> Narrowing:
+    """A function `narrow(logits, tokens=None)` to the logits, in float32 at least, that a sampler draws by. In order:
+
+    `repetition_penalty` r (Keskar et al. 2019, "CTRL", 4.1) divides a positive logit of a token that is there already
+    by r, and multiplies a negative one; `temperature` divides all logits, and 0 leaves the likeliest token alone;
+    `top_k` (Fan et al. 2018) keeps the k likeliest, `top_p` (Holtzman et al. 2020) the fewest likeliest whose
+    probabilities sum to p, `min_p` (Nguyen et al. 2024) those of at least p times the highest probability.
+
+    Raises `ValueError` for a setting outside its range; `narrow` does for logits that are not numbers.
     """
     _check_range("temperature", temperature, 0, math.inf)
     _check_range("top_k", top_k, 1, math.inf)
@@ -32,8 +51,8 @@ def sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float | N
     _check_range("repetition_penalty", repetition_penalty, 0, math.inf, open_below=True)
 
     @typed
-    def sample(key: Key, logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b s"] | None = None) -> Int[Tensor, "*b"]:
-        """The next token after `tokens` (where a negative one stands for none)."""
+    def narrow(logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b s"] | None = None) -> Float[Tensor, "*b v"]:
+        """The logits after `tokens` (where a negative one stands for none); -inf for what is never drawn."""
         if concrete(logits) and logits.isnan().any():
             raise ValueError("sample: the logits are NaN: the weights or the cache are damaged, or overflowed in a "
                              "16-bit dtype")
@@ -43,7 +62,7 @@ def sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float | N
                 raise ValueError("sample: a repetition penalty needs the tokens so far")
             logits = penalize(logits, tokens, repetition_penalty)
         if temperature == 0:
-            return logits.argmax(-1)
+            return keep_likeliest(logits)
         if temperature != 1:  # measured from the likeliest, nothing overflows however low the temperature
             logits = (logits - logits.amax(-1, keepdim=True)) / temperature
         if top_k is not None:
@@ -52,9 +71,9 @@ def sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float | N
             logits = keep_top_p(logits, top_p)
         if min_p is not None:
             logits = keep_min_p(logits, min_p)
-        return random.categorical(key, logits)
+        return logits
 
-    return sample
+    return narrow
 
 
 @typed
@@ -64,6 +83,13 @@ def penalize(logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b s"], penalty
     there = torch.zeros_like(logits[..., :1]).expand(*logits.shape[:-1], v + 1)  # the last stands for none
     there = there.scatter(-1, torch.where(tokens < 0, v, tokens), 1.0)[..., :v].bool()
     return torch.where(there, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+@typed
+def keep_likeliest(logits: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"]:
+    """The likeliest token (of equals the first) gets 0, the others -inf."""
+    there = torch.arange(logits.shape[-1], device=logits.device) == logits.argmax(-1, keepdim=True)
+    return torch.zeros_like(logits).masked_fill(~there, -math.inf)
 
 
 @typed

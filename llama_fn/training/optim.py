@@ -28,7 +28,7 @@ class AdamState(NamedTuple):
     nu: Any
 
 
-def adamw(learning_rate: float | Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
+def adamw(learning_rate: float | Tensor | Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
           *, weight_decay: float = 1e-4, mask: Any = None) -> Optimizer:
     """AdamW (Loshchilov and Hutter 2019, algorithm 2; the decay is scaled by the learning rate, as in Optax and torch).
 
@@ -38,7 +38,7 @@ def adamw(learning_rate: float | Schedule, b1: float = 0.9, b2: float = 0.999, e
                  scale_by_learning_rate(learning_rate))
 
 
-def sgd(learning_rate: float | Schedule) -> Optimizer:
+def sgd(learning_rate: float | Tensor | Schedule) -> Optimizer:
     """Plain gradient descent."""
     return scale_by_learning_rate(learning_rate)
 
@@ -82,8 +82,9 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Optimizer:
         nu = tree.map(lambda v, g: b2 * v + (1 - b2) * g.to(v.dtype).square(), state.nu, grads)
 
         def direction(m: Tensor, v: Tensor) -> Tensor:
-            steps = count.to(m.dtype)
-            return m / (1 - b1**steps) / ((v / (1 - b2**steps)).sqrt() + eps)
+            steps, tiny = count.to(m.dtype), torch.finfo(v.dtype).tiny
+            # At v = 0 the root's slope is infinite; the clamp's is 0, which leaves the true derivative, dm / eps.
+            return m / (1 - b1**steps) / ((v / (1 - b2**steps)).clamp(min=tiny).sqrt() + eps)
 
         return tree.map(direction, mu, nu), AdamState(count, mu, nu)
 
@@ -104,7 +105,7 @@ def add_decayed_weights(weight_decay: float, mask: Any = None) -> Optimizer:
     return Optimizer(lambda params: (), update)
 
 
-def scale_by_learning_rate(learning_rate: float | Schedule) -> Optimizer:
+def scale_by_learning_rate(learning_rate: float | Tensor | Schedule) -> Optimizer:
     """Multiply by minus the learning rate, of the number of steps taken before this one."""
 
     def init(params: Any) -> Tensor:
