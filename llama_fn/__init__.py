@@ -10,7 +10,7 @@ from llama_fn.generation.conversation import Chat, answer, ask
 from llama_fn.generation.drafted import Speculation, speculate, speculate_stream
 from llama_fn.generation.sampling import narrowing, sampler
 from llama_fn.generation.scoring import Perplexity, Score, perplexity, score, score_options
-from llama_fn.model.block import Block
+from llama_fn.model.block import Block, block
 from llama_fn.model.cache import Cache, fork, init_cache
 from llama_fn.model.init import abstract_params, init_params
 from llama_fn.model.transformer import Params, forward
@@ -19,54 +19,14 @@ from llama_fn.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llama_fn.training import optim
 from llama_fn.training.loss import loss, loss_sum
 from llama_fn.transforms.jit import jit
+from llama_fn.transforms.per_sample import clipped_sum, per_sample_grads, per_sample_norms, private_grads
+from llama_fn.transforms.remat import remat
 
 __all__ = [
-    "LLAMA2_7B",
-    "LLAMA2_13B",
-    "LLAMA2_70B",
-    "AxesError",
-    "Block",
-    "Cache",
-    "Chat",
-    "Completion",
-    "Config",
-    "Message",
-    "Model",
-    "Params",
-    "Perplexity",
-    "RopeScaling",
-    "Score",
-    "Speculation",
-    "Tokenizer",
-    "abstract_params",
-    "answer",
-    "ask",
-    "chat_completion",
-    "fork",
-    "forward",
-    "from_hf",
-    "init_cache",
-    "init_params",
-    "jit",
-    "load",
-    "load_tokenizer",
-    "loss",
-    "loss_sum",
-    "narrowing",
-    "optim",
-    "perplexity",
-    "random",
-    "sampler",
-    "save",
-    "score",
-    "score_options",
-    "speculate",
-    "speculate_stream",
-    "stories",
-    "stream",
-    "text_completion",
-    "to_hf",
-    "train_tokenizer",
-    "tree",
-    "typed",
+    "LLAMA2_7B", "LLAMA2_13B", "LLAMA2_70B", "AxesError", "Block", "Cache", "Chat", "Completion", "Config", "Message",
+    "Model", "Params", "Perplexity", "RopeScaling", "Score", "Speculation", "Tokenizer", "abstract_params", "answer",
+    "ask", "block", "chat_completion", "clipped_sum", "fork", "forward", "from_hf", "init_cache", "init_params",
+    "jit", "load", "load_tokenizer", "loss", "loss_sum", "narrowing", "optim", "per_sample_grads", "per_sample_norms",
+    "perplexity", "private_grads", "random", "remat", "sampler", "save", "score", "score_options", "speculate",
+    "speculate_stream", "stories", "stream", "text_completion", "to_hf", "train_tokenizer", "tree", "typed",
 ]

@@ -88,6 +88,8 @@ def _facts(value: Any) -> Any:
         return value.shape, value.dtype
     if isinstance(value, dict):
         value = tuple(value.items())
+    if isinstance(value, types.FunctionType):
+        return types.FunctionType  # a check sees no more of it
     if isinstance(value, tuple):
         facts = [_facts(x) for x in value]
         return None if None in facts else (type(value), *facts)

@@ -1,19 +1,32 @@
 """The measurements of `llama-fn bench transforms`: what a transform costs beside the same work written for a batch."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama_fn import random
+from llama_fn import random, tree
+from llama_fn.checkpoint.load import load
 from llama_fn.cli.timing import interleave, quartiles, ratio
 from llama_fn.config import Config
+from llama_fn.generation.completion import text_completion
+from llama_fn.generation.drafted import speculate
+from llama_fn.generation.sampling import narrowing, sampler
+from llama_fn.model.block import block
 from llama_fn.model.cache import Cache, init_cache
 from llama_fn.model.init import init_params
 from llama_fn.model.transformer import Params, forward
+from llama_fn.training import optim
+from llama_fn.training.loss import loss
+from llama_fn.transforms import lora
 from llama_fn.transforms.jit import jit
+from llama_fn.transforms.per_sample import per_sample_grads, per_sample_norms
+from llama_fn.transforms.remat import remat
 
 SMALL = Config(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, vocab_size=1024, hidden_dim=688, max_seq_len=512)
+PROMPT = "Once upon a time"
 Figures = dict[str, str]
 
 
@@ -64,4 +77,91 @@ def _speed(works: dict[str, Callable], rounds: int) -> Figures:
     return lines(times, {f"speed of {mapped.split(' under')[0]} under vmap, of the batch's": (batch, mapped)})
 
 
-TRANSFORMS: dict[str, Callable[[int], Figures]] = {"prompts": prompts}
+def samples(rounds: int) -> Figures:
+    """One gradient a sample, and its norm alone, beside one gradient of the batch; 32 samples of 64 tokens, compiled.
+
+    The loop is eager, a `grad` a sample. With `opacus` installed (it is no dependency), its hooks on the same model
+    as modules are timed, too.
+    """
+    params, tokens = init_params(random.key(0), SMALL), tokens_of(32, 65)
+    batch, apart = jit(torch.func.grad(loss)), jit(lambda p, x: per_sample_grads(loss, p, x))
+    norms = jit(lambda p, x: per_sample_norms(loss, p, x))
+    works = {"one gradient of the batch": lambda: batch(params, tokens),
+             "one gradient a sample": lambda: apart(params, tokens),
+             "norms alone": lambda: norms(params, tokens),
+             "a loop of grad": lambda: [torch.func.grad(loss)(params, row) for row in tokens]}
+    ratios = {f"time of {name}, of the batch's": (name, "one gradient of the batch") for name in list(works)[1:3]}
+    ratios["speed of one gradient a sample, of the loop's"] = ("a loop of grad", "one gradient a sample")
+    peaks = {name: peak_bytes(works[name]) for name in list(works)[:3]}
+    figures = lines(interleave(works, rounds, "per-sample gradients"), ratios)
+    figures |= {f"peak memory of {name}, MiB": f"{peak / 2**20:.0f}" for name, peak in peaks.items()}
+    first, _, last = peaks.values()
+    return figures | {"peak memory of norms alone, of the batch's": f"{last / first:.2f}"}
+
+
+def adapters(rounds: int) -> Figures:
+    """A step of 16 LoRA adapters (rank 8 on wq and wv), each with 64 tokens of its own, at once and one by one."""
+    params, tokens, rates = init_params(random.key(0), SMALL), tokens_of(16, 64), torch.linspace(1e-4, 1e-3, 16)
+
+    def step(params: Params, adapter: lora.Lora, state: Any, row: Tensor, rate: Tensor) -> tuple:
+        grads = torch.func.grad(lambda a: loss(lora.apply(params, a), row))(adapter)
+        updates, state = optim.adamw(rate).update(grads, state, adapter)
+        return optim.apply_updates(adapter, updates), state
+
+    stacked = torch.vmap(lambda key: lora.init(key, params, 8))(random.split(random.key(2), 16))
+    states = torch.vmap(optim.adamw(1e-3).init)(stacked)
+    apart = [tree.map(lambda x: x[i], (stacked, states, tokens, rates)) for i in range(16)]  # noqa: B023, used at once
+    many, single = jit(torch.vmap(step, (None, 0, 0, 0, 0))), jit(step)
+    times = interleave({"16 adapters in one step": lambda: many(params, stacked, states, tokens, rates),
+                        "one after another": lambda: [single(params, *one) for one in apart]}, rounds, "adapters")
+    return lines(times, {"speed of 16 adapters in one step, of one after another's": tuple(times)[::-1]})
+
+
+def recomputation(rounds: int) -> Figures:
+    """A loss and its gradient with `remat` around each of 12 layers and without, 32 x 128 tokens, compiled."""
+    config = dataclasses.replace(SMALL, n_layers=12)
+    params, tokens = init_params(random.key(0), config), tokens_of(32, 129)
+    kept = jit(torch.func.grad_and_value(loss))
+    again = jit(torch.func.grad_and_value(lambda p, x: loss(p, x, layer=remat(block))))
+    works = {"without remat": lambda: kept(params, tokens), "with remat": lambda: again(params, tokens)}
+    peaks = {name: peak_bytes(work) for name, work in works.items()}
+    times = interleave(works, rounds, "remat")
+    figures = lines(times, {"time with remat, of that without": ("with remat", "without remat")})
+    figures |= {f"peak memory {name}, MiB": f"{peak / 2**20:.0f}" for name, peak in peaks.items()}
+    return figures | {"peak memory without remat, of that with": f"{peaks['without remat'] / peaks['with remat']:.2f}"}
+
+
+def speculation(rounds: int) -> Figures:
+    """The shipped model with its own draft and without: whole stories, eager, of the same keys and so the same text."""
+    model, draft, key = load("stories"), load("stories-draft"), random.key(3)
+    figures = {}
+    for name, temperature in (("temperature 1", 1.0), ("greedy", 0.0)):
+        works: dict[str, Callable] = {
+            f"alone, {name}": lambda t=temperature: text_completion(model, [PROMPT], key=key, sampler=sampler(t))}
+        for n in (2, 4):
+            works[f"with a draft of {n}, {name}"] = lambda t=temperature, n=n: speculate(
+                model, draft, [PROMPT], key=key, n=n, narrow=narrowing(t))
+        alone, *drafted = works
+        told = {name: works[name]()[0] for name in drafted}
+        times = interleave(works, rounds, "speculative decoding")
+        figures |= lines(times, {f"speed {name}, of the model's alone": (alone, name) for name in drafted})
+        figures |= {f"accepted {name}": f"{x.accepted} of {x.proposed}" for name, x in told.items()}
+    return figures
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """The most bytes that a call holds at once on the CPU beyond what there was, after a first call that compiles."""
+    work()
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        work()
+    held = peak = 0
+    for event in sorted(profile.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+TRANSFORMS: dict[str, Callable[[int], Figures]] = {
+    "samples": samples, "prompts": prompts, "adapters": adapters, "recomputation": recomputation,
+    "speculation": speculation}

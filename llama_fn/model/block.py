@@ -10,15 +10,16 @@ from llama_fn.model.cache import KeysValues
 from llama_fn.model.feedforward import FeedForward, feed_forward
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import Rotation
+from llama_fn.model.tapped import Tapped
 from llama_fn.shapes import typed
 
 
 class Block(NamedTuple):
     """The parameters of one layer."""
 
-    attention_norm: Float[Tensor, "d"]
+    attention_norm: Float[Tensor, "d"] | Tapped
     attention: Attention
-    ffn_norm: Float[Tensor, "d"]
+    ffn_norm: Float[Tensor, "d"] | Tapped
     feed_forward: FeedForward
 
 

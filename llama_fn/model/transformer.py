@@ -1,5 +1,6 @@
 """The model: `forward` over a tree of parameters."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,26 +13,29 @@ from llama_fn.model.cache import Cache, KeysValues, check_room
 from llama_fn.model.linear import Adapted, linear
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotation
+from llama_fn.model.tapped import Tapped, embedding_observed
 from llama_fn.shapes import concrete, typed
 
 
 class Params(NamedTuple):
     """All weights of a model, and its config, which has no leaves. Plain tensors: `torch.func` differentiates them."""
 
-    embedding: Float[Tensor, "v d"]
+    embedding: Float[Tensor, "v d"] | Tapped
     blocks: tuple[Block, ...]
-    norm: Float[Tensor, "d"]
-    output: Float[Tensor, "v d"] | Adapted
+    norm: Float[Tensor, "d"] | Tapped
+    output: Float[Tensor, "v d"] | Adapted | Tapped
     config: Config
 
 
 @typed
-def forward(params: Params, tokens: Int[Tensor, "*b t"],
-            cache: Cache | None = None) -> tuple[Float[Tensor, "*b t v"], Cache | None]:
+def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | None = None,
+            *, layer: Callable = block) -> tuple[Float[Tensor, "*b t v"], Cache | None]:
     """The logits of the token after each token, and the cache with these tokens in it.
 
     Without a cache the tokens are whole sequences, starting at position 0. With one, they continue each row at its
     own `cache.length`. Nothing is changed: the cache that was passed in can be continued again, otherwise.
+
+    `layer` is what computes each layer: `block`, or a transform of it, as `layer=lf.remat(lf.block)`.
 
     Raises `ValueError` for no tokens, for a token outside the vocabulary, and for more tokens than the cache has room
     for (the last two in eager mode: compiled or mapped, numbers cannot be read before, and the index error is torch's).
@@ -45,11 +49,11 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"],
         positions = cache.length[..., None] + positions
     angles = rotation(positions.expand(tokens.shape), config.head_dim, config.rope_theta, config.rope_scaling)
 
-    x = params.embedding[tokens.long()]
+    x = embed(params.embedding, tokens)
     layers = []
-    for i, layer in enumerate(params.blocks):
+    for i, weights in enumerate(params.blocks):
         old = None if cache is None else KeysValues(cache.k[i], cache.v[i])
-        x, new = block(layer, x, angles, old, None if cache is None else positions, config.norm_eps)
+        x, new = layer(weights, x, angles, old, None if cache is None else positions, config.norm_eps)
         layers.append(new)
     logits = linear(params.output, rms_norm(params.norm, x, config.norm_eps))
 
@@ -57,6 +61,15 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"],
         k, v = zip(*layers, strict=True)
         cache = Cache(k, v, cache.length + count)
     return logits, cache
+
+
+@typed
+def embed(weight: Float[Tensor, "v d"] | Tapped, tokens: Int[Tensor, "*b t"]) -> Float[Tensor, "*b t d"]:
+    """Each token's row of the weight."""
+    if isinstance(weight, Tapped):
+        plain, tap = weight.use()
+        return embedding_observed(plain[tokens.long()], tokens, tap, len(plain))
+    return weight[tokens.long()]
 
 
 def check_sizes(params: Params, cache: Cache | None) -> None:

@@ -1,31 +1,35 @@
 """The loss: cross-entropy of the next token, in nats."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from llama_fn.model.block import block
 from llama_fn.model.transformer import Params, forward
 from llama_fn.shapes import typed
 
 
 @typed
-def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None) -> Float[Tensor, ""]:
+def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None,
+         *, layer: Callable = block) -> Float[Tensor, ""]:
     """The mean of -log p(token | all before it) over the tokens that count: all but a row's first where `mask` is true.
 
     If none counts, the loss is 0. To average over several batches exactly, add up `loss_sum` instead: a mean of
-    means weighs a token by the size of its batch.
+    means weighs a token by the size of its batch. `layer` is that of `forward`.
     """
-    total, count = loss_sum(params, tokens, mask)
+    total, count = loss_sum(params, tokens, mask, layer=layer)
     return total / count.clamp(min=1)
 
 
 @typed
-def loss_sum(params: Params, tokens: Int[Tensor, "*b t"],
-             mask: Bool[Tensor, "*b t"] | None = None) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+def loss_sum(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None,
+             *, layer: Callable = block) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """The sum of -log p over the tokens that count, and their number. The softmax is taken in float32 at least."""
     if tokens.shape[-1] < 2:
         raise ValueError(f"loss: a row needs 2 tokens or more, one to predict the next from, got {tokens.shape[-1]}")
-    logits, _ = forward(params, tokens[..., :-1])
+    logits, _ = forward(params, tokens[..., :-1], layer=layer)
     targets = tokens[..., 1:].long()
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nats = -exact.log_softmax(-1).gather(-1, targets[..., None])[..., 0]

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llama_fn import tree
+from llama_fn.model.block import block
 from llama_fn.model.transformer import Params
 from llama_fn.shapes import typed
 from llama_fn.training.loss import loss_sum
@@ -22,8 +23,11 @@ class Metrics(NamedTuple):
     count: Int[Tensor, ""]
 
 
-def make_step(optimizer: Optimizer) -> Callable[..., tuple[Params, Any, Metrics]]:
-    """The train step of an optimizer, ready for `jit(step, donate=("params", "opt_state"))`."""
+def make_step(optimizer: Optimizer, layer: Callable = block) -> Callable[..., tuple[Params, Any, Metrics]]:
+    """The train step of an optimizer, ready for `jit(step, donate=("params", "opt_state"))`.
+
+    `layer` is that of `forward`: with `remat(block)` the step takes less memory, and about a quarter more time.
+    """
 
     @typed
     def step(params: Params, opt_state: Any, tokens: Int[Tensor, "a b t"],
@@ -36,7 +40,7 @@ def make_step(optimizer: Optimizer) -> Callable[..., tuple[Params, Any, Metrics]
         total, count, grads = 0.0, 0, None
         for micro, counts in zip(tokens, mask, strict=True):
             def summed(params: Params) -> tuple[Tensor, Tensor]:
-                return loss_sum(params, micro, counts)  # noqa: B023, called at once
+                return loss_sum(params, micro, counts, layer=layer)  # noqa: B023, called at once
 
             new, (nats, number) = torch.func.grad_and_value(summed, has_aux=True)(params)
             total, count = total + nats, count + number

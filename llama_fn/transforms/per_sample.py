@@ -1,0 +1,120 @@
+"""What each sample of a batch says by itself: its gradient, the norm of its gradient, and a sum of clipped gradients.
+
+A loss is any `loss(params, *example)` to a scalar. A batch is the tuple of its examples' arguments, or the only one,
+where every tensor has a first axis of samples. Nothing here is compiled: `jit` takes any function that calls it.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llama_fn import random, tree
+from llama_fn.model.tapped import Tapped, whole_observed
+from llama_fn.model.transformer import Params
+from llama_fn.random import Key
+from llama_fn.shapes import typed
+
+Loss = Callable[..., Tensor]
+
+
+@typed
+def per_sample_grads(loss: Loss, params: Any, batch: Any, *, chunk_size: int | None = None) -> Any:
+    """One gradient a sample: a tree like `params` whose leaves have a first axis; `vmap(grad(loss))`.
+
+    `chunk_size` samples are gone through at once, None is all of them. Raises `ValueError` for a batch whose tensors
+    are not all of one number of samples.
+    """
+    return _mapped(torch.func.grad(loss), params, batch, chunk_size)
+
+
+@typed
+def per_sample_norms(loss: Loss, params: Any, batch: Any, *, chunk_size: int | None = None) -> Float[Tensor, "b"]:
+    """The norm of each sample's gradient, in float32 at least, by one backward that makes no gradient of a weight.
+
+    Where `params` are `Params`, each weight's share is measured where the model uses it (see `model/tapped.py`), and a
+    `loss` that does anything else with one, or uses it twice, is a `ValueError`. For any other tree and any loss, each
+    leaf's gradients are made for all samples, squared, and dropped.
+    """
+    exact = functools.reduce(torch.promote_types, [x.dtype for x in tree.leaves(params)], torch.float32)
+    zero = torch.zeros((), dtype=exact, device=tree.leaves(params)[0].device)
+
+    def square(params: Any, *example: Any) -> Tensor:
+        def measured(tap: Tensor) -> Tensor:
+            def tapped(path: str, weight: Tensor) -> Any:
+                return Tapped(weight, tap, path) if isinstance(params, Params) else whole_observed(weight, tap)
+
+            return loss(tree.map_with_path(tapped, params), *example)
+
+        return torch.func.grad(measured)(zero)
+
+    return _mapped(square, params, batch, chunk_size).clamp(min=0).sqrt()  # a sum of products may round to below zero
+
+
+@typed
+def clipped_sum(loss: Loss, params: Any, batch: Any, max_norm: float | int) -> Any:
+    """The sum over the samples of min(1, max_norm / |g|) g, for gradients g, which are not held: a second backward of
+    the losses, each times its factor ("ghost clipping").
+
+    Sums of several batches add up. Raises `ValueError` as `per_sample_norms` does, and for a `max_norm` that is not
+    positive.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, got {max_norm}; math.inf clips nothing")
+    factors = (max_norm / per_sample_norms(loss, params, batch)).clamp(max=1)
+    return torch.func.grad(lambda params: (_mapped(loss, params, batch) * factors).sum())(params)
+
+
+@typed
+def private_grads(loss: Loss, params: Any, batch: Any, *, max_norm: float | int, noise_multiplier: float | int,
+                  key: Key, expected_batch_size: float | int | None = None) -> Any:
+    """The mean gradient made private (DP-SGD: Abadi et al. 2016, algorithm 1), a tree like `params` for any optimizer.
+
+    To the sum of gradients of norm `max_norm` at most comes normal noise of deviation `noise_multiplier * max_norm`,
+    and all of it is divided by `expected_batch_size`: where each sample is drawn with a probability, that of the draw
+    times their number, for the size that came up is itself private. None is the size of this batch. A sample without
+    a gradient, all masked, counts as none.
+
+    The noise depends on the key alone, and who knows the key can take it away: draw it from a secret seed, use it once.
+    Raises `ValueError` as `clipped_sum` does, for negative noise, and for noise where nothing is clipped.
+    """
+    if not 0 <= noise_multiplier < math.inf:
+        raise ValueError(f"noise_multiplier must be a number from 0 on, got {noise_multiplier}")
+    if noise_multiplier > 0 and max_norm == math.inf:
+        raise ValueError(f"noise of {noise_multiplier} times an infinite max_norm; private gradients must be clipped")
+    size = _samples(batch) if expected_batch_size is None else expected_batch_size
+    if not 0 < size < math.inf:
+        raise ValueError(f"expected_batch_size must be positive, got {size}")
+    total = clipped_sum(loss, params, batch, max_norm)
+    keys = iter(random.split(key, len(tree.leaves(total))))
+
+    def noisy(g: Tensor) -> Tensor:
+        exact = g.to(torch.promote_types(g.dtype, torch.float32))
+        if noise_multiplier > 0:
+            noise = random.normal(next(keys).to(g.device), g.shape, exact.dtype)
+            exact = exact + noise_multiplier * max_norm * noise
+        return (exact / size).to(g.dtype)
+
+    return tree.map(noisy, total)
+
+
+def _samples(batch: Any) -> int:
+    """The number of samples of a batch. Raises `ValueError` where its tensors do not agree on one."""
+    shapes = {path: tuple(getattr(x, "shape", ())) for path, x in tree.paths(batch).items()}
+    counts = {shape[:1] for shape in shapes.values()}
+    if len(counts) != 1 or not all(counts) or (0,) in counts:
+        told = ", ".join(f"{path or 'it'} is {list(shape)}" for path, shape in shapes.items()) or "it has none"
+        raise ValueError("the tensors of a batch have a first axis of samples, as many in each and at least one: "
+                         f"{told}")
+    return counts.pop()[0]
+
+
+def _mapped(f: Callable, params: Any, batch: Any, chunk_size: int | None = None) -> Any:
+    """f(params, *example) for each example, the results along a first axis."""
+    _samples(batch)
+    batch = batch if type(batch) is tuple else (batch,)
+    return torch.vmap(f, (None, *tree.map(lambda x: 0, batch)), chunk_size=chunk_size)(params, *batch)
