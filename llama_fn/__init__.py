@@ -1,6 +1,6 @@
 """LLaMA 2 as stateless pure functions in PyTorch."""
 
-from llama_fn import random, stories, tree
+from llama_fn import quiet, random, stories, tree  # noqa: F401  quiet: torch's warnings about itself stay unsaid
 from llama_fn.checkpoint.huggingface import from_hf, to_hf
 from llama_fn.checkpoint.load import Model, load, save
 from llama_fn.config import LLAMA2_7B, LLAMA2_13B, LLAMA2_70B, Config, RopeScaling
@@ -18,6 +18,7 @@ from llama_fn.shapes import AxesError, typed
 from llama_fn.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llama_fn.training import optim
 from llama_fn.training.loss import loss, loss_sum
+from llama_fn.transforms import lora
 from llama_fn.transforms.jit import jit
 from llama_fn.transforms.per_sample import clipped_sum, per_sample_grads, per_sample_norms, private_grads
 from llama_fn.transforms.remat import remat
@@ -26,7 +27,8 @@ __all__ = [
     "LLAMA2_7B", "LLAMA2_13B", "LLAMA2_70B", "AxesError", "Block", "Cache", "Chat", "Completion", "Config", "Message",
     "Model", "Params", "Perplexity", "RopeScaling", "Score", "Speculation", "Tokenizer", "abstract_params", "answer",
     "ask", "block", "chat_completion", "clipped_sum", "fork", "forward", "from_hf", "init_cache", "init_params",
-    "jit", "load", "load_tokenizer", "loss", "loss_sum", "narrowing", "optim", "per_sample_grads", "per_sample_norms",
-    "perplexity", "private_grads", "random", "remat", "sampler", "save", "score", "score_options", "speculate",
-    "speculate_stream", "stories", "stream", "text_completion", "to_hf", "train_tokenizer", "tree", "typed",
+    "jit", "load", "load_tokenizer", "lora", "loss", "loss_sum", "narrowing", "optim", "per_sample_grads",
+    "per_sample_norms", "perplexity", "private_grads", "random", "remat", "sampler", "save", "score", "score_options",
+    "speculate", "speculate_stream", "stories", "stream", "text_completion", "to_hf", "train_tokenizer", "tree",
+    "typed",
 ]

@@ -24,10 +24,11 @@ import torch
 from beartype.door import is_bearable
 from jaxtyping import AbstractArray, jaxtyped, print_bindings
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
-from llama_fn.config import Config
+from llama_fn import tree
 
-PLAIN = (bool, int, float, str, torch.dtype, torch.device, Config)
+PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -67,7 +68,7 @@ def typed(f: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(f)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
+        if traced():
             return f(*args, **kwargs)
         given = _facts((args, kwargs))
         if given is None or given not in known:
@@ -93,12 +94,18 @@ def _facts(value: Any) -> Any:
     if isinstance(value, tuple):
         facts = [_facts(x) for x in value]
         return None if None in facts else (type(value), *facts)
-    return (type(value), value) if value is None or isinstance(value, PLAIN) else None
+    return (type(value), value) if value is None or isinstance(value, PLAIN) or tree.is_constant(value) else None
+
+
+def traced() -> bool:
+    """Whether what runs now is written down as a graph: by `torch.compile`, `export`, `linearize` or `make_fx`."""
+    modes = torch._C._TorchDispatchModeKey
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(modes.PROXY) is not None
 
 
 def concrete(x: Tensor) -> bool:
-    """Whether the numbers in `x` can be read on the host now: neither compiled, nor mapped, nor differentiated."""
-    if torch.compiler.is_compiling() or x.is_meta:
+    """Whether the numbers in `x` can be read on the host now: neither traced, nor mapped, nor differentiated."""
+    if traced() or x.is_meta or isinstance(x, FakeTensor):
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 

@@ -14,7 +14,10 @@ T = TypeVar("T")
 
 
 def map(f: Callable, tree: Any, *rest: Any) -> Any:
-    """`f` over the leaves of one tree, or over corresponding leaves of several of the same structure."""
+    """`f` over the leaves of one tree, or over corresponding leaves of several of the same structure.
+
+    Where the first has a leaf, the others may have a tree, which `f` gets whole.
+    """
     return _pytree.tree_map(lambda x, *xs: None if x is None else f(x, *xs), tree, *rest)
 
 
@@ -44,10 +47,10 @@ def paths(tree: Any) -> dict[str, Any]:
     return {".".join(_step(entry) for entry in path): x for path, x in pairs if x is not None}
 
 
-def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
+def map_with_path(f: Callable, tree: Any, *rest: Any) -> Any:
     """As `map`, with each leaf's path as the first argument of `f`."""
     return _pytree.tree_map_with_path(
-        lambda path, x: None if x is None else f(".".join(_step(entry) for entry in path), x), tree)
+        lambda path, x, *xs: None if x is None else f(".".join(_step(entry) for entry in path), x, *xs), tree, *rest)
 
 
 def vdot(tree: Any, other: Any) -> Tensor:
@@ -66,6 +69,11 @@ def constant(cls: type[T]) -> type[T]:
     """Register a frozen, hashable class as a tree without leaves: it travels inside a tree, part of its structure."""
     _pytree.register_constant(cls)
     return cls
+
+
+def is_constant(x: Any) -> bool:
+    """Whether a value is of such a class."""
+    return _pytree.is_constant_class(type(x))
 
 
 def _step(entry: Any) -> str:

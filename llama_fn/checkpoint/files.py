@@ -9,6 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llama_fn.checkpoint.weights import Stored
+
+KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @contextmanager
@@ -104,3 +110,20 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a dictionary of tensors, found a {type(state).__name__}")
     return state
+
+
+def header(file: Path) -> list[Stored]:
+    """The tensors of a safetensors file, by its header; the library checks its length and offsets."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118, it is no dict
+            return [Stored(file.name, name, KINDS.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
+                    for name, part in parts.items()]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a safetensors file, or a damaged one: {error}") from None
+
+
+def apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each in memory of its own; safetensors refuses others."""
+    owners = {x.untyped_storage().data_ptr(): name for name, x in state.items()}
+    return {name: x if owners[x.untyped_storage().data_ptr()] == name else x.clone() for name, x in state.items()}

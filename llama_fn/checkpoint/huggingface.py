@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.checkpoint.files import inside, read_json, write_json
+from llama_fn.checkpoint.files import apart, header, inside, read_json, write_json
 from llama_fn.checkpoint.hf_config import read_config, write_config
 from llama_fn.checkpoint.weights import (
     Report,
@@ -46,7 +46,6 @@ VOCABULARY = "tokenizer_config.json"
 FILES = (SETTINGS, WEIGHTS, "model-?????-of-?????.safetensors", INDEX, "generation_config.json", VOCABULARY)
 LARGEST_FILE = 5 * 10**9  # bytes, as `save_pretrained` long had it
 HEAD = "lm_head.weight"
-KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def to_halves(x: Tensor, heads: int) -> Tensor:
@@ -96,7 +95,7 @@ def open_hf(folder: Path, dtype: torch.dtype | None = None) -> Weights:
         raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; pytorch_model.bin is not read: take the model's "
                                 "safetensors, or let transformers write them (`save_pretrained`)")
     files = [inside(folder, name) for name in (sorted(set(index.values())) if index else [WEIGHTS])]
-    found = [entry for file in files for entry in _header(file)]
+    found = [entry for file in files for entry in header(file)]
     copied = dtype not in (None, usual_dtype(found))
     where = {entry.name: folder / entry.file for entry in found}
 
@@ -134,7 +133,7 @@ def write_hf(weights: Weights, folder: Path, shards: int | None, report: Report)
     write_json(folder / SETTINGS, write_config(weights.config, weights.tied, weights.dtype))
     for i, some in enumerate(files):
         name = WEIGHTS if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-        state = _apart({hf_name(path): _out(weights, path) for path in some})
+        state = apart({hf_name(path): _out(weights, path) for path in some})
         save_file(state, folder / name, {"format": "pt"})
         shutil.copymode(folder / SETTINGS, folder / name)  # safetensors lets nobody but the owner read it
         report(sum(x.nbytes for x in state.values()))
@@ -161,6 +160,11 @@ def hf_name(path: str) -> str:
     return ".".join(["model", *(NAMES.get(part, part) for part in path.split(".")), "weight"])
 
 
+def rope_heads(path: str, config: Config) -> int | None:
+    """How many heads the rows of a weight have that RoPE turns; None for those it leaves alone."""
+    return {"wq": config.n_heads, "wk": config.n_kv_heads}.get(path.split(".")[-1])
+
+
 def _weights(where: str, config: Config, tied: bool, found: list[Stored], tensor: Any,
              dtype: torch.dtype | None) -> Weights:
     """`tensor(name, layer)` gives the numbers of an entry."""
@@ -181,7 +185,7 @@ def _weights(where: str, config: Config, tied: bool, found: list[Stored], tensor
 
     def read(path: str) -> Tensor:
         x = tensor(hf_name("embedding" if tied and path == "output" else path), layer_of(path)).detach()
-        heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(path.split(".")[-1])
+        heads = rope_heads(path, config)
         return (x if heads is None else to_interleaved(x, heads)).reshape(abstract[path].shape).to(dtype)
 
     return Weights(config, read, dtype or usual_dtype(found), found, problems, tied=tied)
@@ -189,16 +193,9 @@ def _weights(where: str, config: Config, tied: bool, found: list[Stored], tensor
 
 def _out(weights: Weights, path: str) -> Tensor:
     x = weights.read(path)
-    config, last = weights.config, path.split(".")[-1]
-    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(last)
-    x = x.reshape(flat_shape(tree.paths(abstract_params(config))[path]))
+    heads = rope_heads(path, weights.config)
+    x = x.reshape(flat_shape(tree.paths(abstract_params(weights.config))[path]))
     return x.contiguous() if heads is None else to_halves(x, heads)
-
-
-def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, each in memory of its own; safetensors refuses others."""
-    owners = {x.untyped_storage().data_ptr(): name for name, x in state.items()}
-    return {name: x if owners[x.untyped_storage().data_ptr()] == name else x.clone() for name, x in state.items()}
 
 
 def _index(folder: Path) -> dict[str, str]:
@@ -211,14 +208,3 @@ def _index(folder: Path) -> dict[str, str]:
     if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
         raise ValueError(f'{folder / INDEX}: expected the names of files under "weight_map"')
     return index
-
-
-def _header(file: Path) -> list[Stored]:
-    """The tensors of a safetensors file, by its header; the library checks its length and offsets."""
-    try:
-        with safe_open(file, "pt") as tensors:
-            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118, it is no dict
-            return [Stored(file.name, name, KINDS.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
-                    for name, part in parts.items()]
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a safetensors file, or a damaged one: {error}") from None

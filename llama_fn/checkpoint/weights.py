@@ -66,6 +66,10 @@ def weights_of(params: Params, dtype: torch.dtype | None = None) -> Weights:
     """The weights of a tree, cast leaf by leaf to `dtype` (None leaves them). Raises `ValueError` for wrong shapes."""
     check_dtype(dtype)
     leaves, abstract = tree.paths(params), tree.paths(abstract_params(params.config))
+    for path in leaves.keys() - abstract.keys():
+        if other := next((name for name in abstract if path.startswith(f"{name}.")), None):
+            raise ValueError(f"{other} is no plain tensor, as files need them; an adapter must be merged first: say "
+                             "lora.merge in the place of lora.apply")
     shapes = [{path: list(x.shape) for path, x in weights.items()} for weights in (abstract, leaves)]
     wrong = [f"{path}: should be {shapes[0].get(path)}, is {shapes[1].get(path)}"
              for path in abstract | leaves if shapes[0].get(path) != shapes[1].get(path)]

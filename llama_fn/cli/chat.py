@@ -12,8 +12,8 @@ from torch import Tensor
 
 from llama_fn import random
 from llama_fn.checkpoint.files import replacing
-from llama_fn.checkpoint.load import Model, load
-from llama_fn.cli.options import Dtype, device_of, dtype_of
+from llama_fn.checkpoint.load import Model
+from llama_fn.cli.options import Dtype, model_of
 from llama_fn.generation.conversation import (
     Chat,
     ContextFull,
@@ -35,14 +35,16 @@ HELP = """/system TEXT  put other words of the system at the beginning ("/system
 /quit         leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
-def chat(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")], *, system: str | None = None,
-         dialog: Path | None = None, max_new_tokens: int | None = None, temperature: float = 0.6,
-         top_k: int | None = None, top_p: float | None = 0.9, seed: int | None = None, dtype: Dtype = "stored",
-         device: str = "auto") -> None:
+def chat(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")], *, adapter: Path | None = None,
+         system: str | None = None, dialog: Path | None = None, max_new_tokens: int | None = None,
+         temperature: float = 0.6, top_k: int | None = None, top_p: float | None = 0.9, seed: int | None = None,
+         dtype: Dtype = "stored", device: str = "auto") -> None:
     """Talk with a chat model (one that was trained on LLaMA 2's chat format). "/help" names the commands.
 
     Args:
         model: The folder of a chat model.
+        adapter: A folder with a LoRA adapter of the model (adapter_config.json and adapter_model.safetensors, as PEFT
+            writes them).
         system: What the system says before the conversation.
         dialog: Go on with a conversation that was written by /save.
         max_new_tokens: The longest answer; by default up to the end of the context.
@@ -57,7 +59,7 @@ def chat(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODE
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     sample = sampler(temperature, top_k, top_p)
     key = random.key(secrets.randbelow(2**32) if seed is None else seed)
-    loaded = load(model, dtype=dtype_of(dtype), device=device_of(device))
+    loaded = model_of(model, adapter, dtype, device)
     talk = _read(loaded, dialog) if dialog else Chat()
     if system is not None:
         talk = with_system(loaded, talk, system or None)

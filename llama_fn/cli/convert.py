@@ -13,14 +13,19 @@ from tqdm import tqdm
 
 from llama_fn import tree
 from llama_fn.checkpoint.load import Format, find, open_tokenizer, open_weights, write
+from llama_fn.checkpoint.peft import read_peft
+from llama_fn.checkpoint.weights import Weights
 from llama_fn.cli.options import Dtype, dtype_of
 from llama_fn.model.init import abstract_params
+from llama_fn.transforms.lora import Lora, Scale, added
 
 
 def convert(src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
             dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")], *, to: Format,
-            shards: int | None = None, dtype: Dtype = "stored", force: bool = False) -> None:
-    """Write the model of SRC to the folder DST in another format, number of shards or dtype.
+            adapter: Path | None = None, shards: int | None = None, dtype: Dtype = "stored",
+            force: bool = False) -> None:
+    """Write the model of SRC to the folder DST in another format, number of shards or dtype, or with an adapter merged
+    into it.
 
     One weight is read at a time. All is written beside DST and moved there at the end: an interrupted run leaves
     nothing.
@@ -29,6 +34,7 @@ def convert(src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC
         src: The embedded model "stories", or the folder (of llama2.c also the file) of a model.
         dst: The folder to write to.
         to: "meta" (params.json, consolidated.*.pth), "hf" (config.json, *.safetensors) or "llama2c" (model.bin).
+        adapter: A folder with a LoRA adapter of the model (as PEFT writes it), to be added to the weights.
         shards: Into how many files the weights go; by default one, and for "hf" one for each 5 GB.
         dtype: Cast to this dtype, or leave the weights as they are stored; llama2.c's file is always float32.
         force: Replace a model of the same format that is in DST.
@@ -42,6 +48,8 @@ def convert(src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC
         raise ValueError(f"{dst} exists and is not empty; choose another folder, or replace the model with --force")
     weights = open_weights(format, place, torch.float32 if to == "llama2c" else dtype_of(dtype)).checked(place)
     tokenizer = open_tokenizer(place, weights)
+    if adapter is not None:
+        weights = _merged(weights, adapter)
     leaves = tree.leaves(abstract_params(weights.config))
     ends = list(itertools.accumulate(math.prod(leaf.shape) * weights.dtype.itemsize for leaf in leaves))
     with tqdm(total=ends[-1], unit="B", unit_scale=True, desc=f"0 of {len(ends)} tensors", dynamic_ncols=True) as bar:
@@ -53,3 +61,11 @@ def convert(src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC
         write(weights, tokenizer, dst, to, shards, report)
         report(bar.total)
     print(f"{dst}: {weights.config.n_params:,} parameters, {to}", file=sys.stderr)
+
+
+def _merged(weights: Weights, folder: Path) -> Weights:
+    """The weights with an adapter in them, each merged when it is read."""
+    matrices, alpha = read_peft(folder, weights.config, lambda: weights.read("output"))
+    adapter = Lora(matrices, Scale(alpha))
+    return weights._replace(read=lambda path: added(adapter, path, weights.read(path)),
+                            tied=weights.tied and "output" not in matrices)

@@ -4,24 +4,25 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 from torch import Tensor
 
 from llama_fn import random
-from llama_fn.checkpoint.load import load
-from llama_fn.cli.options import Dtype, device_of, dtype_of
+from llama_fn.cli.options import Dtype, model_of
 from llama_fn.generation.completion import stream
 from llama_fn.generation.drafted import speculate_stream
 from llama_fn.generation.sampling import narrowing, sampler
 
 
 def generate(prompt: Annotated[str, tyro.conf.Positional] = "Once upon a time", *, model: str = "stories",
-             max_new_tokens: int | None = None, temperature: float = 0.8, top_k: int | None = None,
-             top_p: float | None = None, min_p: float | None = None, repetition_penalty: float | None = None,
-             greedy: bool = False, seed: int | None = None, stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-             draft: str | None = None, speculate: int = 4, dtype: Dtype = "stored", device: str = "auto") -> None:
+             adapter: Path | None = None, max_new_tokens: int | None = None, temperature: float = 0.8,
+             top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+             repetition_penalty: float | None = None, greedy: bool = False, seed: int | None = None,
+             stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (), draft: str | None = None, speculate: int = 4,
+             dtype: Dtype = "stored", device: str = "auto") -> None:
     """Write a prompt and what the model makes of it to standard output, a piece at a time.
 
     The seed and the speed (and, with a draft, how much of it the model accepted) go to standard error. Ctrl-C stops.
@@ -29,6 +30,8 @@ def generate(prompt: Annotated[str, tyro.conf.Positional] = "Once upon a time", 
     Args:
         prompt: The beginning of the text; "-" reads it from standard input, "" leaves everything to the model.
         model: The embedded model "stories", or a folder with params.json, consolidated.00.pth and tokenizer.model.
+        adapter: A folder with a LoRA adapter of the model (adapter_config.json and adapter_model.safetensors, as PEFT
+            writes them).
         max_new_tokens: The most tokens to write; by default up to the end of the context.
         temperature: Below 1 likelier, above 1 wilder; 0 is greedy.
         top_k: Draw from the k likeliest tokens.
@@ -50,8 +53,8 @@ def generate(prompt: Annotated[str, tyro.conf.Positional] = "Once upon a time", 
     key = random.key(seed)
     if prompt == "-":
         prompt = _standard_input()
-    loaded, drafting = (None if name is None else load(name, dtype=dtype_of(dtype), device=device_of(device))
-                        for name in (model, draft))
+    loaded = model_of(model, adapter, dtype, device)
+    drafting = None if draft is None else model_of(draft, None, dtype, device)
     drawn, acceptance = 0, ""
 
     def counted(*args: Tensor) -> Tensor:

@@ -1,8 +1,12 @@
 """What the options of several subcommands mean."""
 
+from pathlib import Path
 from typing import Literal
 
 import torch
+
+from llama_fn.checkpoint.load import Model, load
+from llama_fn.transforms import lora
 
 Dtype = Literal["stored", "float32", "bfloat16", "float16"]
 
@@ -22,3 +26,11 @@ def device_of(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def model_of(name: str, adapter: Path | None, dtype: Dtype, device: str) -> Model:
+    """The model of a name or folder, with the LoRA adapter of another folder merged into it, if there is one."""
+    model = load(name, dtype=dtype_of(dtype), device=device_of(device))
+    if adapter is None:
+        return model
+    return model._replace(params=lora.merge(model.params, lora.load(adapter, model.params)))

@@ -15,6 +15,7 @@ from llama_fn.generation.completion import Completion, complete
 from llama_fn.generation.sampling import Sampler
 from llama_fn.shapes import typed
 from llama_fn.tokenizer import Tokenizer
+from llama_fn.transforms.lora import Lora
 
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
@@ -29,17 +30,18 @@ class Message(TypedDict):
 @typed
 def chat_completion(model: Model, dialogs: Sequence[Sequence[Message]], *, key: Int[Tensor, "2"] | Int[Tensor, "n 2"],
                     max_new_tokens: int | None = None, sampler: Sampler | None = None,
-                    logprobs: bool = False) -> list[Completion]:
+                    logprobs: bool = False, adapters: Lora | None = None) -> list[Completion]:
     """The assistant's answer to every dialog. A dialog may begin with the system's message; then user and assistant
     take turns, and the user has the last word.
 
-    Keys, rows and limits are those of `text_completion`. Raises `ValueError` for a dialog in another order, for one
-    that leaves no room for an answer, and for a message with one of the format's own tags in it, which Meta refuses.
+    Keys, rows, limits and adapters are those of `text_completion`. Raises `ValueError` for a dialog in another order,
+    for one that leaves no room for an answer, and for a message with one of the format's own tags in it, which Meta
+    refuses.
     """
     if not dialogs:
         return []
     encoded = [_encode(model.tokenizer, i, dialog) for i, dialog in enumerate(dialogs)]
-    written, nats, _ = complete(model, encoded, key, max_new_tokens, sampler, logprobs)
+    written, nats, _ = complete(model, encoded, key, max_new_tokens, sampler, logprobs, adapters=adapters)
     return [Completion(model.tokenizer.decode(ids), ids, row if logprobs else None)
             for ids, row in zip(written, nats, strict=True)]
 

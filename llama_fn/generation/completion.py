@@ -12,6 +12,7 @@ from llama_fn.generation import decode
 from llama_fn.generation.sampling import Sampler
 from llama_fn.generation.sampling import sampler as make_sampler
 from llama_fn.shapes import typed
+from llama_fn.transforms.lora import Lora
 
 
 class Completion(NamedTuple):
@@ -28,13 +29,14 @@ class Completion(NamedTuple):
 @typed
 def text_completion(model: Model, prompts: Sequence[str], *, key: Int[Tensor, "2"] | Int[Tensor, "n 2"],
                     max_new_tokens: int | None = None, sampler: Sampler | None = None, stop: Sequence[str] = (),
-                    echo: bool = False, logprobs: bool = False) -> list[Completion]:
+                    echo: bool = False, logprobs: bool = False, adapters: Lora | None = None) -> list[Completion]:
     """Complete every prompt, up to the model's end token, a string of `stop` (not part of the text), `max_new_tokens`,
     or the end of the context, whichever comes first.
 
     A row's result is the one that it would get alone, up to rounding: it depends on model, prompt and key. One `key`
     serves every row alike, so that equal prompts get equal texts; `random.split(key, n)` gives each row its own. The
     log-probabilities are the model's, before any narrowing by the sampler. The empty prompt is a text's beginning.
+    `adapters` is a stack of adapters, one a row, which serves all of them in one batch.
 
     Raises `ValueError` for a prompt as long as the context, and for as many keys as there are neither one nor rows.
     """
@@ -48,7 +50,8 @@ def text_completion(model: Model, prompts: Sequence[str], *, key: Int[Tensor, "2
     def stopped(row: int, written: list[int]) -> bool:
         return bool(stop) and any(s in model.tokenizer.decode(written, _continues(prompts[row])) for s in stop)
 
-    written, nats, prompt_logits = complete(model, encoded, key, max_new_tokens, sampler, logprobs, stopped)
+    written, nats, prompt_logits = complete(model, encoded, key, max_new_tokens, sampler, logprobs, stopped,
+                                            adapters)
     completions = []
     for row, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         text = "".join(until(model.tokenizer.decode_stream(written[row], _continues(prompt)), stop))
@@ -62,14 +65,14 @@ def text_completion(model: Model, prompts: Sequence[str], *, key: Int[Tensor, "2
 def complete(model: Model, encoded: Sequence[list[int]], key: Tensor, max_new_tokens: int | None,
              sampler: Sampler | None, logprobs: bool,
              stopped: Callable[[int, list[int]], bool] = lambda row, written: False,
-             ) -> tuple[list[list[int]], list[list[float]], Tensor]:
+             adapters: Lora | None = None) -> tuple[list[list[int]], list[list[float]], Tensor]:
     """What follows each row of tokens: its tokens, their log-probabilities if wanted, and the logits after the rows'
     own tokens.
     """
     limits = [room(model, len(ids), max_new_tokens) for ids in encoded]
     keys = keys_of(key, len(encoded), model)
     longest = max(len(ids) + limit for ids, limit in zip(encoded, limits, strict=True))
-    state, prompt_logits = decode.prefill(model.params, encoded, longest)
+    state, prompt_logits = decode.prefill(model.params, encoded, longest, adapters)
     written: list[list[int]] = [[] for _ in encoded]
     nats: list[list[float]] = [[] for _ in encoded]
     for step in decode.steps(model.params, state, keys, sampler or make_sampler(), model.tokenizer.eos_id, limits,

@@ -12,24 +12,29 @@ from llama_fn.generation.sampling import Sampler
 from llama_fn.model.cache import Cache, init_cache
 from llama_fn.model.transformer import Params, forward
 from llama_fn.shapes import typed
+from llama_fn.transforms import lora
+from llama_fn.transforms.lora import Lora
 
 
 class State(NamedTuple):
-    """Rows in the middle of decoding: their cache, the logits of the next token, the tokens so far (-1 for none)."""
+    """Rows in the middle of decoding: their cache, the logits of the next token, the tokens so far (-1 for none), and
+    a stack of adapters, one a row, if they have their own.
+    """
 
     cache: Cache
     logits: Float[Tensor, "b v"]
     tokens: Int[Tensor, "b s"]
+    adapters: Lora | None = None
 
 
 @typed
-def prefill(params: Params, prompts: Sequence[Sequence[int]],
-            max_len: int) -> tuple[State, Float[Tensor, "b t v"]]:
+def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int,
+            adapters: Lora | None = None) -> tuple[State, Float[Tensor, "b t v"]]:
     """The state after `prompts`, with room for rows of `max_len` tokens; and the logits after every prompt token.
 
     Shorter prompts are filled up on the right. What a cache holds beyond a row's length is never read, and is written
-    over by the row's next tokens: a row is what it would be alone. Raises `ValueError` for an empty prompt and for one
-    that does not fit.
+    over by the row's next tokens: a row is what it would be alone. `adapters` is a stack of one a row, or None. Raises
+    `ValueError` for an empty prompt, for one that does not fit, and for another number of adapters than of prompts.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not all(lengths):
@@ -38,16 +43,19 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]],
     if max(lengths) > max_len:
         raise ValueError(f"prompt {lengths.index(max(lengths))} has {max(lengths)} tokens, the cache room for "
                          f"{max_len}; shorten it")
+    if adapters is not None and (counts := {len(x) for x in tree.leaves(adapters)}) != {len(prompts)}:
+        raise ValueError(f"adapters should be a stack of {len(prompts)}, one a prompt; the first axes of what came are "
+                         f"{', '.join(map(str, sorted(counts)))}")
     device = params.embedding.device
     padded = torch.tensor([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts], device=device)
     cache = init_cache(params.config, (len(prompts),), max_len=max_len, dtype=params.embedding.dtype, device=device)
-    logits, cache = forward(params, padded, cache)
+    logits, cache = _forward(params, adapters, padded, cache)
 
     length = torch.tensor(lengths, device=device)
     slots = torch.arange(max_len, device=device)
     tokens = torch.nn.functional.pad(padded, (0, max_len - padded.shape[1])).where(slots < length[:, None], -1)
     last = logits[torch.arange(len(prompts), device=device), length - 1]
-    return State(cache._replace(length=length), last, tokens), logits
+    return State(cache._replace(length=length), last, tokens, adapters), logits
 
 
 def resume(params: Params, tokens: Sequence[int], cache: Cache | None, max_len: int) -> State:
@@ -85,8 +93,8 @@ def advance(params: Params, state: State, token: Int[Tensor, "b"]) -> State:
     """The state after one more token a row."""
     row = torch.arange(len(token), device=token.device)
     tokens = state.tokens.index_put((row, state.cache.length), token)
-    logits, cache = forward(params, token[:, None], state.cache)
-    return State(cache, logits[:, 0], tokens)
+    logits, cache = _forward(params, state.adapters, token[:, None], state.cache)
+    return State(cache, logits[:, 0], tokens, state.adapters)
 
 
 class Step(NamedTuple):
@@ -127,3 +135,9 @@ def steps(params: Params, state: State, keys: Int[Tensor, "b 2"], sample: Sample
 def select(state: State, rows: list[int]) -> State:
     """The state of some of the rows, in the order given; the same row twice is a fork."""
     return tree.map(lambda x: x[rows], state)
+
+
+def _forward(params: Params, adapters: Lora | None, tokens: Tensor, cache: Cache) -> tuple[Tensor, Cache | None]:
+    if adapters is None:
+        return forward(params, tokens, cache)
+    return torch.vmap(lambda adapter, *row: forward(lora.apply(params, adapter), *row))(adapters, tokens, cache)

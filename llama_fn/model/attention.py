@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
 
 from llama_fn import tree
 from llama_fn.model import cache as kv
@@ -48,7 +49,7 @@ def attention(params: Attention, x: Float[Tensor, "*b t d"], rotation: Rotation,
     if cache is not None:
         cache = kv.write(cache, keys, values, positions)
         keys, values = kv.read(cache, positions)
-    keys, values = (tree.map(lambda leaf: leaf.to(x.dtype), part) for part in (keys, values))
+    keys, values = (tree.map(lambda leaf: leaf.to(queries.dtype), part) for part in (keys, values))
     heads = attend(queries, keys, values, positions)
     return linear(params.wo, rearrange(heads, "... k g t h -> ... t k g h"), inputs=3), cache
 
@@ -97,12 +98,12 @@ def attend(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, posi
 
 
 def _beyond_first_order() -> bool:
-    """Whether torch.func asks for forward mode or for a second derivative: the kernel has neither.
+    """Whether there is a forward mode, or torch.func asks for a second derivative: the kernel has neither.
 
     It is known while tracing, so a compiled graph has the one or the other.
     """
     kinds = [interpreter.key() for interpreter in functorch.get_interpreter_stack() or ()]
-    return functorch.TransformType.Jvp in kinds or kinds.count(functorch.TransformType.Grad) > 1
+    return forward_ad._current_level >= 0 or kinds.count(functorch.TransformType.Grad) > 1
 
 
 _beyond_first_order._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import of 1 s

@@ -6,6 +6,8 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
 
 from llama_fn.config import Config
 from llama_fn.shapes import concrete, typed
@@ -112,11 +114,14 @@ def _put(leaf: Tensor | Forked, new: Tensor, positions: Tensor) -> Tensor | Fork
         return leaf._replace(own=_put(leaf.own, new, positions - leaf.shared.shape[-2]))
     # index_put is what torch.compile turns into a write in place when the old cache is donated.
     k, s, h = leaf.shape[-3:]
-    flat, rows = leaf.reshape(-1, k, s, h), positions.reshape(-1, positions.shape[-1])
-    row = torch.arange(flat.shape[0], device=leaf.device)[:, None, None]
-    head = torch.arange(k, device=leaf.device)[None, :, None]
+    flat, rows = leaf.reshape(-1, k, s, h).contiguous(), positions.reshape(-1, positions.shape[-1])
     new = new.reshape(-1, *new.shape[-3:]).to(leaf.dtype)
-    return flat.index_put((row, head, rows[:, None, :]), new).reshape(leaf.shape)
+    if not _may_be_expanded(flat):
+        # index_put is what torch.compile turns into a write in place when the old cache is donated.
+        row = torch.arange(flat.shape[0], device=leaf.device)[:, None, None]
+        head = torch.arange(k, device=leaf.device)[None, :, None]
+        return flat.index_put((row, head, rows[:, None, :]), new).reshape(leaf.shape)
+    return flat.scatter(-2, rows[:, None, :, None].expand(new.shape), new).reshape(leaf.shape)
 
 
 def _clean(leaf: Tensor | Forked, positions: Tensor) -> Tensor | Forked:
@@ -124,3 +129,19 @@ def _clean(leaf: Tensor | Forked, positions: Tensor) -> Tensor | Forked:
         return leaf._replace(own=_clean(leaf.own, positions - leaf.shared.shape[-2]))
     slots = torch.arange(leaf.shape[-2], device=positions.device)
     return leaf.masked_fill(rearrange(slots > positions[..., -1:], "... s -> ... 1 s 1"), 0)
+
+
+def _may_be_expanded(leaf: Tensor) -> bool:
+    """Whether `vmap` or forward mode will expand the leaf, or the zeros that are its tangent, to the size of what is
+    written. Inductor would write in place into such a view too, all rows into one (torch 2.13, pytorch#188084).
+    """
+    levels = _transforms()
+    return levels > 1 or (levels == 1 and not functorch.is_batchedtensor(leaf))
+
+
+def _transforms() -> int:
+    """How many of torch.func's transforms are at work; forward mode counts twice, since its zeros are not in a leaf."""
+    return len(functorch.get_interpreter_stack() or ()) + (forward_ad._current_level >= 0)
+
+
+_transforms._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import of 1 s

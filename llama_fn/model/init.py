@@ -23,6 +23,16 @@ class Weight:
     shape: tuple[int, ...]
     std: float | None
 
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """Of a matrix, the axes that it sums over: the last, or all heads of `wo`."""
+        return self.shape[-1:] if self.axes.endswith("d") else self.shape[1:]
+
+    @property
+    def outer(self) -> tuple[int, ...]:
+        """Of a matrix, the axes of what it makes."""
+        return self.shape[:-len(self.inner)]
+
 
 def abstract_params(config: Config) -> Params:
     """The tree of `Weight`s of a config: it drives the drawing, checking, loading and saving of parameters.

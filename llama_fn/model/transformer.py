@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -68,8 +69,8 @@ def embed(weight: Float[Tensor, "v d"] | Tapped, tokens: Int[Tensor, "*b t"]) ->
     """Each token's row of the weight."""
     if isinstance(weight, Tapped):
         plain, tap = weight.use()
-        return embedding_observed(plain[tokens.long()], tokens, tap, len(plain))
-    return weight[tokens.long()]
+        return embedding_observed(embed(plain, tokens), tokens, tap, len(plain))
+    return F.embedding(tokens.long(), weight)  # indexed, inductor's forward-over-reverse is wrong (torch 2.13)
 
 
 def check_sizes(params: Params, cache: Cache | None) -> None:

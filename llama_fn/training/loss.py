@@ -19,14 +19,21 @@ def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"]
     If none counts, the loss is 0. To average over several batches exactly, add up `loss_sum` instead: a mean of
     means weighs a token by the size of its batch. `layer` is that of `forward`.
     """
-    total, count = loss_sum(params, tokens, mask, layer=layer)
-    return total / count.clamp(min=1)
+    nats, counts = _nats(params, tokens, mask, layer)
+    # Divided after the sum, its compiled reverse-over-forward derivative would crash (torch 2.13, pytorch#197067).
+    return (nats / counts.sum().clamp(min=1)).sum()
 
 
 @typed
 def loss_sum(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None,
              *, layer: Callable = block) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """The sum of -log p over the tokens that count, and their number. The softmax is taken in float32 at least."""
+    nats, counts = _nats(params, tokens, mask, layer)
+    return nats.sum(), counts.sum()
+
+
+def _nats(params: Params, tokens: Tensor, mask: Tensor | None, layer: Callable) -> tuple[Tensor, Tensor]:
+    """-log p of every token but the first, 0 where it does not count; and whether it does."""
     if tokens.shape[-1] < 2:
         raise ValueError(f"loss: a row needs 2 tokens or more, one to predict the next from, got {tokens.shape[-1]}")
     logits, _ = forward(params, tokens[..., :-1], layer=layer)
@@ -34,4 +41,4 @@ def loss_sum(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nats = -exact.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     counts = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask[..., 1:]
-    return nats.masked_fill(~counts, 0).sum(), counts.sum()
+    return nats.masked_fill(~counts, 0), counts

@@ -74,7 +74,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Optimizer:
 
     def init(params: Any) -> AdamState:
         zeros = [tree.map(lambda p: torch.zeros_like(p, dtype=_exact(p)), params) for _ in range(2)]
-        return AdamState(torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device), *zeros)
+        return AdamState(_no_steps(params), *zeros)
 
     def update(grads: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
         count = state.count + 1
@@ -109,7 +109,7 @@ def scale_by_learning_rate(learning_rate: float | Tensor | Schedule) -> Optimize
     """Multiply by minus the learning rate, of the number of steps taken before this one."""
 
     def init(params: Any) -> Tensor:
-        return torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device)
+        return _no_steps(params)
 
     def update(grads: Any, count: Tensor, params: Any = None) -> tuple[Any, Tensor]:
         rate = learning_rate(count) if callable(learning_rate) else learning_rate
@@ -131,6 +131,11 @@ def global_norm(grads: Any) -> Tensor:
 def matrices(params: Any) -> Any:
     """A mask for weight decay: every leaf of two axes or more, so no norm."""
     return tree.map(lambda p: p.ndim >= 2, params)
+
+
+def _no_steps(params: Any) -> Tensor:
+    """A count of zero, made from a parameter: mapped over many, `init` gives each a count in memory of its own."""
+    return tree.leaves(params)[0].new_zeros((), dtype=torch.int64)
 
 
 def _exact(x: Tensor) -> torch.dtype:

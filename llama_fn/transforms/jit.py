@@ -29,9 +29,10 @@ def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
     import torch._dynamo.config  # a second; only who compiles pays it
 
     names = (donate,) if isinstance(donate, str) else tuple(donate)
+    called = getattr(f, "__name__", type(f).__name__)  # a functools.partial has none
     signature = inspect.signature(f)
     if unknown := [name for name in names if name not in signature.parameters]:
-        raise ValueError(f"jit: {f.__name__} has no argument {unknown[0]!r} to donate, "
+        raise ValueError(f"jit: {called} has no argument {unknown[0]!r} to donate, "
                          f"only {', '.join(signature.parameters)}")
 
     def body(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -41,7 +42,7 @@ def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
         return _donated(given, result) if given else result
 
     # Dynamo counts compilations by code object: each jitted function needs one of its own.
-    own = types.FunctionType(body.__code__.replace(), body.__globals__, f.__name__, None, body.__closure__)
+    own = types.FunctionType(body.__code__.replace(), body.__globals__, called, None, body.__closure__)
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, MOST_SHAPES)
     return functools.wraps(f)(torch.compile(own, fullgraph=True, dynamic=False))

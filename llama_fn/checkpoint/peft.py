@@ -1,0 +1,163 @@
+"""PEFT's layout of a LoRA adapter: `adapter_config.json` and `adapter_model.safetensors`, by the names of transformers.
+
+The rows of B that belong to `wq` and `wk` are permuted as those of the weights themselves (see `huggingface.py`).
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llama_fn import tree
+from llama_fn.checkpoint.files import apart, header, inside, read_json, replacing_folder, write_json
+from llama_fn.checkpoint.huggingface import HEAD, hf_name, rope_heads, to_halves, to_interleaved
+from llama_fn.checkpoint.load import SETTINGS as MODELS
+from llama_fn.checkpoint.weights import misfits
+from llama_fn.config import Config
+from llama_fn.model.init import Weight, abstract_params
+
+SETTINGS, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+BASE = PREFIX + HEAD.replace(".weight", ".base_layer.weight")
+
+WRITTEN = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "fan_in_fan_out": False,
+           "inference_mode": True, "init_lora_weights": True, "lora_dropout": 0.0, "modules_to_save": None,
+           "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False, "use_rslora": False}
+# What these say is looked at, or is of no weight for what an adapter computes; of others only "no" is understood.
+KNOWN = {"peft_type", "task_type", "bias", "init_lora_weights", "r", "lora_alpha", "use_rslora", "target_modules",
+         "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode", "lora_dropout", "peft_version",
+         "base_model_name_or_path", "revision", "auto_mapping", "runtime_config", "megatron_core", "qalora_group_size",
+         "eva_config", "ensure_weight_tying"}
+UNDERSTOOD = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": ("none",),
+              # Ways to begin that leave the model's own weights alone; "pissa", "olora" and others do not.
+              "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", None)}
+
+Matrices = Mapping[str, tuple[Tensor, Tensor]]  # A and B, with the axes of heads, by the path of their weight
+
+
+def adaptable(config: Config) -> dict[str, Weight]:
+    """The matrices that an adapter may stand beside: all but the embedding."""
+    return {path: weight for path, weight in tree.paths(abstract_params(config)).items()
+            if len(weight.shape) > 1 and path != "embedding"}
+
+
+def write_peft(matrices: Matrices, alpha: float, config: Config, folder: Path) -> None:
+    """Write an adapter. Raises `ValueError` for none, for one of several ranks, and for the folder of a model."""
+    ranks = sorted({len(a) for a, _ in matrices.values()})
+    if len(ranks) != 1:
+        raise ValueError(f"an adapter of one rank can be written, this one has {', '.join(map(str, ranks)) or 'none'}")
+    if there := [name for name in MODELS.values() if (folder / name).exists()]:
+        raise ValueError(f"{folder}: a model lies there ({there[0]}), and would be read with the adapter in it; "
+                         "choose a folder of its own")
+    state = {}
+    for path, (a, b) in matrices.items():
+        rows, heads = b.flatten(0, -2), rope_heads(path, config)
+        state |= zip(_names(path), (a.flatten(1), to_halves(rows, heads) if heads else rows), strict=True)
+    settings = {**WRITTEN, "r": ranks[0], "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+                "target_modules": _targets(matrices, config)}
+    with replacing_folder(folder, (SETTINGS, WEIGHTS, PICKLE)) as beside:
+        write_json(beside / SETTINGS, dict(sorted(settings.items())))
+        state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
+        save_file(apart(state), beside / WEIGHTS, {"format": "pt"})
+        shutil.copymode(beside / SETTINGS, beside / WEIGHTS)  # safetensors lets nobody but the owner read it
+
+
+def read_peft(folder: Path, config: Config, output: Callable[[], Any]) -> tuple[Matrices, float]:
+    """The matrices of an adapter for a model with this config, and alpha.
+
+    `output()` is the model's last matrix: PEFT writes it again beside an adapter of it, and it must be the same.
+    Raises `FileNotFoundError`, and `ValueError` for damaged files, for what is not plain LoRA, and for weights that are
+    missing, unknown or of another shape, all of them.
+    """
+    settings, where = read_json(inside(folder, SETTINGS)), folder / SETTINGS
+    rank, alpha = _plain(settings, where)
+    if not (folder / WEIGHTS).exists() and (folder / PICKLE).exists():
+        raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; {PICKLE} is not read: let PEFT write safetensors "
+                                "(`save_pretrained`)")
+    file = inside(folder, WEIGHTS)
+    found = header(file)
+    weights = _wanted(settings, {entry.name for entry in found}, config)
+    if not weights:
+        raise ValueError(f"{where}: target_modules names no weight of the model: {_short(settings['target_modules'])}")
+    wanted = {}
+    for path, weight in weights.items():
+        shapes = (rank, math.prod(weight.inner)), (math.prod(weight.outer), rank)
+        wanted |= zip(_names(path), shapes, strict=True)
+    if again := [entry for entry in found if entry.name == BASE]:
+        wanted[BASE] = (config.vocab_size, config.dim)
+    if wrong := misfits(wanted, found, None):
+        raise ValueError(f"{folder}: {len(wrong)} weights of the adapter do not fit the model and {SETTINGS}:\n  "
+                         + "\n  ".join(wrong))
+    matrices = {}
+    with safe_open(file, "pt") as tensors:
+        if again and not _same(tensors.get_tensor(BASE), output()):
+            raise ValueError(f"{file}: {BASE} is not the output of this model: the adapter belongs to another")
+        for path, weight in weights.items():
+            a, b = map(tensors.get_tensor, _names(path))
+            heads = rope_heads(path, config)
+            b = to_interleaved(b, heads) if heads else b
+            matrices[path] = a.reshape(rank, *weight.inner), b.reshape(*weight.outer, rank)
+    return matrices, alpha
+
+
+def _plain(settings: dict, where: Path) -> tuple[int, float]:
+    """Rank and alpha. Raises `ValueError` for settings that make anything but W + alpha/r B A."""
+    for name, value in {"peft_type": None, **settings}.items():
+        if value not in UNDERSTOOD.get(name, (value,)) or (name not in KNOWN and value):
+            raise ValueError(f"{where}: {name} is {_short(value)}: that is not plain LoRA, which is all that is read; "
+                             "let PEFT merge the adapter (`merge_and_unload`), and load the model")
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(rank) is not int or not 1 <= rank < 2**31:
+        raise ValueError(f"{where}: r should be an integer of at least 1, is {_short(rank)}")
+    if type(alpha) not in (int, float) or not abs(alpha) < 2**31:
+        raise ValueError(f"{where}: lora_alpha should be a number, is {_short(alpha)}")
+    # With use_rslora, alpha counts 1/sqrt(r) times (Kalajdzievski 2023).
+    return rank, alpha * math.sqrt(rank) if settings.get("use_rslora") else float(alpha)
+
+
+def _wanted(settings: dict, names: set[str], config: Config) -> dict[str, Weight]:
+    """The weights that the settings name; where these are more than a list of endings, those in the file."""
+    targets, able = settings.get("target_modules"), adaptable(config)
+    if not isinstance(targets, list) or settings.get("exclude_modules") or settings.get("layers_to_transform"):
+        return {path: weight for path, weight in able.items() if not names.isdisjoint(_names(path))}
+    return {path: weight for path, weight in able.items() if any(end in targets for end in _ends(_module(path)))}
+
+
+def _targets(paths: Iterable[str], config: Config) -> list[str]:
+    """PEFT's `target_modules`: `q_proj` where it is in every layer, else the whole names."""
+    ends = {_module(path): _ends(_module(path))[-1] for path in adaptable(config)}
+    ours = {_module(path) for path in paths}
+    partial = {end for module, end in ends.items() if module not in ours}
+    return sorted({module if ends[module] in partial else ends[module] for module in ours})
+
+
+def _names(path: str) -> tuple[str, str]:
+    """`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, and `lora_B`."""
+    return f"{PREFIX}{_module(path)}.lora_A.weight", f"{PREFIX}{_module(path)}.lora_B.weight"
+
+
+def _module(path: str) -> str:
+    return hf_name(path).removesuffix(".weight")
+
+
+def _ends(module: str) -> list[str]:
+    """`a.b.c`, `b.c`, `c`."""
+    parts = module.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def _same(stored: Tensor, output: Any) -> bool:
+    """Whether they are equal in the dtype of the one or of the other; an output that is no tensor is not compared."""
+    return not isinstance(output, Tensor) or any(
+        torch.equal(stored.to(dtype), output.cpu().to(dtype)) for dtype in (stored.dtype, output.dtype))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

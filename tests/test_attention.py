@@ -1,0 +1,212 @@
+"""The laws of the fused kernel: it computes what is written out, however it is mapped and differentiated, in one call.
+
+All in float64, where the two differ by rounding alone: 1e-14 seen.
+"""
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import keys
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacrev, jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import llama_fn as lf
+from llama_fn.model.attention import attend, fused, written_out
+
+K, G, T, H, S = 2, 3, 4, 6, 9  # key/value heads, query heads of each, queries, a head's width, slots
+KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def heads(key: torch.Tensor, *batch: int, slots: int = S, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """Random queries, keys, values and positions."""
+    keys = lf.random.split(key, 4)
+    shapes = (*batch, K, G, T, H), (*batch, K, slots, H), (*batch, K, slots, H)
+    numbers = [2 * lf.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=False)]
+    return [*numbers, lf.random.bits(keys[3], (*batch, T)) * slots >> 32]
+
+
+def close(a, b, tolerance: float = 1e-12) -> bool:
+    pairs = list(zip(lf.tree.leaves(a), lf.tree.leaves(b), strict=True))
+    assert all(x.shape == y.shape and x.dtype == y.dtype for x, y in pairs)
+    return all((x - y).abs().max() <= tolerance * max(1, y.abs().max()) for x, y in pairs)
+
+
+def readout(kernel):
+    """A scalar of all that the kernel returns, which no permutation leaves as it is."""
+    def f(queries, keys, values, positions):
+        out = kernel(queries, keys, values, positions)
+        return (out.square() * torch.arange(1.0, out.numel() + 1).reshape(out.shape) / out.numel()).sum()
+    return f
+
+
+class Calls(TorchDispatchMode):
+    """The first argument's shape of every call of the kernel, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward, self.backward = [], []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        name = f.overloadpacket.__name__
+        if name.startswith(KERNEL):
+            (self.backward if name.endswith("backward") else self.forward).append(tuple(args[0].shape))
+        return f(*args, **(kwargs or {}))
+
+
+# --- it computes what is written out
+
+
+@given(keys(), st.sampled_from([(), (5,), (5, 7)]), st.booleans())
+def test_the_fused_kernel_computes_what_is_written_out(key, batch, cached):
+    queries, k, v, positions = heads(key, *batch, slots=S if cached else T)
+    positions = positions if cached else None
+    assert close(fused(queries, k, v, positions), written_out(queries, k, v, positions))
+    every = [grad(readout(kernel), (0, 1, 2))(queries, k, v, positions) for kernel in (fused, written_out)]
+    assert close(*every)
+
+
+axes = st.tuples(*[st.sampled_from([None, 0, 1, -1])] * 4).filter(lambda axes: any(a is not None for a in axes))
+
+
+def placed(x: torch.Tensor, axis: int | None) -> torch.Tensor:
+    """The mapped axis, which comes first, where it is to be; the first of all where nothing is mapped."""
+    return x[0] if axis is None else x.movedim(0, axis)
+
+
+@given(keys(), axes, st.integers(-5, 4), st.booleans())
+def test_mapped_over_any_axis_of_any_argument_it_is_a_loop(key, in_dims, out_dim, inner):
+    args = heads(key, 7, *(5,) * inner)
+    mapped = torch.vmap(fused, in_dims, out_dim)(*map(placed, args, in_dims))
+    rows = [[x[0 if axis is None else i] for x, axis in zip(args, in_dims, strict=True)] for i in range(7)]
+    assert close(mapped, torch.stack([written_out(*row) for row in rows], out_dim))
+
+
+@given(keys(), st.lists(st.sampled_from("01"), min_size=4, max_size=4), st.booleans())
+def test_mapped_twice_it_is_two_loops(key, levels, causal):
+    """Every argument is mapped at both levels ("1") or at one of them ("0": the outer for keys, else the inner)."""
+    args = heads(key, 5, 7, slots=T if causal else S)
+    both = [level == "1" for level in levels]
+    args = [x if b else x[:, 0] if i == 1 else x[0] for i, (x, b) in enumerate(zip(args, both, strict=True))]
+    outer = tuple(0 if b or i == 1 else None for i, b in enumerate(both))
+    inner = tuple(0 if b or i != 1 else None for i, b in enumerate(both))
+
+    def one(queries, k, v, positions):
+        return fused(queries, k, v, None if causal else positions)
+
+    def pick(x, axis, i):
+        return x if axis is None else x[i]
+
+    rows = [[list(map(pick, args, outer, [i] * 4)) for _ in range(7)] for i in range(5)]
+    expected = [[written_out(*(q := list(map(pick, row, inner, [j] * 4)))[:3], None if causal else q[3])
+                 for j, row in enumerate(line)] for line in rows]
+    assert close(torch.vmap(torch.vmap(one, inner), outer)(*args), torch.stack([torch.stack(r) for r in expected]))
+
+
+DERIVATIVES = {
+    "vmap(grad)": lambda f: torch.vmap(grad(readout(f), (0, 1, 2))),
+    "vmap(grad), shared keys": lambda f: lambda q, k, v, p: torch.vmap(
+        grad(readout(f), (0, 1, 2)), (0, None, 0, None))(q, k[0], v, p[0]),
+    "vmap(grad), no positions": lambda f: lambda q, k, v, p: torch.vmap(
+        grad(lambda q, k, v: readout(f)(q, k, v, None), (0, 1, 2)))(q, k[..., :T, :], v[..., :T, :]),
+    "grad(vmap)": lambda f: grad(lambda *args: torch.vmap(readout(f))(*args).sum(), (0, 1, 2)),
+    "grad(vmap), shared values": lambda f: lambda q, k, v, p: grad(
+        lambda v: torch.vmap(readout(f), (0, 0, None, 0))(q, k, v, p).sum())(v[0]),
+    "jacrev": lambda f: lambda q, k, v, p: jacrev(f, (0, 1, 2))(q[0], k[0], v[0], p[0]),
+    "vmap(jacrev)": lambda f: torch.vmap(jacrev(f, 1)),
+    "vmap(vmap(grad))": lambda f: lambda *args: torch.vmap(torch.vmap(grad(readout(f), (0, 1, 2)), (None, 0, 0, None)),
+                                                           (0, None, None, 0))(*args),
+    "vmap over cotangents": lambda f: lambda q, k, v, p: torch.vmap(
+        lambda out: vjp(lambda q: f(q, k, v, p), q)[1](out))(q.expand(3, *q.shape)),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+@given(keys())
+def test_first_derivatives_are_those_of_the_definition(name, key):
+    args = heads(key, 5)
+    assert close(DERIVATIVES[name](fused)(*args), DERIVATIVES[name](written_out)(*args), 1e-11)
+
+
+# --- it runs once
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_mapped_the_kernel_runs_once_and_so_does_its_backward(shared):
+    args = heads(lf.random.key(0), 7, 5)
+    in_dims = (0, None, None, 0) if shared else 0
+    if shared:
+        args[1:3] = args[1][0], args[2][0]
+    with Calls() as calls, warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's loop over the samples comes with one
+        torch.vmap(attend, in_dims)(*args)
+        assert (calls.forward, calls.backward) == ([(7 * 5, K * G, T, H)], [])
+        torch.vmap(grad(readout(attend), (0, 1, 2)), in_dims)(*args)
+        assert calls.forward[1:] == [(7 * 5, K * G, T, H)] and len(calls.backward) == 1
+        torch.vmap(torch.vmap(attend))(*heads(lf.random.key(0), 7, 5))
+        assert calls.forward[2:] == [(7 * 5, K * G, T, H)]
+
+
+# --- beyond the first derivative
+
+
+BEYOND = {
+    "jvp": lambda f, x, v: jvp(f, (x,), (v,))[1],
+    "forward over reverse": lambda f, x, v: jvp(grad(f), (x,), (v,))[1],
+    "reverse over forward": lambda f, x, v: grad(lambda x: jvp(f, (x,), (v,))[1])(x),
+    "reverse over reverse": lambda f, x, v: vjp(grad(f), x)[1](v)[0],
+    "hessian": lambda f, x, v: (hessian(f)(x).flatten(x.ndim) @ v.flatten()),
+    "mapped jvp": lambda f, x, v: torch.vmap(lambda v: jvp(f, (x,), (v,))[1])(torch.stack([v, 2 * v]))[1] / 2,
+    "mapped": lambda f, x, v: torch.vmap(lambda v: jvp(grad(f), (x,), (v,))[1])(torch.stack([v, 2 * v]))[1] / 2,
+    "dual numbers": lambda f, x, v: tangent_of_dual_numbers(f, x, v),
+}
+
+
+def tangent_of_dual_numbers(f, x, v):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, v))).tangent
+
+
+@pytest.mark.parametrize("name", BEYOND)
+@given(key=keys(), argument=st.integers(0, 2))
+def test_beyond_first_derivatives_it_is_the_definition_and_exact(name, key, argument):
+    args = heads(key)
+
+    def f(x):
+        return readout(attend)(*args[:argument], x, *args[argument + 1:])
+
+    x, step = args[argument], 1e-5
+    v = lf.random.normal(key, x.shape, x.dtype)
+    with Calls() as calls:
+        ours = BEYOND[name](f, x, v)
+    assert not calls.forward
+    first = f if ours.ndim == 0 else grad(f)
+    assert close(ours, (first(x + step * v) - first(x - step * v)) / (2 * step), 1e-6)
+
+
+def test_outside_torch_func_a_second_derivative_takes_torchs_own_written_out_kernel():
+    queries, k, v, positions = heads(lf.random.key(0))
+    x = k.requires_grad_()
+
+    def second() -> torch.Tensor:
+        first, = torch.autograd.grad(readout(attend)(queries, x, v, positions), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    with pytest.raises(RuntimeError, match=f"derivative for aten::{KERNEL}_backward is not implemented"):
+        second()
+    expected = grad(lambda k: grad(lambda k: readout(written_out)(queries, k, v, positions))(k).square().sum())(x)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert close(second(), expected.detach())
+
+
+def test_autocast_reaches_the_mapped_kernel():
+    config = lf.Config(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70)
+    params, tokens = lf.init_params(lf.random.key(0), config), torch.arange(15).reshape(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        mapped, _ = torch.vmap(lf.forward, (None, 0), (0, None))(params, tokens)
+        batched, _ = lf.forward(params, tokens)
+    assert mapped.dtype == batched.dtype == torch.bfloat16 and torch.equal(mapped, batched)
