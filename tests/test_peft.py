@@ -22,8 +22,9 @@ import llama_fn as lf
 from llama_fn import lora, tree
 from llama_fn.checkpoint import peft as layout
 
-# PEFT asks a model of transformers for a property by its old name.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+# PEFT asks a model of transformers for a property by its old name, and has a word to say on adapters of tied weights.
+pytestmark = [pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+              pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True. and a tied layer:UserWarning")]
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAMES = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj", "w_gate": "gate_proj", "w_up": "up_proj",
          "w_down": "down_proj", "output": "lm_head"}
@@ -154,7 +155,7 @@ def folder(params, tmp_path) -> Path:
 def test_what_is_no_plain_lora_is_refused_by_name(folder, params, change):
     edit_json(folder / SETTINGS, **change)
     name, = change
-    with pytest.raises(ValueError, match=f"{name} is .*: that is not plain LoRA, .* let PEFT merge"):
+    with pytest.raises(ValueError, match=f"_config.json: {name} is .*: that is not plain LoRA, .*; let PEFT merge"):
         lora.load(folder, params)
     edit_json(folder / SETTINGS, **{name: "LORA" if name == "peft_type" else None if name != "bias" else "none"})
     lora.load(folder, params)

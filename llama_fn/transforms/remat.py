@@ -102,13 +102,14 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         f, xs = ctx.f, ctx.saved_tensors
+        count = len(xs)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         cotangents = tuple(filter(_smooth, cotangents))
         if torch.compiler.is_compiling():
             xs = _after(cotangents, xs, ctx.inner if any(ctx.inner) else map(_smooth, xs))
 
         def pullback(*both: Tensor) -> tuple[Tensor, ...]:
-            xs, cotangents = both[:len(ctx.inner)], both[len(ctx.inner):]
+            xs, cotangents = both[:count], both[count:]
 
             def moved(*some: Tensor) -> tuple[Tensor, ...]:
                 return tuple(filter(_smooth, f(*_filled(xs, wanted, some))))
@@ -116,8 +117,7 @@ class _Recomputed(torch.autograd.Function):
             return torch.func.vjp(moved, *(xs[i] for i in wanted))[1](cotangents)
 
         gradients = _Recomputed.apply(pullback, pullback, *xs, *cotangents)
-        return None, None, *_filled([None] * len(xs), wanted, gradients)
-
+        return None, None, *_filled([None] * count, wanted, gradients)
 
     @staticmethod
     def vmap(info: Any, axes: tuple, f: Callable, run: Callable, *xs: Tensor) -> tuple[tuple[Tensor, ...], int]:
@@ -133,6 +133,8 @@ def _after(cotangents: Sequence[Tensor], xs: Sequence[Tensor], which: Sequence[b
     cotangents are there. Parameters are not chosen: a copy of them would cost more than it gives.
     """
     probes = [c.flatten()[0].isnan() for c in cotangents if c.numel()]
+    if not probes:
+        return list(xs)
     late = functools.reduce(torch.logical_or, probes)
     return [torch.where(late, x, x) if chosen else x for x, chosen in zip(xs, which, strict=True)]
 
