@@ -2,8 +2,8 @@
 
     python examples/lora.py [FOLDER]
 
-An adapter is a tree, so three are one tree with a first axis. `vmap` does the rest: training maps over adapter, data and
-learning rate, and the model itself is neither mapped nor changed. FOLDER gets an adapter each, as PEFT writes them.
+An adapter is a tree, so three are one tree with a first axis. `vmap` does the rest: training maps over adapter, data
+and learning rate, and the model itself is neither mapped nor changed. FOLDER gets an adapter each, in PEFT's layout.
 """
 
 import sys

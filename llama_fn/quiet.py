@@ -1,11 +1,9 @@
-"""Torch's warnings about its own inside, which no caller causes or can help, stay unsaid (torch 2.13).
-
-Each is told by its message, its category and the module that it comes from.
-"""
+"""Torch's warnings about its own inside, which no caller causes or can help, stay unsaid (torch 2.13)."""
 
 import warnings
 
-for message, category, module in (
+# Each is told by its message, its category and the module that it comes from.
+OWN = (
     # The first forward mode of a process scripts formulas, the first compilation imports a class of scripted methods.
     (r"`torch\.jit\.script(_method)?` is (deprecated|not supported)", DeprecationWarning, r"torch\.jit\._script"),
     # The diagonal that `jacrev`, `jacfwd` and `hessian` take of their basis, compiled: inductor's check of its axes.
@@ -13,5 +11,13 @@ for message, category, module in (
     # A constant of a graph that `linearize` computes at once.
     ("Attempted to insert a get_attr Node with no underlying reference", UserWarning,
      r"torch\.fx\.experimental\.const_fold"),
-):
-    warnings.filterwarnings("ignore", message, category, module)
+)
+
+
+def ignore() -> None:
+    """Put these filters before all others. The package does so when it is imported."""
+    for message, category, module in OWN:
+        warnings.filterwarnings("ignore", message, category, module)
+
+
+ignore()

@@ -24,6 +24,12 @@ torch.set_printoptions(threshold=4, edgeitems=1)
 torch.set_num_threads(1)  # tensors of a few hundred numbers: a second thread costs more than it gives
 
 
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    """Warnings are errors in the tests, but for those that the package itself keeps unsaid."""
+    lf.quiet.ignore()
+
+
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """200 stories."""

@@ -70,7 +70,9 @@ def test_the_fused_kernel_computes_what_is_written_out(key, batch, cached):
     assert close(*every)
 
 
-axes = st.tuples(*[st.sampled_from([None, 0, 1, -1])] * 4).filter(lambda axes: any(a is not None for a in axes))
+def axes_of_arguments(*axes: int) -> st.SearchStrategy[tuple[int | None, ...]]:
+    """The axis of each of the four arguments that is mapped, or None; of one argument at least."""
+    return st.tuples(*[st.sampled_from([None, *axes])] * 4).filter(lambda axes: axes != (None,) * 4)
 
 
 def placed(x: torch.Tensor, axis: int | None) -> torch.Tensor:
@@ -78,7 +80,7 @@ def placed(x: torch.Tensor, axis: int | None) -> torch.Tensor:
     return x[0] if axis is None else x.movedim(0, axis)
 
 
-@given(keys(), axes, st.integers(-5, 4), st.booleans())
+@given(keys(), axes_of_arguments(0, 1, -1), st.integers(-5, 4), st.booleans())
 def test_mapped_over_any_axis_of_any_argument_it_is_a_loop(key, in_dims, out_dim, inner):
     args = heads(key, 7, *(5,) * inner)
     mapped = torch.vmap(fused, in_dims, out_dim)(*map(placed, args, in_dims))
@@ -86,25 +88,20 @@ def test_mapped_over_any_axis_of_any_argument_it_is_a_loop(key, in_dims, out_dim
     assert close(mapped, torch.stack([written_out(*row) for row in rows], out_dim))
 
 
-@given(keys(), st.lists(st.sampled_from("01"), min_size=4, max_size=4), st.booleans())
-def test_mapped_twice_it_is_two_loops(key, levels, causal):
-    """Every argument is mapped at both levels ("1") or at one of them ("0": the outer for keys, else the inner)."""
+@given(keys(), axes_of_arguments(0), axes_of_arguments(0), st.booleans())
+def test_mapped_twice_it_is_two_loops(key, outer, inner, causal):
     args = heads(key, 5, 7, slots=T if causal else S)
-    both = [level == "1" for level in levels]
-    args = [x if b else x[:, 0] if i == 1 else x[0] for i, (x, b) in enumerate(zip(args, both, strict=True))]
-    outer = tuple(0 if b or i == 1 else None for i, b in enumerate(both))
-    inner = tuple(0 if b or i != 1 else None for i, b in enumerate(both))
 
-    def one(queries, k, v, positions):
-        return fused(queries, k, v, None if causal else positions)
+    def attention_of(queries, k, v, positions, kernel=fused):
+        return kernel(queries, k, v, None if causal else positions)
 
-    def pick(x, axis, i):
-        return x if axis is None else x[i]
+    def at(i, j):
+        return [x[i if a == 0 else 0, j if b == 0 else 0] for x, a, b in zip(args, outer, inner, strict=True)]
 
-    rows = [[list(map(pick, args, outer, [i] * 4)) for _ in range(7)] for i in range(5)]
-    expected = [[written_out(*(q := list(map(pick, row, inner, [j] * 4)))[:3], None if causal else q[3])
-                 for j, row in enumerate(line)] for line in rows]
-    assert close(torch.vmap(torch.vmap(one, inner), outer)(*args), torch.stack([torch.stack(r) for r in expected]))
+    every = slice(None)
+    mapped = torch.vmap(torch.vmap(attention_of, inner), outer)(*at(every, every))
+    looped = [torch.stack([attention_of(*at(i, j), kernel=written_out) for j in range(7)]) for i in range(5)]
+    assert close(mapped, torch.stack(looped))
 
 
 DERIVATIVES = {

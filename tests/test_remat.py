@@ -112,7 +112,8 @@ def summed(f: Callable) -> Callable[..., torch.Tensor]:
     def total(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         result = f({"w": w, "config": CONFIG}, x, 2, rows=ROWS, switch=True)
         assert result["config"] == CONFIG and result["rounds"] == 3 and result["y"][1] is None
-        smooth = [leaf for leaf in lf.tree.leaves(result) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+        tensors = [leaf for leaf in lf.tree.leaves(result) if isinstance(leaf, torch.Tensor)]
+        smooth = [leaf for leaf in tensors if leaf.is_floating_point()]
         assert len(smooth) == 5 and result["best"].dtype == torch.int64 and result["rows"].shape == (3,)
         return sum(i * (leaf**2 + leaf).sum() for i, leaf in enumerate(smooth, 1))
 
@@ -131,7 +132,8 @@ TRANSFORMS = {
     "value": lambda f: f,
     "grad": lambda f: torch.func.grad(f, (0, 1)),
     "vmap(grad)": lambda f: lambda w, x: torch.vmap(torch.func.grad(f, (0, 1)), (None, 0))(w, stacked(x)),
-    "grad(vmap)": lambda f: torch.func.grad(lambda w, x: torch.vmap(f, (None, 0))(w, stacked(x)).square().sum(), (0, 1)),
+    "grad(vmap)": lambda f: torch.func.grad(
+        lambda w, x: torch.vmap(f, (None, 0))(w, stacked(x)).square().sum(), (0, 1)),
     "vjp": lambda f: lambda w, x: torch.func.vjp(f, w, x)[1](torch.tensor(3.0, dtype=torch.float64)),
     "jacrev": lambda f: torch.func.jacrev(lambda w, x: torch.vmap(f, (None, 0))(w, stacked(x))),
     "jvp": lambda f: lambda w, x: torch.func.jvp(f, (w, x), (w.cos(), x.cos())),
@@ -167,9 +169,11 @@ def test_compiled_transforms_do_not_notice():
 
     def results(wrap: Callable) -> Callable:
         def f(w: torch.Tensor, x: torch.Tensor) -> dict:
-            found = {name: TRANSFORMS[name](squared(wrap(little)))(w, x) for name in TRANSFORMS if name.count("grad") < 2}
+            found = {name: TRANSFORMS[name](squared(wrap(little)))(w, x) for name in TRANSFORMS
+                     if name.count("grad") < 2}
             found["grad(grad)"] = TRANSFORMS["grad(grad)"](squared(wrap(little)))(w, x)
-            return found | {f"{name}, anything": TRANSFORMS[name](summed(wrap(anything)))(w, x) for name in ("vmap(grad)",)}
+            return found | {f"{name}, anything": TRANSFORMS[name](summed(wrap(anything)))(w, x)
+                            for name in ("vmap(grad)",)}
 
         return f
 
