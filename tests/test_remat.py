@@ -112,8 +112,8 @@ def summed(f: Callable) -> Callable[..., torch.Tensor]:
     def total(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         result = f({"w": w, "config": CONFIG}, x, 2, rows=ROWS, switch=True)
         assert result["config"] == CONFIG and result["rounds"] == 3 and result["y"][1] is None
-        tensors = [leaf for leaf in lf.tree.leaves(result) if isinstance(leaf, torch.Tensor)]
-        smooth = [leaf for leaf in tensors if leaf.is_floating_point()]
+        leaves = [leaf for leaf in lf.tree.leaves(result) if isinstance(leaf, torch.Tensor)]
+        smooth = [leaf for leaf in leaves if leaf.is_floating_point()]
         assert len(smooth) == 5 and result["best"].dtype == torch.int64 and result["rows"].shape == (3,)
         return sum(i * (leaf**2 + leaf).sum() for i, leaf in enumerate(smooth, 1))
 
@@ -132,8 +132,7 @@ TRANSFORMS = {
     "value": lambda f: f,
     "grad": lambda f: torch.func.grad(f, (0, 1)),
     "vmap(grad)": lambda f: lambda w, x: torch.vmap(torch.func.grad(f, (0, 1)), (None, 0))(w, stacked(x)),
-    "grad(vmap)": lambda f: torch.func.grad(
-        lambda w, x: torch.vmap(f, (None, 0))(w, stacked(x)).square().sum(), (0, 1)),
+    "grad(vmap)": lambda f: torch.func.grad(lambda w, x: torch.vmap(f, (None, 0))(w, stacked(x)).pow(2).sum(), (0, 1)),
     "vjp": lambda f: lambda w, x: torch.func.vjp(f, w, x)[1](torch.tensor(3.0, dtype=torch.float64)),
     "jacrev": lambda f: torch.func.jacrev(lambda w, x: torch.vmap(f, (None, 0))(w, stacked(x))),
     "jvp": lambda f: lambda w, x: torch.func.jvp(f, (w, x), (w.cos(), x.cos())),
@@ -167,19 +166,14 @@ def test_compiled_transforms_do_not_notice():
     def squared(f: Callable) -> Callable:
         return lambda w, x: sum(i * (y**2 + y).sum() for i, y in enumerate(f(w, x), 1))
 
-    def results(wrap: Callable) -> Callable:
-        def f(w: torch.Tensor, x: torch.Tensor) -> dict:
-            found = {name: TRANSFORMS[name](squared(wrap(little)))(w, x) for name in TRANSFORMS
-                     if name.count("grad") < 2}
-            found["grad(grad)"] = TRANSFORMS["grad(grad)"](squared(wrap(little)))(w, x)
-            return found | {f"{name}, anything": TRANSFORMS[name](summed(wrap(anything)))(w, x)
-                            for name in ("vmap(grad)",)}
-
-        return f
+    def results(remat: Callable) -> Callable:
+        names = [name for name in TRANSFORMS if name not in ("vmap(grad(grad))", "grad(grad(grad))")]
+        return lambda w, x: {"anything": TRANSFORMS["vmap(grad)"](summed(remat(anything)))(w, x),
+                             **{name: TRANSFORMS[name](squared(remat(little)))(w, x) for name in names}}
 
     ours = torch.compile(results(lf.remat), fullgraph=True, backend="aot_eager")(W, X)
     theirs = results(lambda f: f)(W, X)
-    assert [name for name in theirs if not same(ours[name], theirs[name])] == [] and len(theirs) == 11
+    assert [name for name in theirs if not same(ours[name], theirs[name])] == [] and len(theirs) == 12
 
 
 # --- what a function closes over
@@ -300,8 +294,8 @@ def deep(layer: Callable) -> Callable[..., torch.Tensor]:
 
 
 def wide(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A layer that computes 16 times as many numbers as it takes."""
-    return x + torch.tanh(torch.sin(x @ w).exp().sin()) @ w.T
+    """A layer that computes many more numbers than it takes."""
+    return x + torch.tanh(torch.sin(x @ w)) @ w.T
 
 
 @pytest.mark.parametrize("name", ["grad", "vmap(grad)", "grad(vmap)", "vjp", "vjp(grad)", "backward"])
@@ -330,9 +324,8 @@ def test_the_compiler_does_not_undo_it():
 
 @pytest.mark.slow
 def test_a_compiled_train_step_with_remat_equals_the_eager_one_without():
-    params, tokens = random_params(CONFIG, lf.random.key(0), torch.float32), token_rows(CONFIG, 1, 3, 8)
+    params, tokens = random_params(CONFIG, lf.random.key(0)), token_rows(CONFIG, 1, 3, 8)
     optimizer = lf.optim.sgd(1.0)
-    state, mask = optimizer.init(params), tokens != 5
-    expected = make_step(optimizer)(params, state, tokens, mask)
-    again = lf.jit(make_step(optimizer, lf.remat(lf.block)), donate=("params", "opt_state"))
-    assert all_close(again(*lf.tree.map(torch.clone, (params, state)), tokens, mask), expected, 1e-4)
+    given = params, optimizer.init(params), tokens, tokens != 5
+    step = torch.compile(make_step(optimizer, lf.remat(lf.block)), fullgraph=True, backend="aot_eager")
+    assert all_close(step(*given), make_step(optimizer)(*given))
