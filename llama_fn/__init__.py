@@ -10,6 +10,7 @@ from llama_fn.generation.conversation import Chat, answer, ask
 from llama_fn.generation.drafted import Speculation, speculate, speculate_stream
 from llama_fn.generation.sampling import narrowing, sampler
 from llama_fn.generation.scoring import Perplexity, Score, perplexity, score, score_options
+from llama_fn.memory import keep_memory
 from llama_fn.model.block import Block, block
 from llama_fn.model.cache import Cache, fork, init_cache
 from llama_fn.model.init import abstract_params, init_params
@@ -27,8 +28,8 @@ __all__ = [
     "LLAMA2_7B", "LLAMA2_13B", "LLAMA2_70B", "AxesError", "Block", "Cache", "Chat", "Completion", "Config", "Message",
     "Model", "Params", "Perplexity", "RopeScaling", "Score", "Speculation", "Tokenizer", "abstract_params", "answer",
     "ask", "block", "chat_completion", "clipped_sum", "fork", "forward", "from_hf", "init_cache", "init_params",
-    "jit", "load", "load_tokenizer", "lora", "loss", "loss_sum", "narrowing", "optim", "per_sample_grads",
-    "per_sample_norms", "perplexity", "private_grads", "random", "remat", "sampler", "save", "score", "score_options",
-    "speculate", "speculate_stream", "stories", "stream", "text_completion", "to_hf", "train_tokenizer", "tree",
-    "typed",
+    "jit", "keep_memory", "load", "load_tokenizer", "lora", "loss", "loss_sum", "narrowing", "optim",
+    "per_sample_grads", "per_sample_norms", "perplexity", "private_grads", "random", "remat", "sampler", "save",
+    "score", "score_options", "speculate", "speculate_stream", "stories", "stream", "text_completion", "to_hf",
+    "train_tokenizer", "tree", "typed",
 ]

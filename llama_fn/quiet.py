@@ -8,6 +8,9 @@ OWN = (
     (r"`torch\.jit\.script(_method)?` is (deprecated|not supported)", DeprecationWarning, r"torch\.jit\._script"),
     # The diagonal that `jacrev`, `jacfwd` and `hessian` take of their basis, compiled: inductor's check of its axes.
     (r"`torch\._prims_common\.check` is deprecated", FutureWarning, r"torch\._inductor\.lowering"),
+    # The cosines and sines of RoPE, computed as complex numbers, once.
+    ("Torchinductor does not support code generation for complex operators", UserWarning,
+     r"torch\._inductor\.lowering"),
     # A constant of a graph that `linearize` computes at once.
     ("Attempted to insert a get_attr Node with no underlying reference", UserWarning,
      r"torch\.fx\.experimental\.const_fold"),

@@ -15,9 +15,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # or transformers asks the network for what 
 
 # No deadline and no complaint about slow draws: a test machine may be busy, and time is no law.
 PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+settings.register_profile("quick", derandomize=True, max_examples=6, **PATIENT)  # pytest -m "not slow"
 settings.register_profile("ci", derandomize=True, max_examples=15, **PATIENT)
 settings.register_profile("deep", max_examples=300, **PATIENT)  # pytest --hypothesis-profile deep
-settings.load_profile("ci")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    chosen = config.getoption("--hypothesis-profile", None)
+    settings.load_profile(chosen or ("quick" if config.option.markexpr == "not slow" else "ci"))
+
 
 # A failing example shows its config, not its weights (inductor formats numbers, and wants a threshold of 4 at least).
 torch.set_printoptions(threshold=4, edgeitems=1)

@@ -37,6 +37,7 @@ def test_generate_prints_the_story_and_on_standard_error_the_speed(monkeypatch, 
     assert err.startswith("[seed 3: ") and err.endswith(" tokens a second]\n") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_without_a_seed_every_story_is_another(monkeypatch, capsys):
     stories = {cli(monkeypatch, capsys, "generate", "", "--temperature", "1")[1] for _ in range(2)}
     assert len(stories) == 2
@@ -112,6 +113,7 @@ def test_tokenizer_learns_and_does_not_write_over(monkeypatch, capsys, tmp_path,
     assert cli(monkeypatch, capsys, *args, "--force")[0] == 0
 
 
+@pytest.mark.slow
 def test_evaluate_measures_the_shipped_model(monkeypatch, capsys):
     status, out, _ = cli(monkeypatch, capsys, "evaluate", "--count", "30")
     assert status == 0

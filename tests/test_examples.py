@@ -47,6 +47,26 @@ def test_finetune_teaches_a_name():
 
 
 @pytest.mark.slow
+def test_dp_sgd_learns_from_noisy_sums():
+    out = run("examples/dp_sgd.py", "8")
+    first, last = (float(x) for x in re.findall(r"loss of others ([\d.]+)", out))
+    assert last < 0.9 * first
+    assert "before: Long ago" in out and "after: Long ago" in out
+
+
+@pytest.mark.slow
+def test_lora_teaches_each_row_its_name(tmp_path):
+    out = run("examples/lora.py", str(tmp_path))
+    first, *_, last = re.findall(r"losses ([\d.]+) ([\d.]+) ([\d.]+)", out)
+    assert all(float(b) < 0.97 * float(a) for a, b in zip(first, last, strict=True))
+    for name in ("Rosa", "Ruby", "Zoe"):
+        assert f"{name}: Long ago there was a brave little girl named {name}" in out
+        assert sorted(file.name for file in (tmp_path / name).iterdir()) == ["adapter_config.json",
+                                                                             "adapter_model.safetensors"]
+    assert out.split("Rosa: ")[1].split("\n")[0] == out.split("Rosa, merged: ")[1].split("\n")[0]
+
+
+@pytest.mark.slow
 def test_train_is_the_run_of_the_command_line_bit_for_bit(tmp_path, monkeypatch, capsys):
     # Uncompiled, in this process: what compiles is tested elsewhere, and takes a minute each time.
     for module in (lf, loop):

@@ -25,6 +25,7 @@ def test_it_tells_the_golden_story(stories):
                                                   sampler=sample)) == GOLDEN
 
 
+@pytest.mark.slow
 def test_most_of_its_stories_could_be_the_grammars(stories):
     keys = lf.random.split(lf.random.key(5), 40)
     completions = lf.text_completion(stories, [""] * 40, key=keys)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import SCALINGS, configs, keys, models, random_params, scaled, token_rows
 
 import llama_fn as lf
-from llama_fn.model import attention, linear
+from llama_fn.model import linear
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotate, rotation
 from llama_fn.model.rope import scaled as slowed
@@ -321,16 +321,6 @@ def test_gqa_equals_mha_with_repeated_heads(params):
     tokens = token_rows(config, B, T)
     mha, _ = lf.forward(params._replace(blocks=tuple(map(repeat, params.blocks)), config=wide), tokens)
     assert close(lf.forward(params, tokens)[0], mha)
-
-
-@given(configs(), keys(), st.booleans())
-def test_the_fused_kernel_computes_what_is_written_out(config, key, cached):
-    k, g, h = config.n_kv_heads, config.group_size, config.head_dim
-    one, two, three = lf.random.split(key, 3)
-    q = lf.random.normal(one, (B, k, g, T, h), torch.float64) * 3
-    keys_, values = (lf.random.normal(x, (B, k, S if cached else T, h), torch.float64) for x in (two, three))
-    positions = torch.arange(T) + torch.arange(B)[:, None] if cached else None
-    assert close(attention.fused(q, keys_, values, positions), attention.written_out(q, keys_, values, positions))
 
 
 @given(keys())

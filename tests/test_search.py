@@ -71,11 +71,11 @@ def test_best_first_search_finds_the_likeliest_text_of_all(params, depth, seed):
     assert len(prompt) + depth - 1 <= computed < len(prompt) + depth * 5**depth
 
 
-@given(small_models(11), keys(), st.sampled_from([None, 1, 2]))
-def test_continuations_are_those_of_each_key_alone(params, key, chunk_size):
+@given(small_models(11), keys())
+def test_continuations_are_those_of_each_key_alone(params, key):
     prompt, count, end = token_rows(params.config, 3), 4, 2
     each = lf.random.split(key, 3)
-    told, nats = example("best_of_n", "continuations")(params, prompt, each, count, end, chunk_size)
+    told, nats = example("best_of_n", "continuations")(params, prompt, each, count, end)
     for row in range(3):
         text, total, going = prompt.tolist(), 0.0, True
         for _ in range(count):

@@ -14,6 +14,7 @@ import tyro
 
 from llama_fn.checkpoint.load import load
 from llama_fn.cli.bench_transforms import TRANSFORMS
+from llama_fn.memory import keep_memory
 from llama_fn.model.cache import init_cache
 from llama_fn.model.transformer import forward
 
@@ -39,6 +40,7 @@ def bench(what: tyro.conf.Positional[What] = "checks", *, only: tuple[str, ...] 
     if what == "checks":
         figures = {"checks": checks(rounds)}
     else:
+        keep_memory()
         figures = {name: measure(rounds) for name, measure in TRANSFORMS.items() if not only or name in only}
     if json_out:
         print(json.dumps({"machine": machine, **figures}, indent=1))

@@ -1,6 +1,7 @@
 """The measurements of `llama-fn bench transforms`: what a transform costs beside the same work written for a batch."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from llama_fn import random, tree
 from llama_fn.checkpoint.load import load
+from llama_fn.cli.bench_opacus import opacus_grads
 from llama_fn.cli.timing import interleave, quartiles, ratio
 from llama_fn.config import Config
 from llama_fn.generation.completion import text_completion
@@ -93,6 +95,12 @@ def samples(rounds: int) -> Figures:
     ratios = {f"time of {name}, of the batch's": (name, "one gradient of the batch") for name in list(works)[1:3]}
     ratios["speed of one gradient a sample, of the loop's"] = ("a loop of grad", "one gradient a sample")
     peaks = {name: peak_bytes(works[name]) for name in list(works)[:3]}
+    if hooks := opacus_grads(params, tokens):
+        ours, theirs = tree.paths(apart(params, tokens)), hooks()
+        if any(not torch.allclose(theirs[path].reshape(x.shape), x, atol=1e-4) for path, x in ours.items()):
+            raise AssertionError("Opacus' gradients are not those of `per_sample_grads`")
+        works["Opacus' hooks"] = hooks
+        ratios["speed of one gradient a sample, of Opacus'"] = ("Opacus' hooks", "one gradient a sample")
     figures = lines(interleave(works, rounds, "per-sample gradients"), ratios)
     figures |= {f"peak memory of {name}, MiB": f"{peak / 2**20:.0f}" for name, peak in peaks.items()}
     first, _, last = peaks.values()
@@ -101,7 +109,7 @@ def samples(rounds: int) -> Figures:
 
 def adapters(rounds: int) -> Figures:
     """A step of 16 LoRA adapters (rank 8 on wq and wv), each with 64 tokens of its own, at once and one by one."""
-    params, tokens, rates = init_params(random.key(0), SMALL), tokens_of(16, 64), torch.linspace(1e-4, 1e-3, 16)
+    params, tokens, rates = init_params(random.key(0), SMALL), tokens_of(16, 65), torch.linspace(1e-4, 1e-3, 16)
 
     def step(params: Params, adapter: lora.Lora, state: Any, row: Tensor, rate: Tensor) -> tuple:
         grads = torch.func.grad(lambda a: loss(lora.apply(params, a), row))(adapter)
@@ -112,9 +120,11 @@ def adapters(rounds: int) -> Figures:
     states = torch.vmap(optim.adamw(1e-3).init)(stacked)
     apart = [tree.map(lambda x: x[i], (stacked, states, tokens, rates)) for i in range(16)]  # noqa: B023, used at once
     many, single = jit(torch.vmap(step, (None, 0, 0, 0, 0))), jit(step)
-    times = interleave({"16 adapters in one step": lambda: many(params, stacked, states, tokens, rates),
-                        "one after another": lambda: [single(params, *one) for one in apart]}, rounds, "adapters")
-    return lines(times, {"speed of 16 adapters in one step, of one after another's": tuple(times)[::-1]})
+    once, eager, compiled = "16 adapters in one step", "one after another, eager", "one after another, compiled"
+    times = interleave({once: lambda: many(params, stacked, states, tokens, rates),
+                        eager: lambda: [step(params, *one) for one in apart],
+                        compiled: lambda: [single(params, *one) for one in apart]}, rounds, "adapters")
+    return lines(times, {f"speed of {once}, of {other}": (other, once) for other in (eager, compiled)})
 
 
 def recomputation(rounds: int) -> Figures:
@@ -151,6 +161,7 @@ def speculation(rounds: int) -> Figures:
 
 def peak_bytes(work: Callable[[], Any]) -> int:
     """The most bytes that a call holds at once on the CPU beyond what there was, after a first call that compiles."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says on standard error that it begins and ends
     work()
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         work()

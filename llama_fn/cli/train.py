@@ -10,6 +10,7 @@ from tqdm import tqdm
 from llama_fn import random
 from llama_fn.cli.options import device_of
 from llama_fn.generation.completion import text_completion
+from llama_fn.memory import keep_memory
 from llama_fn.training.curve import plot_losses
 from llama_fn.training.plan import Plan
 from llama_fn.training.run import run
@@ -30,6 +31,7 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
         evaluate_every: Steps between two evaluations on held-out texts.
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
     """
+    keep_memory()
     with tqdm(total=plan.steps, unit="step", dynamic_ncols=True, delay=1e-9) as bar:
 
         def report(record: dict) -> None:
