@@ -25,6 +25,7 @@ from beartype.door import is_bearable
 from jaxtyping import AbstractArray, jaxtyped, print_bindings
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 from llama_fn import tree
 
@@ -108,6 +109,16 @@ def concrete(x: Tensor) -> bool:
     if traced() or x.is_meta or isinstance(x, FakeTensor):
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def transforms() -> int:
+    """How many of torch.func's transforms are at work; forward mode counts twice, since its zeros are not in a leaf.
+    It is known while tracing.
+    """
+    return len(torch._C._functorch.get_interpreter_stack() or ()) + (forward_ad._current_level >= 0)
+
+
+transforms._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import of 1 s
 
 
 # --- how a hint becomes a check: a function of (value, where) to None, or to (where, hint, value) of what is wrong

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fn as lf
-from llama_fn.model.attention import attend, fused, written_out
+from llama_fn.model.attention import attend, fused, one_query, written_out
 
 K, G, T, H, S = 2, 3, 4, 6, 9  # key/value heads, query heads of each, queries, a head's width, slots
 KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
@@ -68,6 +68,13 @@ def test_the_fused_kernel_computes_what_is_written_out(key, batch, cached):
     assert close(fused(queries, k, v, positions), written_out(queries, k, v, positions))
     every = [grad(readout(kernel), (0, 1, 2))(queries, k, v, positions) for kernel in (fused, written_out)]
     assert close(*every)
+
+
+@given(keys(), st.sampled_from([(), (5,), (5, 7)]))
+def test_one_query_computes_what_is_written_out(key, batch):
+    queries, k, v, positions = heads(key, *batch, slots=S)
+    queries, positions = queries[..., -1:, :], positions[..., -1:]
+    assert close(one_query(queries, k, v, positions), written_out(queries, k, v, positions))
 
 
 def axes_of_arguments(*axes: int) -> st.SearchStrategy[tuple[int | None, ...]]:

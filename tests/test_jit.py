@@ -5,6 +5,7 @@ import torch
 from strategies import random_params, token_rows
 
 import llama_fn as lf
+from llama_fn.cli.bench_transforms import peak_bytes
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
 
@@ -32,6 +33,26 @@ def test_compiled_decode_equals_eager_and_compiles_once():
     assert (torch.cat(pieces, 1) - full).abs().max() < 1e-4
     assert [x.data_ptr() for x in lf.tree.leaves(cache)] == addresses  # the memory of the first cache, to the end
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+def test_layers_share_one_compiled_block_that_writes_in_place():
+    params = random_params(CONFIG, lf.random.key(0), torch.float32)
+    tokens = token_rows(CONFIG, 12)
+    full, _ = lf.forward(params, tokens)
+    layer = lf.jit(lf.block, donate="cache")
+    cache = lf.init_cache(CONFIG, max_len=1100)
+    leaf, addresses = cache.k[0].nbytes, [x.data_ptr() for x in cache.k + cache.v]
+    pieces = []
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for t in range(1000):
+            logits, cache = lf.forward(params, tokens[t % 12, None], cache, layer=layer)
+            pieces.append(logits)
+        assert (torch.cat(pieces[:12]) - full).abs().max() < 1e-4
+        assert [x.data_ptr() for x in cache.k + cache.v] == addresses
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        assert peak_bytes(lambda: lf.forward(params, tokens[:1], cache, layer=layer)) < leaf
 
 
 @pytest.mark.slow

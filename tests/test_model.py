@@ -329,6 +329,15 @@ def test_the_linear_kernel_computes_what_is_written_out(key):
     assert close(linear.linear(weight, x), linear.written_out(weight, x))
 
 
+@given(keys(), st.integers(1, 11), st.sampled_from([(), (1,), (1, 1)]))
+def test_one_row_computes_what_is_written_out(key, outputs, batch):
+    weight, x = lf.random.normal(key, (outputs, 6), torch.float64), lf.random.normal(key, (*batch, 6), torch.float64)
+    assert close(linear.one_row(x, weight), linear.written_out(weight, x))
+    rough = linear.one_row(x.bfloat16(), weight.bfloat16())
+    exact = linear.written_out(weight.bfloat16().double(), x.bfloat16().double())
+    assert torch.equal(rough, exact.bfloat16()) or (rough - exact).abs().max() <= 0.005 * exact.abs().max()
+
+
 @given(configs())
 def test_half_precision_stays_near_the_exact_model(config):
     params = lf.init_params(lf.random.key(5), config)

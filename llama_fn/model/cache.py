@@ -7,10 +7,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch.autograd import forward_ad
 
 from llama_fn.config import Config
-from llama_fn.shapes import concrete, typed
+from llama_fn.shapes import concrete, transforms, typed
 
 
 class Forked(NamedTuple):
@@ -135,13 +134,5 @@ def _may_be_expanded(leaf: Tensor) -> bool:
     """Whether `vmap` or forward mode will expand the leaf, or the zeros that are its tangent, to the size of what is
     written. Inductor would write in place into such a view too, all rows into one (torch 2.13, pytorch#188084).
     """
-    levels = _transforms()
+    levels = transforms()
     return levels > 1 or (levels == 1 and not functorch.is_batchedtensor(leaf))
-
-
-def _transforms() -> int:
-    """How many of torch.func's transforms are at work; forward mode counts twice, since its zeros are not in a leaf."""
-    return len(functorch.get_interpreter_stack() or ()) + (forward_ad._current_level >= 0)
-
-
-_transforms._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import of 1 s
