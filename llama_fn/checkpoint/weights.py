@@ -69,7 +69,7 @@ def weights_of(params: Params, dtype: torch.dtype | None = None) -> Weights:
     for path in leaves.keys() - abstract.keys():
         if other := next((name for name in abstract if path.startswith(f"{name}.")), None):
             raise ValueError(f"{other} is no plain tensor, as files need them; an adapter must be merged first: say "
-                             "lora.merge in the place of lora.apply")
+                             "lora.merge in the place of lora.apply; of quantized weights say lf.dequantize(params)")
     shapes = [{path: list(x.shape) for path, x in weights.items()} for weights in (abstract, leaves)]
     wrong = [f"{path}: should be {shapes[0].get(path)}, is {shapes[1].get(path)}"
              for path in abstract | leaves if shapes[0].get(path) != shapes[1].get(path)]
@@ -79,10 +79,12 @@ def weights_of(params: Params, dtype: torch.dtype | None = None) -> Weights:
                    dtype or params.embedding.dtype, [], tied=is_same(params.embedding, params.output))
 
 
-def params_of(weights: Weights, device: torch.device | str | None = None) -> Params:
-    """The tree of all leaves."""
-    params = tree.map_with_path(lambda path, _: weights.read(path).to(device), abstract_params(weights.config))
-    return params._replace(output=params.embedding) if weights.tied else params
+def params_of(weights: Weights, device: torch.device | str | None = None,
+              form: Callable[[str, Weight, Tensor], Any] = lambda path, weight, x: x) -> Params:
+    """The tree of all leaves, each in the `form` it is to have as soon as it is read."""
+    params = tree.map_with_path(lambda path, weight: form(path, weight, weights.read(path).to(device)),
+                                abstract_params(weights.config))
+    return params._replace(output=params.embedding) if weights.tied and isinstance(params.output, Tensor) else params
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:

@@ -13,21 +13,26 @@ import torch
 import tyro
 
 from llama_fn.checkpoint.load import load
+from llama_fn.cli.bench_speed import SPEED, Work, check
 from llama_fn.cli.bench_transforms import TRANSFORMS
 from llama_fn.memory import keep_memory
 from llama_fn.model.cache import init_cache
 from llama_fn.model.transformer import forward
 
-What = Literal["checks", "transforms"]
+What = Literal["checks", "transforms", "decode", "prefill", "train", "startup"]
 
 
-def bench(what: tyro.conf.Positional[What] = "checks", *, only: tuple[str, ...] = (), rounds: int = 11,
-          json_out: bool = False) -> None:
-    """Time one kind of work against another, in turn and in one run, and print ratios of medians with their quartiles.
+def bench(what: tyro.conf.Positional[What] = "checks", *, work: Work = Work(), only: tuple[str, ...] = (),  # noqa: B008
+          rounds: int = 11, json_out: bool = False) -> None:
+    """Time one kind of work against another, in turn and in one run, and print medians, with their quartiles.
+
+    A ratio is that of the rounds' own ratios; where half of them lie too far apart to mean one, it says so.
 
     Args:
         what: "checks": one eager decode step of the stories' model with and without the checks of `typed`.
             "transforms": per-sample gradients and norms, `vmap` beside a batch, adapters, recomputation, speculation.
+            "decode", "prefill", "train": a step, beside the speed of this machine's memory or matrix products.
+            "startup": the seconds of a new process to its first token.
         only: Some of the transforms' measurements alone.
         rounds: How often each work is timed.
         json_out: Print the figures as JSON.
@@ -37,11 +42,18 @@ def bench(what: tyro.conf.Positional[What] = "checks", *, only: tuple[str, ...] 
         raise ValueError(f"bench: there is no measurement {unknown[0]!r}, only {', '.join(TRANSFORMS)}")
     if rounds < 3:
         raise ValueError(f"bench: quartiles need 3 rounds or more, got {rounds}")
+    if work.compare != "nothing" and what not in ("decode", "prefill"):
+        raise ValueError(f"bench: there is nothing to compare {what} with; leave --compare out")
+    if what != "checks":
+        keep_memory()
     if what == "checks":
         figures = {"checks": checks(rounds)}
-    else:
-        keep_memory()
+    elif what == "transforms":
         figures = {name: measure(rounds) for name, measure in TRANSFORMS.items() if not only or name in only}
+    else:
+        check(work)
+        title = f"{what}: {work.shape}, {work.dtype}, {work.batch} x {work.context}, {work.max_len} slots"
+        figures = {title: SPEED[what](work, rounds)}
     if json_out:
         print(json.dumps({"machine": machine, **figures}, indent=1))
         return

@@ -7,6 +7,7 @@ import torch
 
 from llama_fn.checkpoint.load import Model, load
 from llama_fn.transforms import lora
+from llama_fn.transforms.quantize import Bits, quantize
 
 Dtype = Literal["stored", "float32", "bfloat16", "float16"]
 
@@ -28,9 +29,12 @@ def device_of(name: str) -> torch.device:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def model_of(name: str, adapter: Path | None, dtype: Dtype, device: str) -> Model:
-    """The model of a name or folder, with the LoRA adapter of another folder merged into it, if there is one."""
-    model = load(name, dtype=dtype_of(dtype), device=device_of(device))
+def model_of(name: str, adapter: Path | None, dtype: Dtype, device: str, bits: Bits | None = None) -> Model:
+    """The model of a name or folder, with the LoRA adapter of another folder merged into it, if there is one, and
+    quantized then, if `bits` says so."""
+    first = None if adapter else bits
+    model = load(name, dtype=dtype_of(dtype), device=device_of(device), quantize=first)
     if adapter is None:
         return model
-    return model._replace(params=lora.merge(model.params, lora.load(adapter, model.params)))
+    params = lora.merge(model.params, lora.load(adapter, model.params))
+    return model._replace(params=params if bits is None else quantize(params, bits))

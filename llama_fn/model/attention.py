@@ -19,19 +19,18 @@ from torch.autograd import forward_ad
 from llama_fn import tree
 from llama_fn.model import cache as kv
 from llama_fn.model.cache import Forked, KeysValues
-from llama_fn.model.linear import Adapted, linear
+from llama_fn.model.linear import Kind, linear
 from llama_fn.model.rope import Rotation, rotate
-from llama_fn.model.tapped import Tapped
 from llama_fn.shapes import typed
 
 
 class Attention(NamedTuple):
     """The four matrices, with their heads. Query head i belongs to key/value head i // g."""
 
-    wq: Float[Tensor, "k g h d"] | Adapted | Tapped
-    wk: Float[Tensor, "k h d"] | Adapted | Tapped
-    wv: Float[Tensor, "k h d"] | Adapted | Tapped
-    wo: Float[Tensor, "d k g h"] | Adapted | Tapped
+    wq: Float[Tensor, "k g h d"] | Kind
+    wk: Float[Tensor, "k h d"] | Kind
+    wv: Float[Tensor, "k h d"] | Kind
+    wo: Float[Tensor, "d k g h"] | Kind
 
 
 @typed

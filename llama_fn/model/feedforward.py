@@ -6,17 +6,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from llama_fn.model.linear import Adapted, linear
-from llama_fn.model.tapped import Tapped
+from llama_fn.model.linear import Kind, linear
 from llama_fn.shapes import typed
 
 
 class FeedForward(NamedTuple):
     """Meta's w1, w3 and w2."""
 
-    w_gate: Float[Tensor, "f d"] | Adapted | Tapped
-    w_up: Float[Tensor, "f d"] | Adapted | Tapped
-    w_down: Float[Tensor, "d f"] | Adapted | Tapped
+    w_gate: Float[Tensor, "f d"] | Kind
+    w_up: Float[Tensor, "f d"] | Kind
+    w_down: Float[Tensor, "d f"] | Kind
 
 
 @typed

@@ -11,7 +11,7 @@ from torch import Tensor
 from llama_fn.config import Config
 from llama_fn.model.block import Block, block
 from llama_fn.model.cache import Cache, KeysValues, check_room
-from llama_fn.model.linear import Adapted, linear
+from llama_fn.model.linear import Kind, linear
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotation
 from llama_fn.model.tapped import Tapped, embedding_observed
@@ -24,7 +24,7 @@ class Params(NamedTuple):
     embedding: Float[Tensor, "v d"] | Tapped
     blocks: tuple[Block, ...]
     norm: Float[Tensor, "d"] | Tapped
-    output: Float[Tensor, "v d"] | Adapted | Tapped
+    output: Float[Tensor, "v d"] | Kind
     config: Config
 
 

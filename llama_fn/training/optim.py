@@ -135,6 +135,9 @@ def matrices(params: Any) -> Any:
 
 def _no_steps(params: Any) -> Tensor:
     """A count of zero, made from a parameter: mapped over many, `init` gives each a count in memory of its own."""
+    if fixed := [path for path, x in tree.paths(params).items() if not x.is_floating_point()]:
+        raise ValueError(f"{fixed[0]} holds integers, and they have no gradient (a quantized weight?): train an "
+                         "adapter on top (lora.apply), or lf.dequantize(params)")
     return tree.leaves(params)[0].new_zeros((), dtype=torch.int64)
 
 

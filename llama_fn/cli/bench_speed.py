@@ -1,0 +1,237 @@
+"""The measurements of `llama-fn bench decode|prefill|train|startup`: each beside the machine's own ceiling."""
+
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama_fn import tree
+from llama_fn.checkpoint.huggingface import to_hf
+from llama_fn.checkpoint.load import load
+from llama_fn.cli.timing import interleave, quartiles, ratio
+from llama_fn.config import LLAMA2_7B, Config
+from llama_fn.model.block import block
+from llama_fn.model.cache import Cache, init_cache
+from llama_fn.model.init import Weight, abstract_params
+from llama_fn.model.transformer import Params, forward
+from llama_fn.training import optim
+from llama_fn.training.step import make_step
+from llama_fn.transforms.jit import jit
+from llama_fn.transforms.quantize import dequantize, quantized_leaf
+
+SHAPES = {
+    "tinyllama": Config(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, vocab_size=32000, hidden_dim=5632,
+                        max_seq_len=2048),
+    "llama2-7b": LLAMA2_7B,
+    "small": Config(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, vocab_size=1024, hidden_dim=688, max_seq_len=512),
+    "stories": None,
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "int8": torch.bfloat16}
+READ = 2**29  # bytes of the matrix that the memory's speed is measured with
+Figures = dict[str, str]
+
+
+class Work(NamedTuple):
+    """What is measured: a model of random weights (or the shipped one), rows, tokens in the cache, its slots.
+
+    Of "int8", the matrices are quantized and everything else is in bfloat16.
+    """
+
+    shape: Literal["tinyllama", "llama2-7b", "small", "stories"] = "tinyllama"
+    dtype: Literal["bfloat16", "float32", "float16", "int8"] = "bfloat16"
+    batch: int = 1
+    context: int = 128
+    max_len: int = 1024
+    compare: Literal["nothing", "hf"] = "nothing"
+
+
+def check(work: Work) -> None:
+    """Raise `ValueError` for a work that cannot be."""
+    if not 0 < work.context < work.max_len:
+        raise ValueError(f"bench: a context must lie between 0 and max_len = {work.max_len}, got {work.context}")
+    if work.batch < 1:
+        raise ValueError(f"bench: a batch has at least one row, got {work.batch}")
+
+
+def weights(work: Work) -> Params:
+    """Random numbers of the shape, of a size at which nothing overflows; of "stories" its own."""
+    dtype = DTYPES[work.dtype]
+    if SHAPES[work.shape] is None:
+        return load("stories", dtype=dtype, quantize="int8" if work.dtype == "int8" else None).params
+    generator = torch.Generator().manual_seed(0)
+
+    def one(path: str, weight: Weight) -> Any:
+        x = torch.empty(weight.shape, dtype=dtype).normal_(0, 0.02, generator=generator)
+        return quantized_leaf(path, weight, x) if work.dtype == "int8" else x
+
+    return tree.map_with_path(one, abstract_params(SHAPES[work.shape]))
+
+
+def matrix_numbers(config: Config) -> int:
+    """How many weights every token is multiplied with."""
+    shapes = tree.paths(abstract_params(config)).items()
+    return sum(math.prod(x.shape) for path, x in shapes if x.std is not None and path != "embedding")
+
+
+def decode(work: Work, rounds: int) -> Figures:
+    """One token a row, the weights read once: the share of the memory's speed."""
+    params, dtype = weights(work), DTYPES[work.dtype]
+    layer, head = jit(block, donate="cache"), torch.zeros((work.batch, 1), dtype=torch.int64)
+    state = [head, _filled(params.config, work, dtype)]
+
+    def step() -> None:
+        logits, cache = forward(params, state[0], state[1], layer=layer)
+        state[:] = logits.argmax(-1), cache._replace(length=cache.length - 1)  # the same work again
+
+    matrix, vector = torch.ones(READ // 4 // 4096, 4096), torch.ones(4096)
+    works: dict[str, Callable] = {"llama_fn": step, "reading memory": lambda: matrix @ vector}
+    if work.compare == "hf":
+        works["Hugging Face"] = _hugging_face(params, work, 1)
+    with torch.no_grad():
+        times = interleave(works, rounds, f"decode, {work.shape}")
+    kv = sum(x.nbytes for x in state[1].k + state[1].v) * (work.context + 1) / work.max_len
+    needed = sum(x.nbytes for x in tree.leaves(params)) - params.embedding.nbytes + kv
+    floor = [seconds * needed / READ for seconds in times["reading memory"]]
+    figures = _times(times, work.batch) | {"bytes a step, GB": f"{needed / 1e9:.3f}"}
+    figures["reading memory, GB/s"] = _spread([READ / t / 1e9 for t in times.pop("reading memory")])
+    figures["llama_fn, GB/s"] = _spread([needed / t / 1e9 for t in times["llama_fn"]])
+    figures["share of the memory's speed"] = str(ratio(floor, times["llama_fn"]))
+    return figures | _compared(times)
+
+
+def prefill(work: Work, rounds: int) -> Figures:
+    """`context` tokens at once into an empty cache: the share of the speed of its own matrix products."""
+    params, dtype = weights(work), DTYPES[work.dtype]
+    layer, config = jit(block, donate="cache"), params.config
+    tokens = torch.arange(work.batch * work.context).reshape(work.batch, -1) % config.vocab_size
+    state = [init_cache(config, (work.batch,), max_len=work.max_len, dtype=dtype)]
+
+    def step() -> None:
+        _, cache = forward(params, tokens, state[0], layer=layer)
+        state[0] = cache._replace(length=torch.zeros_like(cache.length))
+
+    a, b = torch.ones(tokens.numel(), config.dim, dtype=dtype), torch.ones(config.hidden_dim, config.dim, dtype=dtype)
+    works: dict[str, Callable] = {"llama_fn": step, "a matrix product": lambda: torch.nn.functional.linear(a, b)}
+    if work.compare == "hf":
+        works["Hugging Face"] = _hugging_face(params, work, work.context)
+    with torch.no_grad():
+        times = interleave(works, rounds, f"prefill, {work.shape}")
+    matrices = matrix_numbers(params.config)
+    products = times.pop("a matrix product")
+    floor = [seconds * matrices / b.numel() for seconds in products]
+    figures = _times(times, tokens.numel())
+    figures["a matrix product, GFLOP/s"] = _spread([2 * a.shape[0] * b.numel() / t / 1e9 for t in products])
+    return figures | {"share of the products' speed": str(ratio(floor, times["llama_fn"]))} | _compared(times)
+
+
+def train(work: Work, rounds: int) -> Figures:
+    """A step of AdamW on `batch` rows of `context` tokens, compiled as one graph: the share of its products' speed."""
+    params, dtype = weights(work), DTYPES[work.dtype]
+    optimizer = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-4))
+    step, state = jit(make_step(optimizer), donate=("params", "opt_state")), [params, optimizer.init(params)]
+    tokens = torch.arange(work.batch * (work.context + 1)).reshape(1, work.batch, -1) % params.config.vocab_size
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+
+    def run() -> None:
+        state[:] = step(*state, tokens, mask)[:2]
+
+    rows, config = work.batch * work.context, params.config
+    a, b = torch.ones(rows, config.dim, dtype=dtype), torch.ones(config.hidden_dim, config.dim, dtype=dtype)
+    times = interleave({"llama_fn": run, "a matrix product": lambda: torch.nn.functional.linear(a, b)}, rounds, "train")
+    matrices = matrix_numbers(params.config)
+    products = times.pop("a matrix product")
+    floor = [3 * seconds * matrices / b.numel() for seconds in products]  # forward, and backward twice
+    figures = _times(times, rows)
+    figures["a matrix product, GFLOP/s"] = _spread([2 * rows * b.numel() / t / 1e9 for t in products])
+    return figures | {"share of the products' speed": str(ratio(floor, times["llama_fn"]))}
+
+
+def startup(work: Work, rounds: int) -> Figures:
+    """Seconds of a new process to its first token: with an empty cache of compilations, then with it; eager."""
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, compiled in (("compiled, nothing cached", 1), ("compiled, cached", 1), ("eager", 0)):
+            program = ("from llama_fn.cli import bench_speed as b; "
+                       f"print(b.first_token(b.Work(*{tuple(work)!r}), {compiled}))")
+            begun = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True,
+                                  env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder})
+            whole = time.perf_counter() - begun
+            figures[f"{name}: first token, s"] = f"{whole - float(done.stdout):.1f}"
+    return figures | {"(without the making of random weights)": ""}
+
+
+def first_token(work: Work, compiled: int) -> float:
+    """Compute one token in this process; the seconds that the making of the weights took."""
+    begun = time.perf_counter()
+    params = weights(work)
+    made = time.perf_counter() - begun
+    cache = _filled(params.config, work, DTYPES[work.dtype])
+    layer = jit(block, donate="cache") if compiled else block
+    with torch.no_grad():
+        forward(params, torch.zeros((work.batch, 1), dtype=torch.int64), cache, layer=layer)
+    return made
+
+
+def _filled(config: Config, work: Work, dtype: torch.dtype) -> Cache:
+    cache = init_cache(config, (work.batch,), max_len=work.max_len, dtype=dtype)
+    return cache._replace(length=torch.full_like(cache.length, work.context))
+
+
+def _hugging_face(params: Params, work: Work, count: int) -> Callable[[], Any]:
+    """The same step of transformers' `LlamaForCausalLM`, eager, with its static cache."""
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    c = params.config
+    theirs = LlamaConfig(hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+                         num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size, intermediate_size=c.hidden_dim,
+                         max_position_embeddings=max(c.max_seq_len, work.max_len), rms_norm_eps=c.norm_eps)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(theirs)
+    model.load_state_dict(to_hf(dequantize(params)), assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(theirs)
+    start = 0 if count > 1 else work.context
+    tokens = torch.zeros((work.batch, count), dtype=torch.int64)
+    cache = StaticCache(config=theirs, max_cache_len=work.max_len)
+
+    def prepare() -> None:
+        model(torch.zeros((work.batch, start), dtype=torch.int64), past_key_values=cache, use_cache=True)
+
+    def step() -> Tensor:
+        cache.reset() if count > 1 else None
+        return model(tokens, past_key_values=cache, use_cache=True).logits
+
+    if start:
+        with torch.no_grad():
+            prepare()
+    return step
+
+
+def _spread(values: list[float]) -> str:
+    low, median, high = quartiles(values)
+    return f"{median:.4g} ({low:.4g} to {high:.4g})"
+
+
+def _times(times: dict[str, list[float]], tokens: int) -> Figures:
+    named = {name: seconds for name, seconds in times.items() if name in ("llama_fn", "Hugging Face")}
+    figures = {f"{name}, ms": _spread([1e3 * t for t in seconds]) for name, seconds in named.items()}
+    figures |= {f"{name}, tokens a second": _spread([tokens / t for t in seconds]) for name, seconds in named.items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return figures | {"peak resident memory, GiB": f"{peak:.2f}"}
+
+
+def _compared(times: dict[str, list[float]]) -> Figures:
+    others = [name for name in times if name != "llama_fn"]
+    return {f"llama_fn's time, of {name}'s": str(ratio(times["llama_fn"], times[name])) for name in others}
+
+
+SPEED: dict[str, Callable[[Work, int], Figures]] = {
+    "decode": decode, "prefill": prefill, "train": train, "startup": startup}
