@@ -354,8 +354,9 @@ def test_an_adapter_that_does_not_fit_is_refused(use, tmp_path, monkeypatch):
         use(params, lora.stack(pool(params, 2)))
     good = trained(lf.random.key(1), params, names=("wq",))
     (path, (a, b)), = good.matrices.items()
-    with pytest.raises(ValueError, match=r"A \[2, 48\] and B \[2, 3, 8, 3\] should be"):
-        use(params, good._replace(matrices={path: lora.LowRank(a[:2], b)}))
+    for bad in (lora.LowRank(a[:2], b), lora.LowRank(a[:, 1:], b), lora.LowRank(a, b[1:])):
+        with pytest.raises(ValueError, match=r"A \[[23], 4[78]\] and B \[[12], 3, 8, 3\] should be"):
+            use(params, good._replace(matrices={path: bad}))
     assert not list(tmp_path.iterdir())
 
 

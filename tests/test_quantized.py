@@ -44,7 +44,8 @@ def test_the_linear_map_is_that_of_the_weight_it_stands_for(key, axes):
     assert close(row.unflatten(-1, outer) * small.scale, expected[:1], 1e-6)
 
 
-@given(keys(), st.sampled_from([(), (1,), (3,), (2, 5)]), st.sampled_from([((5,), (16,)), ((5,), (7,)), ((5,), (2, 3, 8))]))
+@given(keys(), st.sampled_from([(), (1,), (3,), (2, 5)]),
+       st.sampled_from([((5,), (16,)), ((5,), (7,)), ((5,), (2, 3, 8))]))
 def test_torchs_own_kernel_computes_that_too(key, batch, axes):
     outer, inner = axes
     one, two = lf.random.split(key)

@@ -132,7 +132,8 @@ TRANSFORMS = {
     "value": lambda f: f,
     "grad": lambda f: torch.func.grad(f, (0, 1)),
     "vmap(grad)": lambda f: lambda w, x: torch.vmap(torch.func.grad(f, (0, 1)), (None, 0))(w, stacked(x)),
-    "grad(vmap)": lambda f: torch.func.grad(lambda w, x: torch.vmap(f, (None, 0))(w, stacked(x)).pow(2).sum(), (0, 1)),
+    "grad(vmap)": lambda f: torch.func.grad(
+        lambda w, x: torch.vmap(f, (None, 1))(w, stacked(x).transpose(0, 1)).pow(2).sum(), (0, 1)),
     "vjp": lambda f: lambda w, x: torch.func.vjp(f, w, x)[1](torch.tensor(3.0, dtype=torch.float64)),
     "jacrev": lambda f: torch.func.jacrev(lambda w, x: torch.vmap(f, (None, 0))(w, stacked(x))),
     "jvp": lambda f: lambda w, x: torch.func.jvp(f, (w, x), (w.cos(), x.cos())),
@@ -156,6 +157,15 @@ def test_any_function_under_any_transform_does_not_notice(name):
 
 def same(ours: Any, theirs: Any) -> bool:
     return all_close(ours, theirs, 1e-12 * max(float(x.abs().max()) for x in lf.tree.leaves(theirs)))
+
+
+def test_second_derivatives_by_plain_autograd_do_not_notice():
+    def second(f: Callable) -> tuple[torch.Tensor, ...]:
+        w, x = W.clone().requires_grad_(), X.clone().requires_grad_()
+        grads = torch.autograd.grad(f(w, x), (w, x), create_graph=True)
+        return torch.autograd.grad(sum(g.pow(3).sum() for g in grads), (w, x))
+
+    assert same(second(summed(lf.remat(anything))), second(summed(anything)))
 
 
 @pytest.mark.slow

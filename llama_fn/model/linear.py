@@ -65,7 +65,8 @@ def _is_for_packed(x: Tensor, inputs: int) -> bool:
     widths that 16 does not divide, it reads beyond the end and is wrong (torch 2.13).
     """
     return (x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[:-inputs].numel() <= 64
-            and x.shape[-inputs:].numel() % 16 == 0 and not x.requires_grad and not transforms() and not _is_one_row(x, inputs))
+            and x.shape[-inputs:].numel() % 16 == 0 and not x.requires_grad and not transforms()
+            and not _is_one_row(x, inputs))
 
 
 def _is_one_row(x: Tensor, inputs: int) -> bool:
