@@ -30,7 +30,7 @@ if __name__ == "__main__":
     told = [[re.sub(r"(named|called) \w+", rf"\1 {name}", text, count=1) for text in texts] for name in names]
     tasks = torch.tensor([[tokenizer.encode(text)[:24] for text in task] for task in told])
     support, query = tasks.split(4, dim=1)
-    inner, outer = lf.optim.sgd(0.1), lf.optim.adamw(1e-3)
+    inner, outer = lf.optim.sgd(0.02), lf.optim.adamw(1e-3)
     state = outer.init(params)
     for step in range(10):
         before, after = lf.loss(params, query[4:]), maml_loss(params, inner, support[4:], query[4:])

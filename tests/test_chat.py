@@ -65,6 +65,7 @@ def test_a_dialogs_answer_is_what_it_would_be_alone(chatty, key, order, one_key)
     assert together[0].logprobs is None
 
 
+@pytest.mark.slow
 def test_an_answer_goes_up_to_the_end_of_the_context(chatty):
     def never_end(key, logits, tokens):
         return logits.index_fill(-1, torch.tensor(chatty.tokenizer.eos_id), -math.inf).argmax(-1)

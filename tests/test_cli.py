@@ -43,11 +43,13 @@ def test_without_a_seed_every_story_is_another(monkeypatch, capsys):
     assert len(stories) == 2
 
 
+@pytest.mark.slow
 def test_greedy_is_greedy(monkeypatch, capsys):
     texts = {cli(monkeypatch, capsys, "generate", "--greedy", "--seed", seed)[1] for seed in "12"}
     assert len(texts) == 1
 
 
+@pytest.mark.slow
 def test_a_draft_changes_the_speed_and_not_the_text(monkeypatch, capsys):
     plain, *drafted = (cli(monkeypatch, capsys, "generate", "--greedy", "--seed", "1", "--max-new-tokens", "40", *more)
                        for more in ([], ["--draft", "stories-draft", "--speculate", "3"], ["--draft", "stories"]))

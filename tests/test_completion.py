@@ -50,6 +50,7 @@ def test_a_stream_joins_to_the_completion(model, seed, prompt, count):
     assert all(pieces)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 99), st.sampled_from(PROMPTS), st.integers(0, 20), st.integers(1, 6))
 def test_a_stop_string_ends_the_text_before_it(model, seed, prompt, start, size):
     key = lf.random.key(seed)

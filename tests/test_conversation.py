@@ -93,6 +93,7 @@ def test_only_new_tokens_go_through_the_model(chatty, key, count):
         assert new <= passed[0] <= new + closing and set(passed[1:]) <= {1} and len(passed) <= count + 1
 
 
+@pytest.mark.slow
 @given(keys(), st.permutations(["and the boy?", "why?", "/INST"]))
 def test_an_old_conversation_goes_on_otherwise(chatty, key, others):
     # Stopped long before its end, it has a cache with room for all that follows.
@@ -114,6 +115,7 @@ def test_pieces_join_to_the_answer_and_each_knows_the_conversation_so_far(chatty
     assert pieces[-1][0] == "" and all(piece for piece, _ in pieces[:-1])
 
 
+@pytest.mark.slow
 @given(keys(), answers, st.integers(0, 6))
 def test_a_stopped_answer_is_gone_on_with(chatty, key, answer, stop):
     asked, answer = lf.ask(chatty, lf.Chat(), "Who?"), f"It {answer} is."

@@ -95,6 +95,7 @@ def test_decoding_with_a_cache_continues_as_their_whole_forward(config, key, pro
     torch.testing.assert_close(torch.cat(pieces, 1), logits_of(model, tokens), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theta", [1e4, 5e5])
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_logits_at_long_positions_are_those_of_transformers(scaling, theta):

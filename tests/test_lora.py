@@ -249,6 +249,7 @@ def test_many_adapters_trained_in_one_step_are_one_at_a_time(params, key):
         assert close(losses[i], loss)
 
 
+@pytest.mark.slow
 @given(models(max_layers=2), st.integers(0, 3))
 def test_many_adapters_served_in_one_batch_are_one_at_a_time(params, seed):
     """A row each, from the prompt on through the cache, at their own lengths."""
@@ -269,6 +270,7 @@ def test_many_adapters_served_in_one_batch_are_one_at_a_time(params, seed):
         assert close(torch.cat(pieces, 1)[row], alone[length:])
 
 
+@pytest.mark.slow
 def test_completions_with_an_adapter_a_row_are_one_at_a_time(model):
     params = tree.map(torch.Tensor.double, model.params)
     model, adapters = lf.Model(params, model.tokenizer), pool(params)

@@ -46,6 +46,7 @@ def test_logits_are_those_of_metas_formulas(params, scaling, seed):
     assert close(ours, theirs, 1e-4)  # float32 against float64: 1e-5 seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("theta", [1e4, 5e5])
 def test_logits_at_long_positions_are_those_of_metas_formulas(theta, scaling):

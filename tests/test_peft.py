@@ -10,7 +10,6 @@ import torch
 from folders import contents, edit_json, failing, full_disk, same
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from strategies import keys, models, random_params, scaled_configs, token_rows
 from test_cli import cli
@@ -36,8 +35,10 @@ def logits_of(model, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens).logits
 
 
-def made_by_peft(model, folder: Path, key: torch.Tensor, **how) -> PeftModel:
+def made_by_peft(model, folder: Path, key: torch.Tensor, **how):
     """PEFT's model with an adapter whose B is not zero, written to a folder as PEFT does."""
+    from peft import LoraConfig, get_peft_model  # 5 s, which only the slow tests pay
+
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **how)).eval()
     for i, (name, x) in enumerate(adapted.named_parameters()):
         if "lora_B" in name:
@@ -51,8 +52,11 @@ def made_by_peft(model, folder: Path, key: torch.Tensor, **how) -> PeftModel:
 # --- both ways
 
 
+@pytest.mark.slow
 @given(scaled_configs(vocab_size=401, max_layers=2), keys(), targets, st.booleans())
 def test_peft_loads_our_adapter_on_our_model(tmp_path_factory, tokenizer, config, key, names, tied):
+    from peft import PeftModel
+
     folder, source = tmp_path_factory.mktemp("peft"), theirs(config, key, tied)
     params = lf.from_hf(source.state_dict(), source.config)
     adapter = trained(key, params, 3, names, alpha=7)
@@ -68,6 +72,7 @@ def test_peft_loads_our_adapter_on_our_model(tmp_path_factory, tokenizer, config
     assert (ours - before).abs().max() > 0.01
 
 
+@pytest.mark.slow
 @given(scaled_configs(vocab_size=401, max_layers=2), keys(), targets, st.booleans(), st.integers(1, 40))
 def test_we_load_pefts_adapter_on_its_model(tmp_path_factory, config, key, names, root, alpha):
     folder, model = tmp_path_factory.mktemp("peft"), theirs(config, key)
@@ -84,6 +89,7 @@ def test_we_load_pefts_adapter_on_its_model(tmp_path_factory, config, key, names
     assert (lf.forward(params, tokens)[0] - theirs_).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"target_modules": "all-linear"}, {"target_modules": r".*\.1\..*(q|up)_proj"},
                                  {"target_modules": ["v_proj"], "layers_to_transform": [1]},
                                  {"target_modules": ["self_attn.k_proj"], "exclude_modules": ["0.self_attn.k_proj"]},
@@ -111,7 +117,10 @@ def test_an_adapter_comes_back_bit_for_bit(tmp_path_factory, params, key, names,
     assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # who may read one may read both
 
 
+@pytest.mark.slow
 def test_the_settings_are_those_that_peft_writes_itself(tmp_path):
+    from peft import LoraConfig
+
     params = random_params(lf.Config(48, 2, 6, 2, 77, 70), lf.random.key(0))
     adapter = trained(lf.random.key(1), params, 3, ["wq", "blocks.1.feed_forward.w_up", "output"], alpha=16)
     lora.save(adapter, tmp_path, params)

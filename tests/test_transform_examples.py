@@ -218,7 +218,7 @@ def test_the_examples_of_transforms_run(capsys):
 
     pairs = re.findall(r"loss ([\d.]+), after one step ([\d.]+)", example.run("maml", capsys))
     (_, first), (before, after) = pairs[0], pairs[-1]
-    assert float(after) < 0.7 * float(before) and float(after) < 0.5 * float(first)
+    assert float(after) < 0.8 * float(before) and float(after) < 0.6 * float(first)  # 0.67 and 0.44 seen
 
     chances = [float(x) for x in re.findall(r"= ([\d.]+)", example.run("soft_prompt", capsys))]
     assert chances[0] < 0.2 and chances[-1] > 0.5

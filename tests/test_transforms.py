@@ -272,7 +272,8 @@ def difference(ours: Any, theirs: Any) -> float:
     return largest
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "linearize"))
+                                  for name in TABLE])  # linearize traces: 8 s
 def test_eager_transforms_are_loops_and_plain_gradients(name):
     transform, independent = TABLE[name]
     with mock.patch.object(attention, "attend", attention.written_out):
@@ -332,6 +333,7 @@ def test_weights_that_require_gradients_have_them_as_ever():
     assert difference(lf.tree.map(Tensor.detach, grad(lf.loss)(leaves, w.tokens)), expected) < 1e-12
 
 
+@pytest.mark.slow
 def test_a_graph_is_traced_without_reading_numbers():
     w = world(FLOAT32)
     expected = lf.forward(w.params, w.tokens, w.ragged)
