@@ -14,7 +14,7 @@ from llama_fn.checkpoint.files import inside, replacing_folder
 from llama_fn.checkpoint.weights import Report, Weights, check_dtype, params_of, weights_of
 from llama_fn.model.transformer import Params
 from llama_fn.tokenizer import Tokenizer, load_tokenizer
-from llama_fn.transforms.quantize import Bits, check_bits, quantized_leaf
+from llama_fn.transforms.quantize import Bits, quantized_leaf
 
 STORIES = Path(__file__).parent.parent / "stories"
 EMBEDDED = {"stories": STORIES / "model", "stories-draft": STORIES / "draft"}
@@ -36,17 +36,16 @@ def load(path_or_name: str | os.PathLike, *, dtype: torch.dtype | None = None,
     Hugging Face's layout, or of llama2.c, told apart by their files.
 
     `dtype` None keeps the weights as they are stored; then those of one file of Meta's are not copied but mapped: they
-    are read from the disk when they are used. Otherwise they are cast one by one. `quantize="int8"` is what
+    are read from the disk when they are used. Otherwise they are cast one by one. `quantize="int8"` or `"int4"` is what
     `lf.quantize` makes of the model, one weight at a time: it is never in memory as a whole. The tokenizer lies with
     the weights or, as in Meta's download, one folder above. Raises `FileNotFoundError` and `ValueError`, naming the
     file and everything that is wrong with it.
     """
-    if quantize is not None:
-        check_bits(quantize)
+    form = [] if quantize is None else [quantized_leaf(quantize)]
     format, place = find(path_or_name)
     weights = open_weights(format, place, dtype).checked(place)
     tokenizer = open_tokenizer(place, weights)
-    return Model(params_of(weights, device, *[] if quantize is None else [quantized_leaf]), tokenizer)
+    return Model(params_of(weights, device, *form), tokenizer)
 
 
 def save(model: Model, path: str | os.PathLike, *, format: Format = "meta", shards: int | None = None,

@@ -34,7 +34,8 @@ SHAPES = {
     "small": Config(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, vocab_size=1024, hidden_dim=688, max_seq_len=512),
     "stories": None,
 }
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "int8": torch.bfloat16}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16,
+          "int8": torch.bfloat16, "int4": torch.bfloat16}
 READ = 2**29  # bytes of the matrix that the memory's speed is measured with
 Figures = dict[str, str]
 
@@ -42,11 +43,11 @@ Figures = dict[str, str]
 class Work(NamedTuple):
     """What is measured: a model of random weights (or the shipped one), rows, tokens in the cache, its slots.
 
-    Of "int8", the matrices are quantized and everything else is in bfloat16.
+    Of "int8" and "int4", the matrices are quantized and everything else is in bfloat16.
     """
 
     shape: Literal["tinyllama", "llama2-7b", "small", "stories"] = "tinyllama"
-    dtype: Literal["bfloat16", "float32", "float16", "int8"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32", "float16", "int8", "int4"] = "bfloat16"
     batch: int = 1
     context: int = 128
     max_len: int = 1024
@@ -65,12 +66,12 @@ def weights(work: Work) -> Params:
     """Random numbers of the shape, of a size at which nothing overflows; of "stories" its own."""
     dtype = DTYPES[work.dtype]
     if SHAPES[work.shape] is None:
-        return load("stories", dtype=dtype, quantize="int8" if work.dtype == "int8" else None).params
+        return load("stories", dtype=dtype, quantize=work.dtype if work.dtype in ("int8", "int4") else None).params
     generator = torch.Generator().manual_seed(0)
 
     def one(path: str, weight: Weight) -> Any:
         x = torch.empty(weight.shape, dtype=dtype).normal_(0, 0.02, generator=generator)
-        return quantized_leaf(path, weight, x) if work.dtype == "int8" else x
+        return quantized_leaf(work.dtype)(path, weight, x) if work.dtype in ("int8", "int4") else x
 
     return tree.map_with_path(one, abstract_params(SHAPES[work.shape]))
 

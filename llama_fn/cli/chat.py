@@ -54,7 +54,8 @@ def chat(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODE
         top_p: Draw from the likeliest tokens that together have probability p.
         seed: The same seed gives the same answers; by default another one every time.
         dtype: Compute in this dtype, or as the weights are stored.
-        quantize: "int8" keeps the matrices in 8 bits: half the memory of bfloat16, and nearly the same text.
+        quantize: "int8" keeps the matrices in 8 bits: half the memory of bfloat16, and nearly the same text; "int4"
+            in 4 bits, a quarter of it.
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
     """
     if max_new_tokens is not None and max_new_tokens < 1:

@@ -46,7 +46,8 @@ def generate(prompt: Annotated[str, tyro.conf.Positional] = "Once upon a time", 
             and it comes sooner where most of the draft is accepted.
         speculate: How many tokens to draft at a time.
         dtype: Compute in this dtype, or as the weights are stored.
-        quantize: "int8" keeps the matrices in 8 bits: half the memory of bfloat16, and nearly the same text.
+        quantize: "int8" keeps the matrices in 8 bits: half the memory of bfloat16, and nearly the same text; "int4"
+            in 4 bits, a quarter of it.
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
     """
     settings = (0.0 if greedy else temperature, top_k, top_p, min_p, repetition_penalty)

@@ -1,19 +1,20 @@
-"""The linear map: the written-out definition, and the kernel that computes it, for every kind of weight.
+"""The linear map: the written-out definition, and the kernels that compute it, for every kind of weight.
 
 A weight is a tensor, or a `NamedTuple` that stands in a tensor's place in the tree and says what is to be computed
 instead of W x. The rest of the model does not notice.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import einsum
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
-from llama_fn.model.quantized import Quantized
+from llama_fn.model.quantized import GROUP, Grouped, Quantized, dequantized
 from llama_fn.model.tapped import Tapped, linear_observed
 from llama_fn.shapes import transforms, typed
 
@@ -31,69 +32,155 @@ class Adapted(NamedTuple):
         return self.weight.shape
 
 
-Kind = Adapted | Tapped | Quantized  # of a weight that is no tensor
+Kind = Adapted | Tapped | Quantized | Grouped  # of a weight that is no tensor
+Matrix = Float[Tensor, "o d"] | Quantized | Grouped
 
-
-def written_out(weight: Float[Tensor, "o d"], x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
-    """The definition: y[o] = sum over d of weight[o, d] x[d]."""
-    return einsum(weight, x, "o d, ... d -> ... o")
-
-
-@typed
-def one_row(x: Float[Tensor, "*b d"], weight: Shaped[Tensor, "o d"]) -> Float[Tensor, "*b o"]:
-    """`written_out` for one x alone, as a compiler likes it: products summed in float32, at the speed of memory."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    # With strides of its own, x has to lie in memory: inductor would else compute it, and the norm before it, again for
-    # each row of the weight. Quarters are summed side by side, so that four pages are on their way at once: 16.7 GB/s
-    # where one after another makes 11.4, and oneDNN's kernel 12.1 (two cores, bfloat16).
-    row = x.reshape(-1).to(exact).as_strided((x.shape[-1],), (1,))
-    parts = [(part.to(exact) * row).sum(-1) for part in weight.chunk(4)]
-    return torch.cat(parts).to(x.dtype).reshape(*x.shape[:-1], -1)
+FEW = 8  # rows that a processor holds the sums of in its registers, while it reads a weight once
+PIECE = 1024  # outputs of a weight that are made float32 at a time: some megabytes, which stay in the cache
+HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @typed
-def packed(weight: Quantized, x: Float[Tensor, "..."], inputs: int) -> Float[Tensor, "..."]:
-    """`linear` of an 8-bit weight and bfloat16 rows by torch's own kernel, which makes no bfloat16 matrix of it."""
-    outer, rows = weight.scale.shape, x.flatten(-inputs)
-    matrix, scale = weight.values.reshape(math.prod(outer), -1), weight.scale.flatten().to(x.dtype)
-    out = torch._weight_int8pack_mm(rows.reshape(-1, rows.shape[-1]), matrix, scale)
-    return out.reshape(*x.shape[:-inputs], *outer)
-
-
-def _is_for_packed(x: Tensor, inputs: int) -> bool:
-    """Whether that kernel can be had, and is faster: up to 64 rows, where nothing is mapped or differentiated. Of
-    widths that 16 does not divide, it reads beyond the end and is wrong (torch 2.13).
-    """
-    return (x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[:-inputs].numel() <= 64
-            and x.shape[-inputs:].numel() % 16 == 0 and not x.requires_grad and not transforms()
-            and not _is_one_row(x, inputs))
-
-
-def _is_one_row(x: Tensor, inputs: int) -> bool:
-    """Whether a compiled step on the CPU multiplies one row: oneDNN's kernels reach half of the memory's speed there.
-    Under a transform an axis may be hidden, and there may be many rows.
-    """
-    return (torch.compiler.is_compiling() and x.device.type == "cpu" and x.shape[:-inputs].numel() == 1
-            and not transforms())
-
-
-@typed
-def linear(weight: Shaped[Tensor, "..."] | Kind, x: Float[Tensor, "..."],
-           inputs: int = 1) -> Float[Tensor, "..."]:
+def linear(weight: Float[Tensor, "..."] | Kind, x: Float[Tensor, "..."], inputs: int = 1) -> Float[Tensor, "..."]:
     """`written_out`, where the last `inputs` axes of the weight and of x together are d, and the weight's others o."""
     if isinstance(weight, Adapted):
         return linear(weight.weight, x, inputs) + linear(weight.b, linear(weight.a, x, inputs))
-    if isinstance(weight, Quantized):
-        if _is_for_packed(x, inputs):
-            return packed(weight, x, inputs)
-        exact = torch.promote_types(x.dtype, torch.float32)
-        return (linear(weight.values, x, inputs).to(exact) * weight.scale).to(x.dtype)
     if isinstance(weight, Tapped):
         plain, tap = weight.use()
         return linear_observed(linear(plain, x, inputs), x.flatten(-inputs), tap, len(plain.shape) - inputs)
     outer = weight.shape[:-inputs]
-    matrix = weight.reshape(math.prod(outer), -1)
-    if _is_one_row(x, inputs):
-        return one_row(x.flatten(-inputs), matrix).unflatten(-1, outer)
-    matrix = matrix if matrix.is_floating_point() else matrix.to(x.dtype)  # 8 bits are exact in bfloat16
-    return F.linear(x.flatten(-inputs), matrix).unflatten(-1, outer)
+    matrix = weight.reshape(math.prod(outer), -1) if isinstance(weight, Tensor) else weight.flat()
+    x = x.flatten(-inputs)
+    return _kernel(matrix, x)(matrix, x).unflatten(-1, outer)
+
+
+def _kernel(matrix: Matrix, x: Tensor) -> Callable[[Matrix, Tensor], Tensor]:
+    """Torch's product, but on the CPU for rows of which nothing is mapped or differentiated: there, sums in a compiled
+    step of few rows; and where torch has no good product, one of float32 pieces.
+
+    Under a transform an axis may be hidden, and few rows be many.
+    """
+    rows, (o, d) = x.shape[:-1].numel(), matrix.shape
+    if x.device.type != "cpu" or transforms() or x.requires_grad:
+        return product
+    if torch.compiler.is_compiling() and rows <= FEW and _whole_words(matrix):
+        return sums
+    if isinstance(matrix, Quantized) and x.dtype == torch.bfloat16 and 1 < rows <= 64 and d % 16 == 0:
+        return packed  # of widths that 16 does not divide, it reads beyond the end and is wrong (torch 2.13)
+    if isinstance(matrix, Grouped) or (rows > FEW and x.dtype == torch.bfloat16 and not HAS_BFLOAT16):
+        return in_pieces
+    return product
+
+
+def written_out(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+    """The definition: y[o] = sum over d of weight[o, d] x[d]."""
+    return einsum(weight if isinstance(weight, Tensor) else dequantized(weight, x.dtype), x, "o d, ... d -> ... o")
+
+
+@typed
+def product(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+    """`written_out`, by torch's own matrix product."""
+    if isinstance(weight, Quantized):  # 8 bits are exact in bfloat16
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return (F.linear(x, weight.values.to(x.dtype)).to(exact) * weight.scale).to(x.dtype)
+    return F.linear(x, dequantized(weight, x.dtype) if isinstance(weight, Grouped) else weight)
+
+
+@typed
+def in_pieces(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+    """`written_out` in float32, a piece of the weight after the other: for 512 rows of bfloat16 160 GFLOP/s where a
+    processor without such products reaches 21 (two cores, AVX2)."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    wide, parts = x.to(exact), []
+    for at in range(0, weight.shape[0], PIECE):
+        piece = weight[at:at + PIECE] if isinstance(weight, Tensor) else type(weight)(*(p[at:at + PIECE] for p in weight))
+        parts.append(F.linear(wide, piece.to(exact) if isinstance(piece, Tensor) else dequantized(piece, exact)))
+    return torch.cat(parts, -1).to(x.dtype)
+
+
+@typed
+def packed(weight: Quantized, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+    """`written_out` of an 8-bit weight and bfloat16 rows by torch's kernel, which makes no bfloat16 matrix of it."""
+    rows = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), weight.values, weight.scale.to(x.dtype))
+    return rows.reshape(*x.shape[:-1], -1)
+
+
+# --- few rows at the speed of memory, in the words that inductor makes loops of
+
+
+@typed
+def sums(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+    """`written_out` for a few rows, as products summed in float32 at least: a weight is read once, and for one row its
+    outputs in four streams side by side, so that four pages are on their way at once (28 GB/s where oneDNN's kernel
+    reaches 20, two cores, bfloat16).
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)
+    rows = x.reshape(-1, x.shape[-1]).to(exact)
+    if isinstance(weight, Tensor):
+        y = _sums(weight, rows)
+    else:
+        y = (_byte_sums if isinstance(weight, Quantized) else _nibble_sums)(weight, rows)
+    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _sums(weight: Tensor, rows: Tensor) -> Tensor:
+    rows, total = _in_memory(rows), 0.0
+    blocks = -(-rows.numel() // 24_576)  # rows that are not in the nearest cache are slower than a weight to read
+    halves = 2 if len(rows) == 1 and weight.shape[-1] > 4096 else 1  # 24 GB/s in place of 21 for 5,632 inputs
+    for part, some in zip(weight.chunk(blocks, -1), rows.chunk(blocks, -1), strict=True):
+        streams = [torch.stack([_dot(w.chunk(halves, -1), row.chunk(halves)) for row in some])
+                   for w in part.chunk(max(1, 4 // len(rows)))]
+        total = total + torch.cat(streams, -1)
+    return total
+
+
+def _dot(parts: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
+    """The sum over the last axis, and over the parts, of part times factor: one loop over all parts side by side."""
+    return sum(part.to(x.dtype) * x for part, x in zip(parts, factors, strict=True)).sum(-1)
+
+
+def _byte_sums(weight: Quantized, rows: Tensor) -> Tensor:
+    """Four integers lie in a word, that of input 4 j + i in byte i of word j: a shift to the top and one back down
+    makes a number of it. (Words are loaded as float32: inductor loads integers with a detour, six times slower.)
+    """
+    ways = _in_memory(rows.unflatten(-1, (-1, 4)).mT)  # "b i j"
+    streams = []
+    for words in weight.values.view(torch.float32).chunk(max(1, 4 // len(rows))):
+        bits = words.view(torch.int32)
+        numbers = [(bits << 24 - 8 * i >> 24 if i < 3 else bits >> 24).to(rows.dtype) for i in range(4)]
+        streams.append(torch.stack([_dot(numbers, row) for row in ways]))
+    return torch.cat(streams, -1) * weight.scale
+
+
+def _nibble_sums(weight: Grouped, rows: Tensor) -> Tensor:
+    """Eight integers lie in a word, that of input 8 j + i in nibble i of word j. Where it lies it counts 16**i times,
+    which the inputs make good. A group's minimum counts once for all of its inputs.
+    """
+    place = torch.tensor([16.0 ** -i for i in range(7)] + [1.0], dtype=rows.dtype)
+    ways = _in_memory((rows.unflatten(-1, (-1, 8)) * place).mT).unflatten(-1, (-1, GROUP // 8))  # "b i groups j"
+    whole = _in_memory(rows.unflatten(-1, (-1, GROUP)).sum(-1))  # "b groups"
+    streams = []
+    for words, pair in zip(weight.values.view(torch.float32).chunk(max(1, 2 // len(rows))),
+                           weight.scale.flatten(1).view(torch.float32).chunk(max(1, 2 // len(rows))), strict=True):
+        bits = words.view(torch.int32).unflatten(-1, (-1, GROUP // 8))
+        numbers = [(bits & 15 << 4 * i if i < 7 else bits >> 28 & 15).to(rows.dtype) for i in range(8)]
+        two = pair.view(torch.int32)  # a bfloat16 is the upper half of a float32
+        scale, minimum = ((two << 16).view(torch.float32), (two & -65536).view(torch.float32))
+        streams.append(torch.stack([
+            (sum(n * part for n, part in zip(numbers, row, strict=True)) * scale[..., None]).flatten(1).sum(-1)
+            + (minimum * total).sum(-1) for row, total in zip(ways, whole, strict=True)]))
+    return torch.cat(streams, -1)
+
+
+def _whole_words(matrix: Matrix) -> bool:
+    """Whether a row of the weight is whole words, and in four bits whole groups."""
+    if isinstance(matrix, Tensor):
+        return True
+    return matrix.values.is_contiguous() and matrix.shape[-1] % (4 if isinstance(matrix, Quantized) else GROUP) == 0
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """With strides of its own, x has to lie in memory: inductor would else compute it, and the norm before it, again
+    for each output."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())

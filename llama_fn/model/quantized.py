@@ -1,12 +1,14 @@
-"""Weights in eight bits: leaves of the tree that take half the memory of bfloat16, and half the time to read."""
+"""Weights in eight or four bits: leaves of the tree that take a half or a quarter of the memory of bfloat16."""
 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from llama_fn.shapes import typed
+
+GROUP = 64  # inputs that share a scale and a minimum, in four bits
 
 
 class Quantized(NamedTuple):
@@ -20,6 +22,28 @@ class Quantized(NamedTuple):
         """That of W."""
         return self.values.shape
 
+    def flat(self) -> "Quantized":
+        """As a matrix "o d"."""
+        return Quantized(self.values.reshape(self.scale.numel(), -1), self.scale.flatten())
+
+
+class Grouped(NamedTuple):
+    """W = scale * n + minimum: integers n from 0 to 15, and of each output and each 64 of its inputs a scale and a
+    minimum, side by side in bfloat16, as torch's own kernels have them. Two integers lie in a byte, the first below.
+    """
+
+    values: UInt8[Tensor, "..."]  # the last axis is half of W's
+    scale: Float[Tensor, "... 2"]  # the axes of the outputs, groups, and the two numbers of each
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of W."""
+        return (*self.values.shape[:-1], 2 * self.values.shape[-1])
+
+    def flat(self) -> "Grouped":
+        """As a matrix "o d"."""
+        return Grouped(self.values.reshape(self.scale.shape[:-2].numel(), -1), self.scale.flatten(0, -3))
+
 
 @typed
 def quantized(weight: Float[Tensor, "..."], outer: int) -> Quantized:
@@ -28,16 +52,48 @@ def quantized(weight: Float[Tensor, "..."], outer: int) -> Quantized:
     The error of a number is at most half a step, scale / 2. Raises `ValueError` for numbers that are not finite.
     """
     exact = weight.float()
-    largest = exact.flatten(outer).abs().amax(-1)
-    if not largest.isfinite().all():
-        raise ValueError("a weight is infinite or NaN and has no 8-bit form: is its file damaged?")
+    largest = _finite(exact.flatten(outer).abs().amax(-1), "8-bit")
     scale = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
     rounded = (exact / scale.reshape(*scale.shape, *[1] * (weight.ndim - outer))).round()
     return Quantized(rounded.to(torch.int8), scale)
 
 
 @typed
-def dequantized(weight: Quantized, dtype: torch.dtype = torch.float32) -> Float[Tensor, "..."]:
+def grouped(weight: Float[Tensor, "..."], outer: int) -> Grouped:
+    """The nearest 4-bit weight: of each output and each `GROUP` of its inputs, the smallest number becomes 0 and the
+    largest 15 (asymmetric, as `torchao`'s int4). The last group may be a part of one.
+
+    The error of a number is at most half a step, scale / 2, and what rounding scale and minimum to bfloat16 adds.
+    Raises `ValueError` for numbers that are not finite, and for an odd last axis.
+    """
+    if weight.shape[-1] % 2:
+        raise ValueError(f"4-bit weights lie in pairs, and the last axis of {list(weight.shape)} is odd; use int8")
+    flat = weight.float().flatten(outer)
+    missing = -flat.shape[-1] % GROUP
+    padded = torch.cat([flat, flat[..., -1:].expand(*flat.shape[:-1], missing)], -1).unflatten(-1, (-1, GROUP))
+    low, high = (_finite(x, "4-bit") for x in padded.aminmax(dim=-1))
+    minimum = low.bfloat16()
+    step = ((high - minimum.float()) / 15).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
+    n = ((padded - minimum.float()[..., None]) / step.float()[..., None]).round().clamp(0, 15).to(torch.uint8)
+    n = n.flatten(-2)[..., :flat.shape[-1]].reshape(weight.shape)
+    return Grouped(n[..., ::2] | n[..., 1::2] << 4, torch.stack([step, minimum], -1))
+
+
+@typed
+def dequantized(weight: Quantized | Grouped, dtype: torch.dtype = torch.float32) -> Float[Tensor, "..."]:
     """The W that a quantized weight stands for."""
-    scale = weight.scale.reshape(*weight.scale.shape, *[1] * (weight.values.ndim - weight.scale.ndim))
-    return (weight.values * scale).to(dtype)
+    if isinstance(weight, Quantized):
+        scale = weight.scale.reshape(*weight.scale.shape, *[1] * (weight.values.ndim - weight.scale.ndim))
+        return (weight.values * scale).to(dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    n = torch.stack([weight.values & 15, weight.values >> 4], -1).flatten(-2)
+    outer = weight.scale.ndim - 2
+    scale, minimum = (part.repeat_interleave(GROUP, -1)[..., :n.shape[outer:].numel()].to(exact)
+                      for part in weight.scale.unbind(-1))
+    return (n.flatten(outer).to(exact) * scale + minimum).to(dtype).reshape(weight.shape)
+
+
+def _finite(x: Tensor, kind: str) -> Tensor:
+    if not x.isfinite().all():
+        raise ValueError(f"a weight is infinite or NaN and has no {kind} form: is its file damaged?")
+    return x

@@ -29,14 +29,22 @@ class Params(NamedTuple):
 
 
 @typed
+def head(norm: Float[Tensor, "d"] | Tapped, output: Float[Tensor, "v d"] | Kind, x: Float[Tensor, "*b t d"],
+         eps: float) -> Float[Tensor, "*b t v"]:
+    """The logits of what the last layer says: output (norm x)."""
+    return linear(output, rms_norm(norm, x, eps))
+
+
+@typed
 def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | None = None,
-            *, layer: Callable = block) -> tuple[Float[Tensor, "*b t v"], Cache | None]:
+            *, layer: Callable = block, head: Callable = head) -> tuple[Float[Tensor, "*b t v"], Cache | None]:
     """The logits of the token after each token, and the cache with these tokens in it.
 
     Without a cache the tokens are whole sequences, starting at position 0. With one, they continue each row at its
     own `cache.length`. Nothing is changed: the cache that was passed in can be continued again, otherwise.
 
-    `layer` is what computes each layer: `block`, or a transform of it, as `layer=lf.remat(lf.block)`.
+    `layer` is what computes each layer: `block`, or a transform of it, as `layer=lf.remat(lf.block)`; `head` is what
+    computes the logits. `jit_layers` compiles both.
 
     Raises `ValueError` for no tokens, for a token outside the vocabulary, and for more tokens than the cache has room
     for (the last two in eager mode: compiled or mapped, numbers cannot be read before, and the index error is torch's).
@@ -56,7 +64,7 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | None = N
         old = None if cache is None else KeysValues(cache.k[i], cache.v[i])
         x, new = layer(weights, x, angles, old, None if cache is None else positions, config.norm_eps)
         layers.append(new)
-    logits = linear(params.output, rms_norm(params.norm, x, config.norm_eps))
+    logits = head(params.norm, params.output, x, config.norm_eps)
 
     if cache is not None:
         k, v = zip(*layers, strict=True)

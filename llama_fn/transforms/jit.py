@@ -9,11 +9,17 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from llama_fn import tree
+from llama_fn.model.block import block
+from llama_fn.model.transformer import forward, head
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 MOST_SHAPES = 64  # compilations of one function; torch gives up after 8
+# A sum of products is to be one loop: inductor breaks an expression of more than 30 operations or 4 reads in two, and
+# multiplies and adds apart.
+ONE_LOOP = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 1000,
+            "cpp.enable_floating_point_contract_flag": "fast"}
 
 
 def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
@@ -45,7 +51,18 @@ def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
     own = types.FunctionType(body.__code__.replace(), body.__globals__, called, None, body.__closure__)
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, MOST_SHAPES)
-    return functools.wraps(f)(torch.compile(own, fullgraph=True, dynamic=False))
+    # As in JAX, a compiled function does not look again at what was global when it was traced; a pure one need not. In a
+    # step of 22 layers that saves 1.4 ms.
+    options = ONE_LOOP | {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
+    return functools.wraps(f)(torch.compile(own, fullgraph=True, dynamic=False, options=options))
+
+
+def jit_layers(f: Callable[P, R] = forward) -> Callable[P, R]:
+    """`forward`, or a function of the same arguments that hands on `layer` and `head`, compiled by its parts: all layers
+    share one compiled block that writes the cache in place, so that the first call takes as long for 80 layers as for
+    one. The cache is donated.
+    """
+    return functools.partial(f, layer=jit(block, donate="cache"), head=jit(head))
 
 
 def _donated(given: dict[str, Any], result: Any) -> Any:
