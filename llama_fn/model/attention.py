@@ -35,10 +35,11 @@ class Attention(NamedTuple):
 
 @typed
 def attention(params: Attention, x: Float[Tensor, "*b t d"], rotation: Rotation, cache: KeysValues | None,
-              positions: Int[Tensor, "*b t"] | None) -> tuple[Float[Tensor, "*b t d"], KeysValues | None]:
+              positions: Int[Tensor, "*b t"] | None,
+              slots: Int[Tensor, "_"] | None) -> tuple[Float[Tensor, "*b t d"], KeysValues | None]:
     """Each token looks at itself and at those before it: in this call, and in the cache if there is one.
 
-    `positions` are the tokens' slots in the cache, None where there is none.
+    `positions` are the tokens' slots in the cache, `slots` those of it that are read; both None where there is none.
     """
     queries = rotate(rearrange(linear(params.wq, x), "... t k g h -> ... t (k g) h"), rotation)
     keys, values = rotate(linear(params.wk, x), rotation), linear(params.wv, x)
@@ -47,7 +48,7 @@ def attention(params: Attention, x: Float[Tensor, "*b t d"], rotation: Rotation,
     keys, values = (rearrange(leaf, "... t k h -> ... k t h") for leaf in (keys, values))
     if cache is not None:
         cache = kv.write(cache, keys, values, positions)
-        keys, values = kv.read(cache, positions)
+        keys, values = kv.read(cache, positions, slots)
     keys, values = (tree.map(lambda leaf: leaf.to(queries.dtype), part) for part in (keys, values))
     heads = attend(queries, keys, values, positions)
     return linear(params.wo, rearrange(heads, "... k g t h -> ... t k g h"), inputs=3), cache

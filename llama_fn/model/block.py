@@ -25,8 +25,10 @@ class Block(NamedTuple):
 
 @typed
 def block(params: Block, x: Float[Tensor, "*b t d"], rotation: Rotation, cache: KeysValues | None,
-          positions: Int[Tensor, "*b t"] | None, eps: float) -> tuple[Float[Tensor, "*b t d"], KeysValues | None]:
+          positions: Int[Tensor, "*b t"] | None, slots: Int[Tensor, "_"] | None,
+          eps: float) -> tuple[Float[Tensor, "*b t d"], KeysValues | None]:
     """x + attention(norm x), then x + feed_forward(norm x)."""
-    seen, cache = attention(params.attention, rms_norm(params.attention_norm, x, eps), rotation, cache, positions)
+    seen, cache = attention(params.attention, rms_norm(params.attention_norm, x, eps), rotation, cache,
+                            positions, slots)
     x = x + seen
     return x + feed_forward(params.feed_forward, rms_norm(params.ffn_norm, x, eps)), cache

@@ -1,5 +1,6 @@
 """The key/value cache: a value that goes in and comes out, never a state."""
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 
 from llama_fn.config import Config
-from llama_fn.shapes import concrete, transforms, typed
+from llama_fn.shapes import concrete, traced, transforms, typed
+
+PAGE = 64
 
 
 class Forked(NamedTuple):
@@ -90,9 +93,26 @@ def write(cache: KeysValues, keys: Float[Tensor, "*b k t h"], values: Float[Tens
 
 
 @typed
-def read(cache: KeysValues, positions: Int[Tensor, "*b t"]) -> KeysValues:
-    """What attention may see: every slot up to the last position, zeros beyond (a NaN there stays without effect)."""
-    return KeysValues(*(_clean(leaf, positions) for leaf in cache))
+def read(cache: KeysValues, positions: Int[Tensor, "*b t"], slots: Int[Tensor, "_"]) -> KeysValues:
+    """What attention may see: of the first `slots`, all up to the last position, zeros beyond (a NaN there stays
+    without effect).
+    """
+    return KeysValues(*(_clean(_first(leaf, len(slots)), positions) for leaf in cache))
+
+
+def reach(cache: Cache, new: int) -> Tensor:
+    """The slots in which there will be something after `new` tokens more, 0 up to a multiple of `PAGE`: a step's work
+    follows the length and not the room. Where numbers cannot be read, all slots.
+
+    A compiled layer takes any number of them without another compilation.
+    """
+    room = cache.k[0].shape[-2]
+    if concrete(cache.length) and cache.length.numel():
+        room = min(room, -(-(int(cache.length.max()) + new) // PAGE) * PAGE)
+    slots = torch.arange(room, device=cache.length.device)
+    if "torch._dynamo" in sys.modules and room > 1 and not traced():  # who compiles has imported it already: 1 s
+        torch._dynamo.mark_dynamic(slots, 0)
+    return slots
 
 
 def check_room(cache: Cache, new: int) -> None:
@@ -121,6 +141,12 @@ def _put(leaf: Tensor | Forked, new: Tensor, positions: Tensor) -> Tensor | Fork
         head = torch.arange(k, device=leaf.device)[None, :, None]
         return flat.index_put((row, head, rows[:, None, :]), new).reshape(leaf.shape)
     return flat.scatter(-2, rows[:, None, :, None].expand(new.shape), new).reshape(leaf.shape)
+
+
+def _first(leaf: Tensor | Forked, slots: int) -> Tensor | Forked:
+    if isinstance(leaf, Forked):
+        return leaf._replace(own=_first(leaf.own, slots - leaf.shared.shape[-2]))
+    return leaf[..., :slots, :]
 
 
 def _clean(leaf: Tensor | Forked, positions: Tensor) -> Tensor | Forked:

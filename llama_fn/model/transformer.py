@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama_fn.config import Config
 from llama_fn.model.block import Block, block
-from llama_fn.model.cache import Cache, KeysValues, check_room
+from llama_fn.model.cache import Cache, KeysValues, check_room, reach
 from llama_fn.model.linear import Kind, linear
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotation
@@ -52,17 +52,17 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | None = N
     config, count = params.config, tokens.shape[-1]
     check_tokens(tokens, config.vocab_size)
     check_sizes(params, cache)
-    positions = torch.arange(count, device=tokens.device)
+    positions, slots = torch.arange(count, device=tokens.device), None
     if cache is not None:
         check_room(cache, count)
-        positions = cache.length[..., None] + positions
+        positions, slots = cache.length[..., None] + positions, reach(cache, count)
     angles = rotation(positions.expand(tokens.shape), config.head_dim, config.rope_theta, config.rope_scaling)
 
     x = embed(params.embedding, tokens)
     layers = []
     for i, weights in enumerate(params.blocks):
         old = None if cache is None else KeysValues(cache.k[i], cache.v[i])
-        x, new = layer(weights, x, angles, old, None if cache is None else positions, config.norm_eps)
+        x, new = layer(weights, x, angles, old, None if cache is None else positions, slots, config.norm_eps)
         layers.append(new)
     logits = head(params.norm, params.output, x, config.norm_eps)
 
