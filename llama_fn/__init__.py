@@ -14,23 +14,76 @@ from llama_fn.memory import keep_memory
 from llama_fn.model.block import Block, block
 from llama_fn.model.cache import Cache, fork, init_cache
 from llama_fn.model.init import abstract_params, init_params
-from llama_fn.model.transformer import Params, forward
+from llama_fn.model.transformer import Params, forward, head
 from llama_fn.shapes import AxesError, typed
 from llama_fn.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llama_fn.training import optim
 from llama_fn.training.loss import loss, loss_sum
 from llama_fn.transforms import lora
-from llama_fn.transforms.jit import jit
+from llama_fn.transforms.jit import jit, jit_layers
 from llama_fn.transforms.per_sample import clipped_sum, per_sample_grads, per_sample_norms, private_grads
 from llama_fn.transforms.quantize import dequantize, quantize
 from llama_fn.transforms.remat import remat
 
 __all__ = [
-    "LLAMA2_7B", "LLAMA2_13B", "LLAMA2_70B", "AxesError", "Block", "Cache", "Chat", "Completion", "Config", "Message",
-    "Model", "Params", "Perplexity", "RopeScaling", "Score", "Speculation", "Tokenizer", "abstract_params", "answer",
-    "ask", "block", "chat_completion", "clipped_sum", "dequantize", "fork", "forward", "from_hf", "init_cache",
-    "init_params", "jit", "keep_memory", "load", "load_tokenizer", "lora", "loss", "loss_sum", "narrowing", "optim",
-    "per_sample_grads", "per_sample_norms", "perplexity", "private_grads", "quantize", "random", "remat", "sampler",
-    "save", "score", "score_options", "speculate", "speculate_stream", "stories", "stream", "text_completion",
-    "to_hf", "train_tokenizer", "tree", "typed",
+    "LLAMA2_7B",
+    "LLAMA2_13B",
+    "LLAMA2_70B",
+    "AxesError",
+    "Block",
+    "Cache",
+    "Chat",
+    "Completion",
+    "Config",
+    "Message",
+    "Model",
+    "Params",
+    "Perplexity",
+    "RopeScaling",
+    "Score",
+    "Speculation",
+    "Tokenizer",
+    "abstract_params",
+    "answer",
+    "ask",
+    "block",
+    "chat_completion",
+    "clipped_sum",
+    "dequantize",
+    "fork",
+    "forward",
+    "from_hf",
+    "head",
+    "init_cache",
+    "init_params",
+    "jit",
+    "jit_layers",
+    "keep_memory",
+    "load",
+    "load_tokenizer",
+    "lora",
+    "loss",
+    "loss_sum",
+    "narrowing",
+    "optim",
+    "per_sample_grads",
+    "per_sample_norms",
+    "perplexity",
+    "private_grads",
+    "quantize",
+    "random",
+    "remat",
+    "sampler",
+    "save",
+    "score",
+    "score_options",
+    "speculate",
+    "speculate_stream",
+    "stories",
+    "stream",
+    "text_completion",
+    "to_hf",
+    "train_tokenizer",
+    "tree",
+    "typed",
 ]

@@ -6,6 +6,7 @@ from strategies import random_params, token_rows
 
 import llama_fn as lf
 from llama_fn.cli.bench_transforms import peak_bytes
+from llama_fn.generation import decode
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
 
@@ -40,19 +41,19 @@ def test_layers_share_one_compiled_block_that_writes_in_place():
     params = random_params(CONFIG, lf.random.key(0), torch.float32)
     tokens = token_rows(CONFIG, 12)
     full, _ = lf.forward(params, tokens)
-    layer = lf.jit(lf.block, donate="cache")
+    step = lf.jit_layers()
     cache = lf.init_cache(CONFIG, max_len=1100)
     leaf, addresses = cache.k[0].nbytes, [x.data_ptr() for x in cache.k + cache.v]
     pieces = []
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         for t in range(1000):
-            logits, cache = lf.forward(params, tokens[t % 12, None], cache, layer=layer)
+            logits, cache = step(params, tokens[t % 12, None], cache)
             pieces.append(logits)
         assert (torch.cat(pieces[:12]) - full).abs().max() < 1e-4
         assert [x.data_ptr() for x in cache.k + cache.v] == addresses
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-        assert peak_bytes(lambda: lf.forward(params, tokens[:1], cache, layer=layer)) < leaf
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the block and the head, at every length
+        assert peak_bytes(lambda: step(params, tokens[:1], cache)) < leaf
 
 
 @pytest.mark.slow
@@ -123,3 +124,29 @@ def test_a_compiled_train_step_equals_the_eager_one_in_place():
     for a, b in zip(lf.tree.leaves(eager), lf.tree.leaves(compiled), strict=True):
         assert (a - b).abs().max() < 1e-4
     assert compiled[0].embedding.data_ptr() == ours.embedding.data_ptr()
+
+
+def test_without_a_compiler_all_runs_as_it_is_and_says_why(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler 'no-such-compiler', so <lambda> runs as it is, slower"):
+        double = lf.jit(lambda x: 2 * x, donate="x")
+    x = torch.ones(3)
+    assert double(x).tolist() == [2.0] * 3 and x.tolist() == [1.0] * 3
+
+
+@pytest.mark.slow
+def test_a_large_model_is_stepped_compiled_and_writes_the_same_text(monkeypatch):
+    model, key, prompt = lf.load("stories"), lf.random.key(4), "Once upon a time"
+
+    def told(t):
+        return lf.text_completion(model, [prompt], key=key, max_new_tokens=24, sampler=lf.sampler(t), logprobs=True)[0]
+
+    eager = [told(t) for t in (0, 1)]
+    monkeypatch.setattr(decode, "LARGE", 0)
+    torch._dynamo.utils.counters.clear()
+    for t, plain in zip((0, 1), eager, strict=True):
+        assert told(t).text == plain.text
+        assert told(t).logprobs == pytest.approx(plain.logprobs, abs=1e-3)
+        pieces = lf.stream(model, prompt, key=key, max_new_tokens=24, sampler=lf.sampler(t))
+        assert "".join(pieces) == plain.text
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

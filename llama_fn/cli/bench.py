@@ -42,7 +42,7 @@ def bench(what: tyro.conf.Positional[What] = "checks", *, work: Work = Work(), o
         raise ValueError(f"bench: there is no measurement {unknown[0]!r}, only {', '.join(TRANSFORMS)}")
     if rounds < 3:
         raise ValueError(f"bench: quartiles need 3 rounds or more, got {rounds}")
-    if work.compare != "nothing" and what not in ("decode", "prefill"):
+    if work.compare and what not in ("decode", "prefill"):
         raise ValueError(f"bench: there is nothing to compare {what} with; leave --compare out")
     if what != "checks":
         keep_memory()

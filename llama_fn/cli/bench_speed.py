@@ -1,5 +1,6 @@
 """The measurements of `llama-fn bench decode|prefill|train|startup`: each beside the machine's own ceiling."""
 
+import functools
 import math
 import os
 import resource
@@ -14,18 +15,17 @@ import torch
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.checkpoint.huggingface import to_hf
 from llama_fn.checkpoint.load import load
+from llama_fn.cli.bench_peers import hugging_face, llama_cpp
 from llama_fn.cli.timing import interleave, quartiles, ratio
 from llama_fn.config import LLAMA2_7B, Config
-from llama_fn.model.block import block
 from llama_fn.model.cache import Cache, init_cache
 from llama_fn.model.init import Weight, abstract_params
-from llama_fn.model.transformer import Params, forward
+from llama_fn.model.transformer import Params, forward, head
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
-from llama_fn.transforms.jit import jit
-from llama_fn.transforms.quantize import dequantize, quantized_leaf
+from llama_fn.transforms.jit import jit, jit_layers
+from llama_fn.transforms.quantize import quantized_leaf
 
 SHAPES = {
     "tinyllama": Config(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, vocab_size=32000, hidden_dim=5632,
@@ -36,6 +36,7 @@ SHAPES = {
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16,
           "int8": torch.bfloat16, "int4": torch.bfloat16}
+PEERS = {"hf": ("Hugging Face", hugging_face), "llama.cpp": ("llama.cpp", llama_cpp)}
 READ = 2**29  # bytes of the matrix that the memory's speed is measured with
 Figures = dict[str, str]
 
@@ -51,7 +52,7 @@ class Work(NamedTuple):
     batch: int = 1
     context: int = 128
     max_len: int = 1024
-    compare: Literal["nothing", "hf"] = "nothing"
+    compare: tuple[Literal["hf", "llama.cpp"], ...] = ()
 
 
 def check(work: Work) -> None:
@@ -85,17 +86,16 @@ def matrix_numbers(config: Config) -> int:
 def decode(work: Work, rounds: int) -> Figures:
     """One token a row, the weights read once: the share of the memory's speed."""
     params, dtype = weights(work), DTYPES[work.dtype]
-    layer, head = jit(block, donate="cache"), torch.zeros((work.batch, 1), dtype=torch.int64)
-    state = [head, _filled(params.config, work, dtype)]
+    run, state = jit_layers(), [torch.zeros((work.batch, 1), dtype=torch.int64), _filled(params.config, work, dtype)]
 
     def step() -> None:
-        logits, cache = forward(params, state[0], state[1], layer=layer)
+        logits, cache = run(params, state[0], state[1])
         state[:] = logits.argmax(-1), cache._replace(length=cache.length - 1)  # the same work again
 
-    matrix, vector = torch.ones(READ // 4 // 4096, 4096), torch.ones(4096)
-    works: dict[str, Callable] = {"llama_fn": step, "reading memory": lambda: matrix @ vector}
-    if work.compare == "hf":
-        works["Hugging Face"] = _hugging_face(params, work, 1)
+    numbers = torch.ones(READ // 8, dtype=torch.int64)  # their sum reads faster than a product of floats
+    works: dict[str, Callable] = {"llama_fn": step, "reading memory": numbers.sum}
+    for name in work.compare:
+        works[PEERS[name][0]] = PEERS[name][1](params, work.batch, 1, work.context, work.max_len)
     with torch.no_grad():
         times = interleave(works, rounds, f"decode, {work.shape}")
     kv = sum(x.nbytes for x in state[1].k + state[1].v) * (work.context + 1) / work.max_len
@@ -109,23 +109,28 @@ def decode(work: Work, rounds: int) -> Figures:
 
 
 def prefill(work: Work, rounds: int) -> Figures:
-    """`context` tokens at once into an empty cache: the share of the speed of its own matrix products."""
+    """`context` tokens at once into an empty cache, and the logits after the last: the share of the speed of this
+    machine's matrix products, in the weights' dtype or in float32, whichever is faster.
+    """
     params, dtype = weights(work), DTYPES[work.dtype]
-    layer, config = jit(block, donate="cache"), params.config
+    run, config = jit_layers(), params.config
+
+    def last(norm: Any, output: Any, x: Tensor, eps: float) -> Tensor:
+        return head(norm, output, x[..., -1:, :], eps)
     tokens = torch.arange(work.batch * work.context).reshape(work.batch, -1) % config.vocab_size
     state = [init_cache(config, (work.batch,), max_len=work.max_len, dtype=dtype)]
 
     def step() -> None:
-        _, cache = forward(params, tokens, state[0], layer=layer)
+        _, cache = run(params, tokens, state[0], head=last)
         state[0] = cache._replace(length=torch.zeros_like(cache.length))
 
-    a, b = torch.ones(tokens.numel(), config.dim, dtype=dtype), torch.ones(config.hidden_dim, config.dim, dtype=dtype)
+    a, b = _fastest(tokens.numel(), config, dtype)
     works: dict[str, Callable] = {"llama_fn": step, "a matrix product": lambda: torch.nn.functional.linear(a, b)}
-    if work.compare == "hf":
-        works["Hugging Face"] = _hugging_face(params, work, work.context)
+    for name in work.compare:
+        works[PEERS[name][0]] = PEERS[name][1](params, work.batch, work.context, 0, work.max_len)
     with torch.no_grad():
         times = interleave(works, rounds, f"prefill, {work.shape}")
-    matrices = matrix_numbers(params.config)
+    matrices = matrix_numbers(params.config) - params.output.shape[0] * params.output.shape[1]
     products = times.pop("a matrix product")
     floor = [seconds * matrices / b.numel() for seconds in products]
     figures = _times(times, tokens.numel())
@@ -145,7 +150,7 @@ def train(work: Work, rounds: int) -> Figures:
         state[:] = step(*state, tokens, mask)[:2]
 
     rows, config = work.batch * work.context, params.config
-    a, b = torch.ones(rows, config.dim, dtype=dtype), torch.ones(config.hidden_dim, config.dim, dtype=dtype)
+    a, b = _fastest(rows, config, dtype)
     times = interleave({"llama_fn": run, "a matrix product": lambda: torch.nn.functional.linear(a, b)}, rounds, "train")
     matrices = matrix_numbers(params.config)
     products = times.pop("a matrix product")
@@ -176,44 +181,24 @@ def first_token(work: Work, compiled: int) -> float:
     params = weights(work)
     made = time.perf_counter() - begun
     cache = _filled(params.config, work, DTYPES[work.dtype])
-    layer = jit(block, donate="cache") if compiled else block
+    run = jit_layers() if compiled else forward
     with torch.no_grad():
-        forward(params, torch.zeros((work.batch, 1), dtype=torch.int64), cache, layer=layer)
+        run(params, torch.zeros((work.batch, 1), dtype=torch.int64), cache)
     return made
+
+
+def _fastest(rows: int, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The two factors of a product of this size, in the dtype or in float32, whichever is faster."""
+    pairs = [(torch.ones(rows, config.dim, dtype=kind), torch.ones(config.hidden_dim, config.dim, dtype=kind))
+             for kind in {dtype, torch.float32}]
+    works = {str(i): functools.partial(torch.nn.functional.linear, *pair) for i, pair in enumerate(pairs)}
+    seconds = interleave(works, 3, "products")
+    return pairs[min(range(len(pairs)), key=lambda i: min(seconds[str(i)]))]
 
 
 def _filled(config: Config, work: Work, dtype: torch.dtype) -> Cache:
     cache = init_cache(config, (work.batch,), max_len=work.max_len, dtype=dtype)
     return cache._replace(length=torch.full_like(cache.length, work.context))
-
-
-def _hugging_face(params: Params, work: Work, count: int) -> Callable[[], Any]:
-    """The same step of transformers' `LlamaForCausalLM`, eager, with its static cache."""
-    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
-
-    c = params.config
-    theirs = LlamaConfig(hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-                         num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size, intermediate_size=c.hidden_dim,
-                         max_position_embeddings=max(c.max_seq_len, work.max_len), rms_norm_eps=c.norm_eps)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(theirs)
-    model.load_state_dict(to_hf(dequantize(params)), assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(theirs)
-    start = 0 if count > 1 else work.context
-    tokens = torch.zeros((work.batch, count), dtype=torch.int64)
-    cache = StaticCache(config=theirs, max_cache_len=work.max_len)
-
-    def prepare() -> None:
-        model(torch.zeros((work.batch, start), dtype=torch.int64), past_key_values=cache, use_cache=True)
-
-    def step() -> Tensor:
-        cache.reset() if count > 1 else None
-        return model(tokens, past_key_values=cache, use_cache=True).logits
-
-    if start:
-        with torch.no_grad():
-            prepare()
-    return step
 
 
 def _spread(values: list[float]) -> str:
@@ -222,7 +207,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _times(times: dict[str, list[float]], tokens: int) -> Figures:
-    named = {name: seconds for name, seconds in times.items() if name in ("llama_fn", "Hugging Face")}
+    named = {name: seconds for name, seconds in times.items() if name in ("llama_fn", "Hugging Face", "llama.cpp")}
     figures = {f"{name}, ms": _spread([1e3 * t for t in seconds]) for name, seconds in named.items()}
     figures |= {f"{name}, tokens a second": _spread([tokens / t for t in seconds]) for name, seconds in named.items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -76,7 +76,7 @@ def complete(model: Model, encoded: Sequence[list[int]], key: Tensor, max_new_to
     written: list[list[int]] = [[] for _ in encoded]
     nats: list[list[float]] = [[] for _ in encoded]
     for step in decode.steps(model.params, state, keys, sampler or make_sampler(), model.tokenizer.eos_id, limits,
-                             stopped):
+                             stopped, decode.fast(model.params, len(encoded), "cache")):
         written[step.row].append(step.token)
         if logprobs:
             nats[step.row].append(float(step.logits.float().log_softmax(-1)[step.token]))
@@ -97,7 +97,7 @@ def stream(model: Model, prompt: str, *, key: Int[Tensor, "2"], max_new_tokens: 
     def ids() -> Iterator[int]:
         state = decode.resume(model.params, tokens, None, len(tokens) + limit)
         for step in decode.steps(model.params, state, keys_of(key, 1, model), sampler or make_sampler(),
-                                 model.tokenizer.eos_id, [limit]):
+                                 model.tokenizer.eos_id, [limit], run=decode.fast(model.params, 1, "cache")):
             yield step.token
 
     return until(model.tokenizer.decode_stream(ids(), _continues(prompt)), stop)

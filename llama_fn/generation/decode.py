@@ -1,5 +1,6 @@
 """Decoding: prompts of any lengths go in at once, then a token a row comes out of every step."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,10 @@ from llama_fn.model.cache import Cache, init_cache
 from llama_fn.model.transformer import Params, forward
 from llama_fn.shapes import typed
 from llama_fn.transforms import lora
+from llama_fn.transforms.jit import jit_layers
 from llama_fn.transforms.lora import Lora
+
+LARGE = 2**28  # bytes of weights: a step that reads so many takes longer than what compiling saves, after some tokens
 
 
 class State(NamedTuple):
@@ -88,12 +92,23 @@ def draw(state: State, keys: Int[Tensor, "b 2"], sample: Sampler) -> Int[Tensor,
     return torch.vmap(one)(keys, state.cache.length, state.logits, state.tokens)
 
 
+def fast(params: Params, rows: int, donate: str | tuple[()] = ()) -> Callable:
+    """`forward` for the steps of one sequence after its prompt: compiled by its layers for weights of `LARGE` bytes and
+    more, and as it is for all else. With `donate="cache"` the state that a step begins with must not be used again.
+    """
+    large = sum(x.nbytes for x in tree.leaves(params)) >= LARGE
+    return _by_layers(donate) if large and rows == 1 else forward
+
+
+_by_layers = functools.cache(lambda donate: jit_layers(donate=donate))  # compiled once in a process
+
+
 @typed
-def advance(params: Params, state: State, token: Int[Tensor, "b"]) -> State:
-    """The state after one more token a row."""
+def advance(params: Params, state: State, token: Int[Tensor, "b"], run: Callable = forward) -> State:
+    """The state after one more token a row, which `run`, that is `forward` or its like, takes through the model."""
     row = torch.arange(len(token), device=token.device)
     tokens = state.tokens.index_put((row, state.cache.length), token)
-    logits, cache = _forward(params, state.adapters, token[:, None], state.cache)
+    logits, cache = _forward(params, state.adapters, token[:, None], state.cache, run)
     return State(cache, logits[:, 0], tokens, state.adapters)
 
 
@@ -107,7 +122,8 @@ class Step(NamedTuple):
 
 
 def steps(params: Params, state: State, keys: Int[Tensor, "b 2"], sample: Sampler, end: int, limits: Sequence[int],
-          stopped: Callable[[int, list[int]], bool] = lambda row, tokens: False) -> Iterator[Step]:
+          stopped: Callable[[int, list[int]], bool] = lambda row, tokens: False,
+          run: Callable = forward) -> Iterator[Step]:
     """All tokens of all rows, as they are drawn; a token goes through the model when the one after it is asked for.
 
     A row ends before the token `end`, after as many tokens as its limit says, or as soon as it is `stopped(row,
@@ -121,7 +137,7 @@ def steps(params: Params, state: State, keys: Int[Tensor, "b 2"], sample: Sample
             going, keys = [going[place] for place in stay], keys[stay]
             state, token = select(state, stay), None if token is None else token[stay]
         if token is not None:
-            state = advance(params, state, token)
+            state = advance(params, state, token, run)
         token, stay = draw(state, keys, sample), []
         for place, (row, id) in enumerate(zip(going, token.tolist(), strict=True)):
             if id == end:
@@ -137,7 +153,8 @@ def select(state: State, rows: list[int]) -> State:
     return tree.map(lambda x: x[rows], state)
 
 
-def _forward(params: Params, adapters: Lora | None, tokens: Tensor, cache: Cache) -> tuple[Tensor, Cache | None]:
+def _forward(params: Params, adapters: Lora | None, tokens: Tensor, cache: Cache,
+             run: Callable = forward) -> tuple[Tensor, Cache | None]:
     if adapters is None:
-        return forward(params, tokens, cache)
+        return run(params, tokens, cache)
     return torch.vmap(lambda adapter, *row: forward(lora.apply(params, adapter), *row))(adapters, tokens, cache)

@@ -92,10 +92,9 @@ def write(cache: KeysValues, keys: Float[Tensor, "*b k t h"], values: Float[Tens
     return KeysValues(_put(cache.k, keys, positions), _put(cache.v, values, positions))
 
 
-@typed
-def read(cache: KeysValues, positions: Int[Tensor, "*b t"], slots: Int[Tensor, "_"]) -> KeysValues:
+def read(cache: KeysValues, positions: Tensor, slots: Tensor) -> KeysValues:
     """What attention may see: of the first `slots`, all up to the last position, zeros beyond (a NaN there stays
-    without effect).
+    without effect). Its axis s is shorter than the cache's, so this function is not `typed`.
     """
     return KeysValues(*(_clean(_first(leaf, len(slots)), positions) for leaf in cache))
 
@@ -104,14 +103,14 @@ def reach(cache: Cache, new: int) -> Tensor:
     """The slots in which there will be something after `new` tokens more, 0 up to a multiple of `PAGE`: a step's work
     follows the length and not the room. Where numbers cannot be read, all slots.
 
-    A compiled layer takes any number of them without another compilation.
+    A compiled layer takes any number of them, but for all that there is room for, without another compilation.
     """
     room = cache.k[0].shape[-2]
     if concrete(cache.length) and cache.length.numel():
         room = min(room, -(-(int(cache.length.max()) + new) // PAGE) * PAGE)
     slots = torch.arange(room, device=cache.length.device)
     if "torch._dynamo" in sys.modules and room > 1 and not traced():  # who compiles has imported it already: 1 s
-        torch._dynamo.mark_dynamic(slots, 0)
+        torch._dynamo.maybe_mark_dynamic(slots, 0)
     return slots
 
 

@@ -14,6 +14,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from llama_fn import tree
 from llama_fn.model.quantized import GROUP, Grouped, Quantized, dequantized
 from llama_fn.model.tapped import Tapped, linear_observed
 from llama_fn.shapes import transforms, typed
@@ -60,7 +61,7 @@ def _kernel(matrix: Matrix, x: Tensor) -> Callable[[Matrix, Tensor], Tensor]:
 
     Under a transform an axis may be hidden, and few rows be many.
     """
-    rows, (o, d) = x.shape[:-1].numel(), matrix.shape
+    rows, d = x.shape[:-1].numel(), x.shape[-1]
     if x.device.type != "cpu" or transforms() or x.requires_grad:
         return product
     if torch.compiler.is_compiling() and rows <= FEW and _whole_words(matrix):
@@ -91,11 +92,11 @@ def in_pieces(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]
     """`written_out` in float32, a piece of the weight after the other: for 512 rows of bfloat16 160 GFLOP/s where a
     processor without such products reaches 21 (two cores, AVX2)."""
     exact = torch.promote_types(x.dtype, torch.float32)
-    wide, parts = x.to(exact), []
+    columns, parts = x.reshape(-1, x.shape[-1]).to(exact).mT, []  # W x^T: a tenth faster than x W^T
     for at in range(0, weight.shape[0], PIECE):
-        piece = weight[at:at + PIECE] if isinstance(weight, Tensor) else type(weight)(*(p[at:at + PIECE] for p in weight))
-        parts.append(F.linear(wide, piece.to(exact) if isinstance(piece, Tensor) else dequantized(piece, exact)))
-    return torch.cat(parts, -1).to(x.dtype)
+        piece = tree.map(lambda leaf, at=at: leaf[at:at + PIECE], weight)
+        parts.append((piece.to(exact) if isinstance(piece, Tensor) else dequantized(piece, exact)) @ columns)
+    return torch.cat(parts).mT.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 @typed
@@ -125,7 +126,7 @@ def sums(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
 
 def _sums(weight: Tensor, rows: Tensor) -> Tensor:
     rows, total = _in_memory(rows), 0.0
-    blocks = -(-rows.numel() // 24_576)  # rows that are not in the nearest cache are slower than a weight to read
+    blocks = -(-rows.numel() // 24_576)  # rows that are not in the nearest caches are slower than a weight to read
     halves = 2 if len(rows) == 1 and weight.shape[-1] > 4096 else 1  # 24 GB/s in place of 21 for 5,632 inputs
     for part, some in zip(weight.chunk(blocks, -1), rows.chunk(blocks, -1), strict=True):
         streams = [torch.stack([_dot(w.chunk(halves, -1), row.chunk(halves)) for row in some])

@@ -1,0 +1,126 @@
+"""For comparison only: the same step of the same shape by transformers and by llama.cpp, which are no dependencies."""
+
+import ctypes
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_fn import tree
+from llama_fn.checkpoint.huggingface import to_hf
+from llama_fn.model.quantized import Grouped, Quantized
+from llama_fn.model.transformer import Params
+from llama_fn.transforms.quantize import dequantize
+
+LLAMA_CPP = {"embedding": "token_embd", "norm": "output_norm", "output": "output", "attention_norm": "attn_norm",
+             "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v",
+             "attention.wo": "attn_output", "ffn_norm": "ffn_norm", "feed_forward.w_gate": "ffn_gate",
+             "feed_forward.w_up": "ffn_up", "feed_forward.w_down": "ffn_down"}
+
+
+def hugging_face(params: Params, batch: int, new: int, context: int, max_len: int) -> Callable[[], Any]:
+    """`new` tokens a row after `context` ones, by transformers' `LlamaForCausalLM`, eager, with its static cache. Of a
+    prompt it computes the logits after the last token.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    c = params.config
+    theirs = LlamaConfig(hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+                         num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size, intermediate_size=c.hidden_dim,
+                         max_position_embeddings=max(c.max_seq_len, max_len), rms_norm_eps=c.norm_eps)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(theirs)
+    model.load_state_dict(to_hf(dequantize(params)), assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(theirs)
+    cache = StaticCache(config=theirs, max_cache_len=max_len)
+    tokens = torch.zeros((batch, new), dtype=torch.int64)
+    lengths = [layer for layer in cache.layers if hasattr(layer, "cumulative_length")]
+
+    def step() -> Tensor:
+        if context == 0:
+            cache.reset()
+        for layer in lengths:
+            layer.cumulative_length.fill_(context)  # the same work again
+        return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    if context:
+        with torch.no_grad():
+            model(torch.zeros((batch, context), dtype=torch.int64), past_key_values=cache, use_cache=True)
+    return step
+
+
+def llama_cpp(params: Params, batch: int, new: int, context: int, max_len: int) -> Callable[[], Any]:
+    """The same by llama.cpp (`pip install llama-cpp-python gguf`), on as many threads: of tensors in their dtype, of
+    8-bit weights in Q8_0, of 4-bit ones in Q4_0. Raises `ValueError` where it is not installed, and for several rows.
+    """
+    for name in ("llama_cpp", "gguf"):
+        if importlib.util.find_spec(name) is None:
+            raise ValueError("bench: llama.cpp is not here; pip install llama-cpp-python gguf")
+    if batch != 1:
+        raise ValueError("bench: llama.cpp is measured with one row alone")
+    import llama_cpp as cpp
+
+    with tempfile.TemporaryDirectory() as folder:
+        _write_gguf(params, Path(folder) / "model.gguf")
+        settings = cpp.llama_model_default_params()
+        settings.use_mmap = False  # the file goes when it is read
+        model = cpp.llama_model_load_from_file(str(Path(folder) / "model.gguf").encode(), settings)
+    limits = cpp.llama_context_default_params()
+    limits.n_ctx, limits.n_batch, limits.n_ubatch = max_len, max(context, new), 512
+    limits.n_threads = limits.n_threads_batch = torch.get_num_threads()
+    state = cpp.llama_init_from_model(model, limits)
+    memory = cpp.llama_get_memory(state)
+
+    def feed(count: int) -> None:
+        tokens = (cpp.llama_token * count)(*[300 + i for i in range(count)])
+        if cpp.llama_decode(state, cpp.llama_batch_get_one(tokens, count)):
+            raise RuntimeError("llama.cpp could not take the tokens")
+
+    if context:
+        feed(context)
+
+    def step() -> Any:
+        cpp.llama_memory_seq_rm(memory, 0, context, -1)
+        feed(new)
+        return ctypes.cast(cpp.llama_get_logits(state), ctypes.c_void_p)  # waits for them
+
+    return step
+
+
+def _write_gguf(params: Params, file: Path) -> None:
+    import gguf
+
+    c = params.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(c.max_seq_len)
+    writer.add_embedding_length(c.dim)
+    writer.add_block_count(c.n_layers)
+    writer.add_feed_forward_length(c.hidden_dim)
+    writer.add_head_count(c.n_heads)
+    writer.add_head_count_kv(c.n_kv_heads)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"<{i}>".encode() for i in range(c.vocab_size)])
+    writer.add_token_scores([0.0] * c.vocab_size)
+    writer.add_token_types([1] * c.vocab_size)
+    kinds = gguf.GGMLQuantizationType
+    quantized = {Quantized: kinds.Q8_0, Grouped: kinds.Q4_0}.get(type(params.output))
+    for path, x in tree.paths(dequantize(params)).items():
+        *place, name = path.split(".", 2)  # "blocks.3.attention.wq", or "output"
+        layer = f"blk.{place[1]}." if place else ""
+        inputs = x.shape[1:].numel() if name == "attention.wo" else x.shape[-1]
+        numbers = x.float().reshape(-1, inputs) if x.ndim > 1 else x.float()
+        kind = kinds.F32 if x.ndim == 1 else quantized or getattr(kinds, {"bfloat16": "BF16", "float16": "F16"}.get(
+            str(x.dtype).removeprefix("torch."), "F32"))
+        data = gguf.quants.quantize(numbers.numpy(), kind)
+        writer.add_tensor(f"{layer}{LLAMA_CPP[name]}.weight", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
