@@ -37,8 +37,9 @@ def per_sample_norms(loss: Loss, params: Any, batch: Any, *, chunk_size: int | N
     """The norm of each sample's gradient, in float32 at least, by one backward that makes no gradient of a weight.
 
     Where `params` are `Params`, each weight's share is measured where the model uses it (see `model/tapped.py`), and a
-    `loss` that does anything else with one, or uses it twice, is a `ValueError`. For any other tree and any loss, each
-    leaf's gradients are made for all samples, squared, and dropped.
+    `loss` that does anything else with one, uses it twice, or inside of a transform of its own (`vmap`, `grad`, `jvp`,
+    or a `remat` that closes over it), is a `ValueError`. A layer around which `remat` stands is run as it is. For any
+    other tree and any loss, each leaf's gradients are made for all samples, squared, and dropped.
     """
     exact = functools.reduce(torch.promote_types, [x.dtype for x in tree.leaves(params)], torch.float32)
     zero = torch.zeros((), dtype=exact, device=tree.leaves(params)[0].device)
