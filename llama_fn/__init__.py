@@ -12,7 +12,7 @@ from llama_fn.generation.sampling import narrowing, sampler
 from llama_fn.generation.scoring import Perplexity, Score, perplexity, score, score_options
 from llama_fn.memory import keep_memory
 from llama_fn.model.block import Block, block
-from llama_fn.model.cache import Cache, fork, init_cache
+from llama_fn.model.cache import Cache, fork, init_cache, select
 from llama_fn.model.init import abstract_params, init_params
 from llama_fn.model.transformer import Params, forward
 from llama_fn.shapes import AxesError, typed
@@ -31,6 +31,6 @@ __all__ = [
     "ask", "block", "chat_completion", "clipped_sum", "dequantize", "fork", "forward", "from_hf", "init_cache",
     "init_params", "jit", "keep_memory", "load", "load_tokenizer", "lora", "loss", "loss_sum", "narrowing", "optim",
     "per_sample_grads", "per_sample_norms", "perplexity", "private_grads", "quantize", "random", "remat", "sampler",
-    "save", "score", "score_options", "speculate", "speculate_stream", "stories", "stream", "text_completion",
+    "save", "score", "score_options", "select", "speculate", "speculate_stream", "stories", "stream", "text_completion",
     "to_hf", "train_tokenizer", "tree", "typed",
 ]
