@@ -208,7 +208,8 @@ def test_a_clipped_sum_is_the_sum_of_clipped_gradients(params, seed, share):
     max_norm = share * float(norms_of(grads).median())
     factors = [min(1.0, max_norm / float(norm)) if norm > 0 else 1.0 for norm in norms_of(grads)]
     by_hand = lf.tree.map(lambda g: sum(c * x for c, x in zip(factors, g, strict=True)), grads)
-    assert trees_close(lf.clipped_sum(lf.loss, params, batch, max_norm), by_hand)
+    for chunk_size in (None, 1, 2, 9):
+        assert trees_close(lf.clipped_sum(lf.loss, params, batch, max_norm, chunk_size=chunk_size), by_hand)
 
 
 @given(models(max_layers=1), st.integers(0, B - 1), st.floats(0.01, 20))
@@ -244,6 +245,18 @@ def test_masked_samples_do_not_count_and_the_size_is_the_one_expected():
     by_its_own_size = private(params, tokens[:3], noise_multiplier=0.5, key=key)
     assert trees_close(padded, drawn)
     assert trees_close(drawn, lf.tree.map(lambda g: g * 3 / 4, by_its_own_size))
+
+
+def test_of_a_draw_without_samples_the_private_gradient_is_the_noise():
+    params, key = random_params(CONFIG, lf.random.key(0)), lf.random.key(1)
+    tokens, mask = token_rows(CONFIG, B, 7), torch.zeros((B, 7), dtype=torch.bool)  # none counts
+    options = {"noise_multiplier": 0.5, "key": key, "expected_batch_size": 4}
+    drawn = private(params, tokens[:0], **options)
+    assert lf.optim.global_norm(drawn) > 1 and trees_close(drawn, private(params, (tokens, mask), **options))
+    assert trees_close(drawn, private(params, (tokens, mask), chunk_size=2, **options))
+    assert lf.optim.global_norm(lf.clipped_sum(lf.loss, params, tokens[:0], 1.0)) == 0
+    with pytest.raises(ValueError, match="expected_batch_size must be positive, got 0"):
+        private(params, tokens[:0])
 
 
 @given(keys(), keys(), st.floats(0.1, 3), st.floats(0.1, 10))
@@ -346,6 +359,9 @@ def test_nonsense_of_clipping_and_noise_is_refused():
     for max_norm in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match=f"max_norm must be positive, got {max_norm}"):
             lf.clipped_sum(lf.loss, params, tokens, max_norm)
+    for chunk_size in (0, -1):
+        with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {chunk_size}"):
+            lf.clipped_sum(lf.loss, params, tokens, 1.0, chunk_size=chunk_size)
     for multiplier in (-0.1, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"noise_multiplier must be a number from 0 on, got {multiplier}"):
             private(params, tokens, noise_multiplier=multiplier)

@@ -120,9 +120,19 @@ def from_nothing(params: lf.Params, tokens: Tensor) -> tuple[Tensor, lf.Cache]:
     return lf.forward(params, tokens, lf.init_cache(params.config, max_len=S, dtype=params.norm.dtype))
 
 
+def with_norm(params: lf.Params, norm: Tensor) -> lf.Params:
+    """With another weight of the first norm, small and far from the logits: attention lies between."""
+    first, *rest = params.blocks
+    return params._replace(blocks=(first._replace(attention_norm=norm), *rest))
+
+
 def last(norm: Tensor, params: lf.Params, tokens: Tensor) -> Tensor:
     """The last logits, as a function of one leaf."""
-    return logits(params._replace(norm=norm), tokens)[-1]
+    return logits(with_norm(params, norm), tokens)[-1]
+
+
+def first_norm(w: World) -> Tensor:
+    return w.params.blocks[0].attention_norm
 
 
 VALUES = {
@@ -162,8 +172,8 @@ FIRST = {
         lambda w: gradient(lambda p: dot(logits(p, w.tokens[0]), w.ensemble.output[0, :T, :CONFIG.vocab_size]),
                            w.params)),
     "jacrev": (
-        lambda w: jacrev(last)(w.params.norm, w.params, w.tokens[0]),
-        lambda w: jacobian(lambda norm: last(norm, w.params, w.tokens[0]), w.params.norm)),
+        lambda w: jacrev(last)(first_norm(w), w.params, w.tokens[0]),
+        lambda w: jacobian(lambda norm: last(norm, w.params, w.tokens[0]), first_norm(w))),
     "vmap(grad) over samples": (
         lambda w: vmap(grad(lf.loss), (None, 0))(w.params, w.tokens),
         lambda w: loop(lambda row: gradient(lambda p: lf.loss(p, row), w.params), w.tokens)),
@@ -208,8 +218,8 @@ BEYOND = {
         lambda w: linearize(lambda p: lf.loss(p, w.tokens), w.params)[1](w.v),
         lambda w: tangent(lambda p: lf.loss(p, w.tokens), w.params, w.v)),
     "jacfwd": (
-        lambda w: jacfwd(last)(w.params.norm, w.params, w.tokens[0]),
-        lambda w: jacobian(lambda norm: last(norm, w.params, w.tokens[0]), w.params.norm)),
+        lambda w: jacfwd(last)(first_norm(w), w.params, w.tokens[0]),
+        lambda w: jacobian(lambda norm: last(norm, w.params, w.tokens[0]), first_norm(w))),
     "vmap(jvp) over directions": (
         lambda w: vmap(lambda v: jvp(lambda p: lf.loss(p, w.tokens), (w.params,), (v,))[1])(w.vs),
         lambda w: loop(lambda v: tangent(lambda p: lf.loss(p, w.tokens), w.params, v), w.vs)),
@@ -233,9 +243,9 @@ BEYOND = {
                       (w.cache.v,))[1],
         lambda w: curvature(lambda k: energy(w.params, w.tokens[0], w.cache._replace(k=k)), w.cache.k, w.cache.v)),
     "hessian": (
-        lambda w: hessian(lambda norm: lf.loss(w.params._replace(norm=norm), w.tokens))(w.params.norm),
-        lambda w: loop(lambda v: curvature(lambda norm: lf.loss(w.params._replace(norm=norm), w.tokens),
-                                           w.params.norm, v), torch.eye(CONFIG.dim, dtype=w.params.norm.dtype))),
+        lambda w: hessian(lambda norm: lf.loss(with_norm(w.params, norm), w.tokens))(first_norm(w)),
+        lambda w: loop(lambda v: curvature(lambda norm: lf.loss(with_norm(w.params, norm), w.tokens), first_norm(w), v),
+                       torch.eye(CONFIG.dim, dtype=w.params.norm.dtype))),
     "vmap(hvp) over directions": (
         lambda w: vmap(lambda v: vjp(grad(lambda p: lf.loss(p, w.tokens)), w.params)[1](v)[0])(w.vs),
         lambda w: loop(lambda v: curvature(lambda p: lf.loss(p, w.tokens), w.params, v), w.vs)),
