@@ -355,6 +355,30 @@ def test_a_graph_is_traced_without_reading_numbers():
     assert imagined.shape == expected[0].shape
 
 
+def test_a_pullback_has_derivatives_inside_of_one_transform_and_where_layers_are_computed_again():
+    w = world(FLOAT64)
+    x, v, u = first_norm(w), w.v.norm, w.v.output[0, :CONFIG.vocab_size // 2]
+
+    def f(norm: Tensor, layer: Callable = lf.block) -> Tensor:
+        return lf.forward(with_norm(w.params, norm), w.tokens[0], layer=layer)[0][-1, :len(u)]
+
+    expected = jvp(f, (x,), (v,))[1]
+    second = jvp(grad(lambda x: dot(f(x), u)), (x,), (v,))[1]
+    assert difference(vjp(lambda u: vjp(f, x)[1](u)[0], u)[1](v)[0], expected) < 1e-12
+    again = functools.partial(f, layer=lf.remat(lf.block))
+    assert difference(vjp(vjp(again, x)[1], u)[1]((v,))[0], expected) < 1e-12
+    leaf = x.clone().requires_grad_()
+
+    def twice(f: Callable) -> Tensor:
+        slope, = torch.autograd.grad(dot(f(leaf), u), leaf, create_graph=True)
+        return torch.autograd.grad(dot(slope, v), leaf)[0]
+
+    assert difference(twice(again), second) < 1e-12
+    for refused in (lambda: twice(f), lambda: vjp(vjp(f, x)[1], u)[1]((v,))):
+        with pytest.raises(RuntimeError, match="_for_cpu_backward is not implemented"):
+            refused()
+
+
 # --- compiled: each line alone and in both dtypes with `--hypothesis-profile deep`, in an hour; else some, together
 
 SOME = {
@@ -401,8 +425,12 @@ def test_no_graph_holds_the_zeros_that_inductor_crashes_on():
 
 
 @pytest.mark.slow
-def test_what_torch_compiles_for_no_function():
+def test_what_torch_does_for_no_function():
     torch._dynamo.reset()
+    x, one = torch.arange(3.0), torch.ones(())
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for aten::_make_dual"):
+        vmap(lambda x: linearize(torch.sin, x)[1](one))(x)
+    assert not torch.allclose(grad(lambda x: linearize(torch.sin, x)[1](one))(one), -one.sin())
     with pytest.raises(torch._dynamo.exc.Unsupported, match="disallow_in_graph"):
         torch.compile(lambda x: linearize(torch.sin, x)[1](x), fullgraph=True)(torch.ones(2))
 
