@@ -374,8 +374,9 @@ def test_adapters_of_different_kinds_make_no_stack():
             lora.stack([one, one, other])
     with pytest.raises(ValueError, match=r"lora.stack: there are no adapters"):
         lora.stack([])
-    with pytest.raises(ValueError, match=r"lora.unstack: this is no stack of adapters, .* before that of the rank"):
-        lora.unstack(one)
+    for rank in (2, 3):  # of rank 2, as there are two heads, the first axes of A and B are of one size
+        with pytest.raises(ValueError, match=r"lora.unstack: this is no stack of adapters, .* before that of the rank"):
+            lora.unstack(trained(lf.random.key(0), params, rank, ("wq",)))
     with pytest.raises(ValueError, match=r"lora.unstack: .* for it has no matrices"):
         lora.unstack(one._replace(matrices={}))
 
