@@ -2,7 +2,7 @@
 
     python examples/beam_search.py ["Once upon a time"]
 
-To fork a beam is to take its row of the cache once more.
+To fork a beam is to take its row of the cache once more; the prompt lies in memory once, for all of them.
 """
 
 import sys
@@ -15,8 +15,9 @@ import llama_fn as lf
 
 def beam_search(params: lf.Params, prompt: Tensor, width: int, depth: int) -> tuple[Tensor, Tensor]:
     """The `width` best found continuations of `depth` tokens, the best first, and their log-probabilities."""
-    empty = lf.init_cache(params.config, (1,), max_len=len(prompt) + depth, dtype=params.norm.dtype)
-    logits, cache = lf.forward(params, prompt[None], empty)
+    empty = lf.init_cache(params.config, max_len=len(prompt), dtype=params.norm.dtype)
+    logits, cache = lf.forward(params, prompt, empty)
+    logits, cache = logits[None], lf.fork(cache, (1,), max_len=len(prompt) + depth)
     told, nats = prompt.new_zeros((1, 0)), torch.zeros(1, dtype=logits.dtype)
     while True:
         longer = nats[:, None] + logits[:, -1].log_softmax(-1)
@@ -25,7 +26,7 @@ def beam_search(params: lf.Params, prompt: Tensor, width: int, depth: int) -> tu
         told = torch.cat((told[beam], token), 1)
         if told.shape[1] == depth:
             return told, nats
-        logits, cache = lf.forward(params, token, lf.tree.map(lambda x: x[beam], cache))  # noqa: B023, called at once
+        logits, cache = lf.forward(params, token, lf.select(cache, beam))
 
 
 if __name__ == "__main__":

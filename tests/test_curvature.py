@@ -2,6 +2,7 @@
 
 import math
 import re
+from unittest import mock
 
 import example
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 from strategies import keys, random_params, token_rows
 from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llama_fn as lf
+from llama_fn.model import attention
 
 top_eigenpair = example.functions("hessian_eigenvalue").top_eigenpair
 hessian_trace = example.functions("hessian_trace").hessian_trace
@@ -25,14 +26,14 @@ TOKENS = token_rows(CONFIG, 3, 6)
 
 
 def tiny(key: Tensor) -> tuple[lf.Params, dict]:
-    """A model, and 48 of its numbers in two leaves, one far from the logits and one in which they are linear."""
+    """A model, and 48 of its numbers in two leaves, one before attention and one in which the logits are linear."""
     params = random_params(CONFIG, key)
-    return params, {"inner": params.blocks[0].ffn_norm, "outer": params.norm}
+    return params, {"inner": params.blocks[0].attention_norm, "outer": params.norm}
 
 
 def with_part(params: lf.Params, part: dict) -> lf.Params:
     (block,) = params.blocks
-    return params._replace(blocks=(block._replace(ffn_norm=part["inner"]),), norm=part["outer"])
+    return params._replace(blocks=(block._replace(attention_norm=part["inner"]),), norm=part["outer"])
 
 
 def flat(value) -> Tensor:
@@ -45,9 +46,13 @@ def unflat(x: Tensor, like):
     return lf.tree.unflatten([piece.view(leaf.shape) for piece, leaf in zip(pieces, leaves, strict=True)], structure)
 
 
+def written_out():
+    return mock.patch.object(attention, "attend", attention.written_out)
+
+
 def explicit(f, at) -> Tensor:
-    """The Hessian of f as a matrix. The fused kernel has no second derivative."""
-    with sdpa_kernel(SDPBackend.MATH):
+    """The Hessian of f as a matrix, where attention is its definition."""
+    with written_out():
         return hessian(lambda x: f(unflat(x, at)), flat(at))
 
 
@@ -63,7 +68,7 @@ def symmetric(key: Tensor, n: int) -> Tensor:
     return x + x.T
 
 
-@pytest.mark.parametrize("seed", [10, 20, 23])  # of 20, it is negative
+@pytest.mark.parametrize("seed", [10, 16, 19])  # of 16, it is negative
 def test_the_top_eigenpair_is_that_of_the_explicit_hessian(seed):
     params, part = tiny(lf.random.key(seed))
 
@@ -135,7 +140,8 @@ def test_the_gauss_newton_product_is_that_of_the_matrices(key):
 
     v = lf.random.like(key, part)
     product = gauss_newton_vector(logits, nats, part, v)
-    slope = jacobian(lambda x: logits(unflat(x, part)).flatten(), flat(part))
+    with written_out():
+        slope = jacobian(lambda x: logits(unflat(x, part)).flatten(), flat(part))
     matrix = slope.T @ hessian(lambda z: nats(z.view(3, 5, -1)), logits(part).flatten()) @ slope
     assert lf.tree.structure(product) == lf.tree.structure(part)
     assert (matrix @ flat(v) - flat(product)).abs().max() < 1e-9

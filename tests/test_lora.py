@@ -339,6 +339,8 @@ def test_targets_that_are_no_weights_are_refused():
     for wrong in (0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="alpha must be a positive number, got "):
             lora.init(lf.random.key(0), params, 2, alpha=wrong)
+    with pytest.raises(ValueError, match=r"its dtype must be a floating one, got torch\.int32"):
+        lora.init(lf.random.key(0), params, 2, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("use", [lora.apply, lora.merge, lora.unmerge, lambda params, a: lora.save(a, "here", params)])
@@ -372,6 +374,11 @@ def test_adapters_of_different_kinds_make_no_stack():
             lora.stack([one, one, other])
     with pytest.raises(ValueError, match=r"lora.stack: there are no adapters"):
         lora.stack([])
+    for rank in (2, 3):  # of rank 2, as there are two heads, the first axes of A and B are of one size
+        with pytest.raises(ValueError, match=r"lora.unstack: this is no stack of adapters, .* before that of the rank"):
+            lora.unstack(trained(lf.random.key(0), params, rank, ("wq",)))
+    with pytest.raises(ValueError, match=r"lora.unstack: .* for it has no matrices"):
+        lora.unstack(one._replace(matrices={}))
 
 
 def test_what_is_applied_is_neither_saved_nor_merged_into(model, tmp_path):

@@ -124,6 +124,47 @@ def test_of_any_other_tree_whatever_the_loss_does_the_norms_are_exact(params):
     assert close(lf.per_sample_norms(tied, weights, tokens), norms_of(lf.per_sample_grads(tied, weights, tokens)))
 
 
+def of_rows(params: lf.Params, rows: torch.Tensor) -> torch.Tensor:
+    return torch.vmap(lf.loss, (None, 0))(params, rows).mean()
+
+
+CACHE = lf.forward(random_params(CONFIG, lf.random.key(9)), token_rows(CONFIG, 2),
+                   lf.init_cache(CONFIG, max_len=9, dtype=torch.float64))[1]
+
+
+def of_slopes(params: lf.Params, tokens: torch.Tensor) -> torch.Tensor:
+    """How much the logits would move with the cache: a gradient inside of the loss."""
+    slopes = torch.func.grad(lambda k: lf.forward(params, tokens, CACHE._replace(k=k))[0].square().mean())(CACHE.k)
+    return slopes[0].square().sum()
+
+
+def of_a_direction(params: lf.Params, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.func.jvp(lambda k: lf.forward(params, tokens, CACHE._replace(k=k))[0].square().mean(),
+                          (CACHE.k,), (CACHE.v,))[1]
+
+
+@pytest.mark.parametrize(("loss", "rows"), [
+    (of_rows, (4, 7)), (of_slopes, (7,)), (of_a_direction, (7,)),
+    (lambda params, rows: lf.remat(lambda rows: of_rows(params, rows))(rows), (4, 7)),
+    (lambda params, tokens: lf.remat(lambda tokens: lf.loss(params, tokens))(tokens), (7,))])
+def test_a_loss_with_a_transform_of_its_own_is_refused_and_measured_whole(loss, rows):
+    params, batch = random_params(CONFIG, lf.random.key(0)), token_rows(CONFIG, B, *rows)
+    with pytest.raises(ValueError, match="embedding inside of a transform of its own .* the parameters in a tuple"):
+        lf.per_sample_norms(loss, params, batch)
+    whole = lf.per_sample_norms(lambda p, x: loss(p[0], x), (params,), batch)
+    one_by_one = [lf.optim.global_norm(torch.func.grad(loss)(params, x)) for x in batch]
+    assert close(whole, torch.stack(one_by_one))
+    half = float(whole[0]) / 2
+    clipped = lf.clipped_sum(lambda p, x: loss(p[0], x), (params,), batch[:1], half)
+    assert half > 0 and lf.optim.global_norm(clipped) == pytest.approx(half, rel=1e-9)
+
+
+def test_a_layer_computed_again_has_the_same_norms():
+    params, batch = random_params(CONFIG, lf.random.key(0)), token_rows(CONFIG, B, 7)
+    ours = lf.per_sample_norms(lambda p, x: lf.loss(p, x, layer=lf.remat(lf.block)), params, batch)
+    assert close(ours, lf.per_sample_norms(lf.loss, params, batch))
+
+
 def test_norms_make_no_gradient_a_sample():
     params, tokens = random_params(CONFIG, lf.random.key(0)), token_rows(CONFIG, 64, 5)
     smallest = min(x.nbytes for x in lf.tree.leaves(params) if x.ndim > 1)
@@ -167,7 +208,8 @@ def test_a_clipped_sum_is_the_sum_of_clipped_gradients(params, seed, share):
     max_norm = share * float(norms_of(grads).median())
     factors = [min(1.0, max_norm / float(norm)) if norm > 0 else 1.0 for norm in norms_of(grads)]
     by_hand = lf.tree.map(lambda g: sum(c * x for c, x in zip(factors, g, strict=True)), grads)
-    assert trees_close(lf.clipped_sum(lf.loss, params, batch, max_norm), by_hand)
+    for chunk_size in (None, 1, 2, 9):
+        assert trees_close(lf.clipped_sum(lf.loss, params, batch, max_norm, chunk_size=chunk_size), by_hand)
 
 
 @given(models(max_layers=1), st.integers(0, B - 1), st.floats(0.01, 20))
@@ -203,6 +245,18 @@ def test_masked_samples_do_not_count_and_the_size_is_the_one_expected():
     by_its_own_size = private(params, tokens[:3], noise_multiplier=0.5, key=key)
     assert trees_close(padded, drawn)
     assert trees_close(drawn, lf.tree.map(lambda g: g * 3 / 4, by_its_own_size))
+
+
+def test_of_a_draw_without_samples_the_private_gradient_is_the_noise():
+    params, key = random_params(CONFIG, lf.random.key(0)), lf.random.key(1)
+    tokens, mask = token_rows(CONFIG, B, 7), torch.zeros((B, 7), dtype=torch.bool)  # none counts
+    options = {"noise_multiplier": 0.5, "key": key, "expected_batch_size": 4}
+    drawn = private(params, tokens[:0], **options)
+    assert lf.optim.global_norm(drawn) > 1 and trees_close(drawn, private(params, (tokens, mask), **options))
+    assert trees_close(drawn, private(params, (tokens, mask), chunk_size=2, **options))
+    assert lf.optim.global_norm(lf.clipped_sum(lf.loss, params, tokens[:0], 1.0)) == 0
+    with pytest.raises(ValueError, match="expected_batch_size must be positive, got 0"):
+        private(params, tokens[:0])
 
 
 @given(keys(), keys(), st.floats(0.1, 3), st.floats(0.1, 10))
@@ -242,9 +296,19 @@ def test_a_private_step_trains_and_keeps_the_tree():
 
 
 @pytest.mark.slow
+def test_traced_for_the_compiler_a_loss_with_a_transform_of_its_own_is_refused_too():
+    params = random_params(CONFIG, lf.random.key(0))
+    for loss, rows in ((of_rows, (4, 7)), (of_slopes, (7,))):
+        traced = torch.compile(lambda p, x: lf.per_sample_norms(loss, p, x), fullgraph=True, backend="eager")  # noqa: B023
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="inside of a transform of its own"):
+            traced(params, token_rows(CONFIG, B, *rows))
+
+
+@pytest.mark.slow
 def test_traced_for_the_compiler_all_is_as_in_eager_mode():
     def f(params, tokens, weight, x):
         return (lf.clipped_sum(lf.loss, params, tokens, median),
+                lf.per_sample_norms(lambda p, x: lf.loss(p, x, layer=lf.remat(lf.block)), params, tokens),
                 lf.clipped_sum(lambda weight, x: (weight * x).sum().sin(), weight, x, 0.5))
 
     params, tokens = random_params(CONFIG, lf.random.key(0)), token_rows(CONFIG, B, 20)
@@ -295,6 +359,9 @@ def test_nonsense_of_clipping_and_noise_is_refused():
     for max_norm in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match=f"max_norm must be positive, got {max_norm}"):
             lf.clipped_sum(lf.loss, params, tokens, max_norm)
+    for chunk_size in (0, -1):
+        with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {chunk_size}"):
+            lf.clipped_sum(lf.loss, params, tokens, 1.0, chunk_size=chunk_size)
     for multiplier in (-0.1, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"noise_multiplier must be a number from 0 on, got {multiplier}"):
             private(params, tokens, noise_multiplier=multiplier)

@@ -212,7 +212,9 @@ def test_bad_requests_are_refused_at_once(model, draft):
     with pytest.raises(ValueError, match="3 keys for 2 prompts"):
         lf.speculate(model, draft, ["a", "b"], key=lf.random.split(key, 3))
     broken = lf.Model(draft.params._replace(norm=draft.params.norm * math.nan), draft.tokenizer)
-    with pytest.raises(ValueError, match="the logits are NaN"):
+    with pytest.raises(ValueError, match="the draft's logits are NaN"):
         lf.speculate(model, broken, ["a"], key=key)
+    with pytest.raises(ValueError, match="^(?!the draft).*the logits are NaN"):
+        lf.speculate(broken, draft, ["a"], key=key)
     assert lf.speculate(model, draft, [], key=key) == []
     assert lf.speculate(model, draft, ["a"], key=key, max_new_tokens=0) == [lf.Speculation()]

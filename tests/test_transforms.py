@@ -120,9 +120,19 @@ def from_nothing(params: lf.Params, tokens: Tensor) -> tuple[Tensor, lf.Cache]:
     return lf.forward(params, tokens, lf.init_cache(params.config, max_len=S, dtype=params.norm.dtype))
 
 
+def with_norm(params: lf.Params, norm: Tensor) -> lf.Params:
+    """With another weight of the first norm, small and far from the logits: attention lies between."""
+    first, *rest = params.blocks
+    return params._replace(blocks=(first._replace(attention_norm=norm), *rest))
+
+
 def last(norm: Tensor, params: lf.Params, tokens: Tensor) -> Tensor:
     """The last logits, as a function of one leaf."""
-    return logits(params._replace(norm=norm), tokens)[-1]
+    return logits(with_norm(params, norm), tokens)[-1]
+
+
+def first_norm(w: World) -> Tensor:
+    return w.params.blocks[0].attention_norm
 
 
 VALUES = {
@@ -162,8 +172,8 @@ FIRST = {
         lambda w: gradient(lambda p: dot(logits(p, w.tokens[0]), w.ensemble.output[0, :T, :CONFIG.vocab_size]),
                            w.params)),
     "jacrev": (
-        lambda w: jacrev(last)(w.params.norm, w.params, w.tokens[0]),
-        lambda w: jacobian(lambda norm: last(norm, w.params, w.tokens[0]), w.params.norm)),
+        lambda w: jacrev(last)(first_norm(w), w.params, w.tokens[0]),
+        lambda w: jacobian(lambda norm: last(norm, w.params, w.tokens[0]), first_norm(w))),
     "vmap(grad) over samples": (
         lambda w: vmap(grad(lf.loss), (None, 0))(w.params, w.tokens),
         lambda w: loop(lambda row: gradient(lambda p: lf.loss(p, row), w.params), w.tokens)),
@@ -208,8 +218,8 @@ BEYOND = {
         lambda w: linearize(lambda p: lf.loss(p, w.tokens), w.params)[1](w.v),
         lambda w: tangent(lambda p: lf.loss(p, w.tokens), w.params, w.v)),
     "jacfwd": (
-        lambda w: jacfwd(last)(w.params.norm, w.params, w.tokens[0]),
-        lambda w: jacobian(lambda norm: last(norm, w.params, w.tokens[0]), w.params.norm)),
+        lambda w: jacfwd(last)(first_norm(w), w.params, w.tokens[0]),
+        lambda w: jacobian(lambda norm: last(norm, w.params, w.tokens[0]), first_norm(w))),
     "vmap(jvp) over directions": (
         lambda w: vmap(lambda v: jvp(lambda p: lf.loss(p, w.tokens), (w.params,), (v,))[1])(w.vs),
         lambda w: loop(lambda v: tangent(lambda p: lf.loss(p, w.tokens), w.params, v), w.vs)),
@@ -233,9 +243,9 @@ BEYOND = {
                       (w.cache.v,))[1],
         lambda w: curvature(lambda k: energy(w.params, w.tokens[0], w.cache._replace(k=k)), w.cache.k, w.cache.v)),
     "hessian": (
-        lambda w: hessian(lambda norm: lf.loss(w.params._replace(norm=norm), w.tokens))(w.params.norm),
-        lambda w: loop(lambda v: curvature(lambda norm: lf.loss(w.params._replace(norm=norm), w.tokens),
-                                           w.params.norm, v), torch.eye(CONFIG.dim, dtype=w.params.norm.dtype))),
+        lambda w: hessian(lambda norm: lf.loss(with_norm(w.params, norm), w.tokens))(first_norm(w)),
+        lambda w: loop(lambda v: curvature(lambda norm: lf.loss(with_norm(w.params, norm), w.tokens), first_norm(w), v),
+                       torch.eye(CONFIG.dim, dtype=w.params.norm.dtype))),
     "vmap(hvp) over directions": (
         lambda w: vmap(lambda v: vjp(grad(lambda p: lf.loss(p, w.tokens)), w.params)[1](v)[0])(w.vs),
         lambda w: loop(lambda v: curvature(lambda p: lf.loss(p, w.tokens), w.params, v), w.vs)),
@@ -345,6 +355,30 @@ def test_a_graph_is_traced_without_reading_numbers():
     assert imagined.shape == expected[0].shape
 
 
+def test_a_pullback_has_derivatives_inside_of_one_transform_and_where_layers_are_computed_again():
+    w = world(FLOAT64)
+    x, v, u = first_norm(w), w.v.norm, w.v.output[0, :CONFIG.vocab_size // 2]
+
+    def f(norm: Tensor, layer: Callable = lf.block) -> Tensor:
+        return lf.forward(with_norm(w.params, norm), w.tokens[0], layer=layer)[0][-1, :len(u)]
+
+    expected = jvp(f, (x,), (v,))[1]
+    second = jvp(grad(lambda x: dot(f(x), u)), (x,), (v,))[1]
+    assert difference(vjp(lambda u: vjp(f, x)[1](u)[0], u)[1](v)[0], expected) < 1e-12
+    again = functools.partial(f, layer=lf.remat(lf.block))
+    assert difference(vjp(vjp(again, x)[1], u)[1]((v,))[0], expected) < 1e-12
+    leaf = x.clone().requires_grad_()
+
+    def twice(f: Callable) -> Tensor:
+        slope, = torch.autograd.grad(dot(f(leaf), u), leaf, create_graph=True)
+        return torch.autograd.grad(dot(slope, v), leaf)[0]
+
+    assert difference(twice(again), second) < 1e-12
+    for refused in (lambda: twice(f), lambda: vjp(vjp(f, x)[1], u)[1]((v,))):
+        with pytest.raises(RuntimeError, match="_for_cpu_backward is not implemented"):
+            refused()
+
+
 # --- compiled: each line alone and in both dtypes with `--hypothesis-profile deep`, in an hour; else some, together
 
 SOME = {
@@ -391,8 +425,12 @@ def test_no_graph_holds_the_zeros_that_inductor_crashes_on():
 
 
 @pytest.mark.slow
-def test_what_torch_compiles_for_no_function():
+def test_what_torch_does_for_no_function():
     torch._dynamo.reset()
+    x, one = torch.arange(3.0), torch.ones(())
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for aten::_make_dual"):
+        vmap(lambda x: linearize(torch.sin, x)[1](one))(x)
+    assert not torch.allclose(grad(lambda x: linearize(torch.sin, x)[1](one))(one), -one.sin())
     with pytest.raises(torch._dynamo.exc.Unsupported, match="disallow_in_graph"):
         torch.compile(lambda x: linearize(torch.sin, x)[1](x), fullgraph=True)(torch.ones(2))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama_fn import random, tree
 from llama_fn.generation.sampling import Sampler
+from llama_fn.model import cache as kv
 from llama_fn.model.cache import Cache, init_cache
 from llama_fn.model.transformer import Params, forward
 from llama_fn.shapes import typed
@@ -150,7 +151,8 @@ def steps(params: Params, state: State, keys: Int[Tensor, "b 2"], sample: Sample
 
 def select(state: State, rows: list[int]) -> State:
     """The state of some of the rows, in the order given; the same row twice is a fork."""
-    return tree.map(lambda x: x[rows], state)
+    rest = tree.map(lambda x: x[rows], state._replace(cache=None))
+    return rest._replace(cache=kv.select(state.cache, rows))
 
 
 def _forward(params: Params, adapters: Lora | None, tokens: Tensor, cache: Cache,

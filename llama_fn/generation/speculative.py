@@ -83,6 +83,8 @@ def begin(target: Params, draft: Params, prompts: Sequence[list[int]], keys: Int
     """The state after the prompts and one token a row."""
     state, _ = decode.prefill(target, prompts, max_len)
     other, _ = decode.prefill(draft, prompts, max_len)
+    if other.logits.isnan().any():  # those of the target are looked at where it draws
+        raise ValueError("the draft's logits are NaN: its weights are damaged, or overflowed in a 16-bit dtype")
     length, logits = state.cache.length, narrow(state.logits, state.tokens)
     token = _draw(logits, noise(keys, length, 1, logits.shape[-1], logits.dtype)[:, 0])
     return State(state.cache, other.cache._replace(length=length - 1), _put(state.tokens, length, token))

@@ -16,9 +16,12 @@ PAGE = 64
 
 
 class Forked(NamedTuple):
-    """The slots of several sequences that began as one: those of the beginning, there once, and each one's own."""
+    """The slots of several sequences that began as one: those of the beginning, there once, and each one's own.
 
-    shared: Float[Tensor, "*c k _ h"]
+    `shared` has an axis of size 1 where `own` has one of rows that began as one.
+    """
+
+    shared: Float[Tensor, "... k _ h"]
     own: Float[Tensor, "*b k s h"]
 
     @property
@@ -61,28 +64,58 @@ def init_cache(config: Config, batch: tuple[int, ...] = (), *, max_len: int, dty
     return Cache(k, v, torch.zeros(batch, dtype=torch.int64, device=device))
 
 
-def fork(cache: Cache, batch: tuple[int, ...], *, max_len: int) -> Cache:
+def fork(cache: Cache, batch: tuple[int, ...], *, max_len: int, at: int | None = None) -> Cache:
     """Sequences that go on from one, as many as `batch` has: what they share lies in memory once, for all of them.
 
     `forward` takes the result as any other cache, each row with its own tokens, up to `max_len` in all. A row cannot be
-    rewound to before the fork. The rows of a cache with batch axes are each forked; the new axes come first.
+    rewound to before the fork. The rows of a cache with batch axes are each forked; the new axes come first. They part
+    after `at` tokens; None is all that the cache holds, which is read off its length.
 
-    Raises `ValueError` where rows differ in length, where nothing is left of `max_len`, and for a forked cache.
+    What is shared has the new axes, too, of size 1. Some of the rows are `select(cache, rows)`: an index of one's own,
+    `lf.tree.map(lambda x: x[rows], cache)`, is an error there beyond row 0, as is mapping over it. Under `vmap`, map
+    `Forked(None, 0)`.
+
+    Raises `ValueError` where rows differ in length or it cannot be read (compiled, mapped) and there is no `at`, where
+    nothing is left of `max_len`, and for a forked cache. (Its axis s has two sizes, so this function is not `typed`.)
     """
+    if not isinstance(batch, tuple):
+        raise ValueError(f"fork: batch is a tuple of sizes, as (5,) for five rows, got {batch!r}")
     if any(isinstance(leaf, Forked) for leaf in cache.k):
         raise ValueError("fork: this cache is forked already; fork the one that it came from")
-    lengths = cache.length.unique().tolist()
-    if len(lengths) != 1:
-        raise ValueError(f"fork: the rows must be of one length, got {lengths}; fork each by itself")
-    if max_len <= lengths[0]:
-        raise ValueError(f"fork: max_len counts what is shared, too: more than {lengths[0]} is needed, got {max_len}")
+    if at is None:
+        if not concrete(cache.length):
+            raise ValueError("fork: compiled or mapped, a cache's length cannot be read; give it as at=...")
+        lengths = cache.length.unique().tolist()
+        if len(lengths) != 1:
+            raise ValueError(f"fork: the rows must be of one length, got {lengths}; fork each by itself, or all at=...")
+        at = lengths[0]
+    elif at < 0 or (concrete(cache.length) and at > int(cache.length.min())):
+        raise ValueError(f"fork: rows part after 0 tokens or more, of those that all of them have, got at={at}")
+    if max_len <= at:
+        raise ValueError(f"fork: max_len counts what is shared, too: more than {at} is needed, got {max_len}")
 
     def forked(leaf: Tensor) -> Forked:
         *rows, k, _, h = leaf.shape
-        return Forked(leaf[..., :lengths[0], :], leaf.new_zeros((*batch, *rows, k, max_len - lengths[0], h)))
+        shared = leaf[..., :at, :].reshape(*(1 for _ in batch), *rows, k, at, h)
+        return Forked(shared, leaf.new_zeros((*batch, *rows, k, max_len - at, h)))
 
     k, v = (tuple(map(forked, leaves)) for leaves in cache[:2])
-    return Cache(k, v, cache.length.expand(*batch, *cache.length.shape).clone())
+    return Cache(k, v, cache.length.new_full((*batch, *cache.length.shape), at))
+
+
+def select(cache: Cache, rows: Tensor | list[int]) -> Cache:
+    """Some rows of the first axis, in the order given: numbers, or a mask. The same row twice is a fork of it.
+
+    What the rows of a forked cache share stays in memory once, where an index into each leaf would go wrong.
+    """
+
+    def some(leaf: Tensor | Forked) -> Tensor | Forked:
+        if isinstance(leaf, Forked):
+            return Forked(leaf.shared if leaf.shared.shape[0] == 1 else leaf.shared[rows], leaf.own[rows])
+        return leaf[rows]
+
+    k, v = (tuple(map(some, leaves)) for leaves in cache[:2])
+    return Cache(k, v, cache.length[rows])
 
 
 @typed
@@ -115,7 +148,13 @@ def reach(cache: Cache, new: int) -> Tensor:
 
 
 def check_room(cache: Cache, new: int) -> None:
-    """Raise `ValueError` if a row has no room for `new` tokens more. Where numbers cannot be read, do nothing."""
+    """Raise `ValueError` if a row has no room for `new` tokens more (where numbers can be read), and for a forked cache
+    with an index in what its rows share.
+    """
+    if isinstance(cache.k[0], Forked) and not _fits(*(leaf.shape[:-3] for leaf in cache.k[0])):
+        shared, own = (list(leaf.shape[:-3]) for leaf in cache.k[0])
+        raise ValueError(f"this forked cache has rows of axes {own}, and what they share is of {shared}, which does "
+                         "not fit; take some of its rows with lf.select")
     if concrete(cache.length) and cache.length.numel():
         used, slots = int(cache.length.max()), cache.k[0].shape[-2]
         start = cache.k[0].shared.shape[-2] if isinstance(cache.k[0], Forked) else 0
@@ -150,9 +189,17 @@ def _first(leaf: Tensor | Forked, slots: int) -> Tensor | Forked:
 
 def _clean(leaf: Tensor | Forked, positions: Tensor) -> Tensor | Forked:
     if isinstance(leaf, Forked):
-        return leaf._replace(own=_clean(leaf.own, positions - leaf.shared.shape[-2]))
+        # Where vmap took an axis off a row's own slots, what is shared has one of size 1 too many.
+        shared = leaf.shared if leaf.shared.ndim <= leaf.own.ndim else leaf.shared.reshape(leaf.shared.shape[-3:])
+        return Forked(shared, _clean(leaf.own, positions - shared.shape[-2]))
     slots = torch.arange(leaf.shape[-2], device=positions.device)
     return leaf.masked_fill(rearrange(slots > positions[..., -1:], "... s -> ... 1 s 1"), 0)
+
+
+def _fits(shared: torch.Size, own: torch.Size) -> bool:
+    """Whether the batch axes of what is shared are those of the rows, or 1; a fork of one may have more, all 1."""
+    ends = zip(reversed(shared), reversed(own), strict=False)
+    return set(shared) <= {1} or (len(shared) <= len(own) and all(a in (1, b) for a, b in ends))
 
 
 def _may_be_expanded(leaf: Tensor) -> bool:

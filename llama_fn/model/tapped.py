@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llama_fn.shapes import typed
+from llama_fn.shapes import transforms, typed
 
 REMEDY = ("for such a loss, have whole gradients measured, one weight at a time, by wrapping the parameters in a "
           "tuple: the loss is lambda p, *example: loss(p[0], *example), and the parameters (params,)")
@@ -28,13 +28,17 @@ class Tapped:
 
     A leaf, and no tree of tensors: what does not know it fails on it, where a weight that is changed on its way would
     have another gradient than the one measured. It may be used once: the norm of a sum does not follow from the norms.
+    What a `vmap` or `grad` inside of the loss makes of its use is such a sum: it may be used only where it was made.
     """
 
     def __init__(self, weight: Tensor, tap: Tensor, path: str) -> None:
-        self.shape, self.path, self._tensors = weight.shape, path, (weight, tap)
+        self.shape, self.path, self._tensors, self._depth = weight.shape, path, (weight, tap), transforms()
 
     def use(self) -> tuple[Tensor, Tensor]:
-        """The weight and its tap. Raises `TappedError` the second time."""
+        """The weight and its tap. Raises `TappedError` the second time, and inside of any further transform."""
+        if transforms() != self._depth:
+            raise TappedError(f"the loss uses the weight {self.path} inside of a transform of its own (vmap, grad, "
+                              f"jvp, remat), and the norm of its gradient is measured outside of them; {REMEDY}")
         if self._tensors is None:
             raise TappedError(f"the loss uses the weight {self.path} twice, and the norm of its gradient is measured "
                               f"in one place; {REMEDY}")

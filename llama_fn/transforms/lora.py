@@ -65,6 +65,8 @@ def init(key: Key, params: Params, rank: int, targets: Sequence[str] = ("wq", "w
     if not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"lora.init: alpha must be a positive number, got {alpha}")
     device, dtype = params.embedding.device, dtype or torch.promote_types(params.embedding.dtype, torch.float32)
+    if not dtype.is_floating_point:
+        raise ValueError(f"lora.init: an adapter is trained, so its dtype must be a floating one, got {dtype}")
     matrices = {}
     for each, (path, weight) in zip(random.split(key, len(found)), found.items(), strict=True):
         bound = 1 / math.sqrt(math.prod(weight.inner))
@@ -123,9 +125,12 @@ def stack(adapters: Sequence[Lora]) -> Lora:
 
 
 def unstack(adapter: Lora) -> list[Lora]:
-    """The inverse of `stack`; the adapters share its memory."""
-    count = len(tree.leaves(adapter)[0])
-    return [tree.map(lambda x: x[i], adapter) for i in range(count)]  # noqa: B023
+    """The inverse of `stack`; the adapters share its memory. Raises `ValueError` for what is no stack."""
+    counts = {len(x) for x in tree.leaves(adapter)}
+    if len(counts) != 1 or any(a.shape[1] != b.shape[-1] for a, b in adapter.matrices.values()):
+        raise ValueError("lora.unstack: this is no stack of adapters, whose leaves have a first axis of one size, "
+                         f"{'for it has no matrices' if not counts else 'before that of the rank'}")
+    return [tree.map(lambda x: x[i], adapter) for i in range(counts.pop())]  # noqa: B023
 
 
 @typed

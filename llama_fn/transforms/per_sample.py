@@ -37,8 +37,9 @@ def per_sample_norms(loss: Loss, params: Any, batch: Any, *, chunk_size: int | N
     """The norm of each sample's gradient, in float32 at least, by one backward that makes no gradient of a weight.
 
     Where `params` are `Params`, each weight's share is measured where the model uses it (see `model/tapped.py`), and a
-    `loss` that does anything else with one, or uses it twice, is a `ValueError`. For any other tree and any loss, each
-    leaf's gradients are made for all samples, squared, and dropped.
+    `loss` that does anything else with one, uses it twice, or inside of a transform of its own (`vmap`, `grad`, `jvp`,
+    or a `remat` that closes over it), is a `ValueError`. A layer around which `remat` stands is run as it is. For any
+    other tree and any loss, each leaf's gradients are made for all samples, squared, and dropped.
     """
     exact = functools.reduce(torch.promote_types, [x.dtype for x in tree.leaves(params)], torch.float32)
     zero = torch.zeros((), dtype=exact, device=tree.leaves(params)[0].device)
@@ -56,28 +57,39 @@ def per_sample_norms(loss: Loss, params: Any, batch: Any, *, chunk_size: int | N
 
 
 @typed
-def clipped_sum(loss: Loss, params: Any, batch: Any, max_norm: float | int) -> Any:
+def clipped_sum(loss: Loss, params: Any, batch: Any, max_norm: float | int, *, chunk_size: int | None = None) -> Any:
     """The sum over the samples of min(1, max_norm / |g|) g, for gradients g, which are not held: a second backward of
     the losses, each times its factor ("ghost clipping").
 
-    Sums of several batches add up. Raises `ValueError` as `per_sample_norms` does, and for a `max_norm` that is not
-    positive.
+    `chunk_size` samples are gone through at once, None is all of them: sums of several batches add up, and that of no
+    samples is 0. Raises `ValueError` as `per_sample_norms` does, and for a `max_norm` that is not positive.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}; math.inf clips nothing")
-    factors = (max_norm / per_sample_norms(loss, params, batch)).clamp(max=1)
-    return torch.func.grad(lambda params: (_mapped(loss, params, batch) * factors).sum())(params)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    count = _samples(batch)
+    size = chunk_size or max(count, 1)
+
+    def added(total: Any, start: int) -> Any:
+        chunk = tree.map(lambda x: x[start:start + size], batch)
+        factors = (max_norm / per_sample_norms(loss, params, chunk)).clamp(max=1)
+        clipped = torch.func.grad(lambda params: (_mapped(loss, params, chunk) * factors).sum())(params)
+        return tree.map(torch.add, total, clipped)
+
+    return functools.reduce(added, range(0, count, size), tree.map(torch.zeros_like, params))
 
 
 @typed
 def private_grads(loss: Loss, params: Any, batch: Any, *, max_norm: float | int, noise_multiplier: float | int,
-                  key: Key, expected_batch_size: float | int | None = None) -> Any:
+                  key: Key, expected_batch_size: float | int | None = None, chunk_size: int | None = None) -> Any:
     """The mean gradient made private (DP-SGD: Abadi et al. 2016, algorithm 1), a tree like `params` for any optimizer.
 
     To the sum of gradients of norm `max_norm` at most comes normal noise of deviation `noise_multiplier * max_norm`,
     and all of it is divided by `expected_batch_size`: where each sample is drawn with a probability, that of the draw
     times their number, for the size that came up is itself private. None is the size of this batch. A sample without
-    a gradient, all masked, counts as none.
+    a gradient, all masked, counts as none, and of a draw without samples the sum is the noise. `chunk_size` is that of
+    `clipped_sum`.
 
     The noise depends on the key alone, and who knows the key can take it away: draw it from a secret seed, use it once.
     Raises `ValueError` as `clipped_sum` does, for negative noise, and for noise where nothing is clipped.
@@ -89,7 +101,7 @@ def private_grads(loss: Loss, params: Any, batch: Any, *, max_norm: float | int,
     size = _samples(batch) if expected_batch_size is None else expected_batch_size
     if not 0 < size < math.inf:
         raise ValueError(f"expected_batch_size must be positive, got {size}")
-    total = clipped_sum(loss, params, batch, max_norm)
+    total = clipped_sum(loss, params, batch, max_norm, chunk_size=chunk_size)
     keys = iter(random.split(key, len(tree.leaves(total))))
 
     def noisy(g: Tensor) -> Tensor:
@@ -102,19 +114,19 @@ def private_grads(loss: Loss, params: Any, batch: Any, *, max_norm: float | int,
     return tree.map(noisy, total)
 
 
-def _samples(batch: Any) -> int:
-    """The number of samples of a batch. Raises `ValueError` where its tensors do not agree on one."""
+def _samples(batch: Any, least: int = 0) -> int:
+    """The number of samples of a batch. Raises `ValueError` where its tensors do not agree on one, and for too few."""
     shapes = {path: tuple(getattr(x, "shape", ())) for path, x in tree.paths(batch).items()}
     counts = {shape[:1] for shape in shapes.values()}
-    if len(counts) != 1 or not all(counts) or (0,) in counts:
+    if len(counts) != 1 or not all(counts) or min(counts) < (least,):
         told = ", ".join(f"{path or 'it'} is {list(shape)}" for path, shape in shapes.items()) or "it has none"
-        raise ValueError("the tensors of a batch have a first axis of samples, as many in each and at least one: "
-                         f"{told}")
+        raise ValueError("the tensors of a batch have a first axis of samples, as many in each"
+                         f"{' and at least one' * (least > 0)}: {told}")
     return counts.pop()[0]
 
 
 def _mapped(f: Callable, params: Any, batch: Any, chunk_size: int | None = None) -> Any:
     """f(params, *example) for each example, the results along a first axis."""
-    _samples(batch)
+    _samples(batch, least=1)
     batch = batch if type(batch) is tuple else (batch,)
     return torch.vmap(f, (None, *tree.map(lambda x: 0, batch)), chunk_size=chunk_size)(params, *batch)

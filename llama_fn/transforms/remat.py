@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llama_fn import tree
+from llama_fn.model.tapped import Tapped
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,9 +28,10 @@ def remat(f: Callable[P, R]) -> Callable[P, R]:
     """`f` with the same signature, results and derivatives of every order, which keeps its arguments alone.
 
     Legal inside and outside of `torch.func`'s transforms and inside `torch.compile`, for trees of any kind in and out.
-    Two limits, of memory and not of results: forward mode (`jvp`, `jacfwd`, `hessian`) runs `f` as it stands, so take
-    a Hessian-vector product in reverse twice, `vjp(grad(loss))`; and so does an eager `f` that closes over a tensor
-    under a transform: pass it as an argument. (What a compiled one closes over becomes an argument by itself.)
+    Three limits, of memory and not of results. `f` runs as it stands in forward mode (`jvp`, `jacfwd`, `hessian`: take
+    a Hessian-vector product in reverse twice, `vjp(grad(loss))`); where the norms of per-sample gradients are measured
+    in its weights (`per_sample_norms`, and the first backward of `clipped_sum`); and where an eager `f` closes over a
+    tensor under a transform: pass it as an argument. (What a compiled one closes over becomes an argument by itself.)
     """
 
     def own(*args: Any, **kwargs: Any) -> R:
@@ -39,7 +41,7 @@ def remat(f: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(f)
     def computed_again(*args: Any, **kwargs: Any) -> R:
-        if _forward_mode():
+        if _forward_mode() or any(isinstance(x, Tapped) for x in tree.leaves((args, kwargs))):
             return f(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             return dynamo_bypassing_wrapper(_in_graph, own, *args, **kwargs)
