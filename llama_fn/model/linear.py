@@ -14,6 +14,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from llama_fn import tree
 from llama_fn.model.quantized import GROUP, Grouped, Quantized, dequantized
 from llama_fn.model.tapped import Tapped, linear_observed
 from llama_fn.shapes import transforms, typed
@@ -93,7 +94,7 @@ def in_pieces(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]
     exact = torch.promote_types(x.dtype, torch.float32)
     wide, parts = x.to(exact), []
     for at in range(0, weight.shape[0], PIECE):
-        piece = weight[at:at + PIECE] if isinstance(weight, Tensor) else type(weight)(*(p[at:at + PIECE] for p in weight))
+        piece = tree.map(lambda part: part[at:at + PIECE], weight)  # noqa: B023
         parts.append(F.linear(wide, piece.to(exact) if isinstance(piece, Tensor) else dequantized(piece, exact)))
     return torch.cat(parts, -1).to(x.dtype)
 
@@ -126,8 +127,9 @@ def sums(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
 def _sums(weight: Tensor, rows: Tensor) -> Tensor:
     rows, total = _in_memory(rows), 0.0
     blocks = -(-rows.numel() // 24_576)  # rows that are not in the nearest cache are slower than a weight to read
-    halves = 2 if len(rows) == 1 and weight.shape[-1] > 4096 else 1  # 24 GB/s in place of 21 for 5,632 inputs
     for part, some in zip(weight.chunk(blocks, -1), rows.chunk(blocks, -1), strict=True):
+        width = part.shape[-1]  # in two halves, 24 GB/s in place of 21 for 5,632 inputs
+        halves = 2 if len(rows) == 1 and width > 4096 and width % 2 == 0 else 1
         streams = [torch.stack([_dot(w.chunk(halves, -1), row.chunk(halves)) for row in some])
                    for w in part.chunk(max(1, 4 // len(rows)))]
         total = total + torch.cat(streams, -1)
