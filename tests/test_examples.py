@@ -93,6 +93,19 @@ def test_seven_billion_makes_opens_and_decodes(tmp_path, monkeypatch, capsys, sh
     assert "opened " in out and "median of 2" in out and "GiB resident" in out
 
 
+def test_quantize_tells_what_bits_cost(tmp_path, monkeypatch, capsys, texts):
+    (tmp_path / "stories.txt").write_text("\n".join(texts[:3]))
+    monkeypatch.setattr(sys, "argv", ["quantize.py", "stories", str(tmp_path / "stories.txt")])
+    runpy.run_path(str(ROOT / "examples" / "quantize.py"), run_name="__main__")
+    _, *rows, last = capsys.readouterr().out.splitlines()
+    names, largest, mean, bits, perplexity, size = zip(*(row.split() for row in rows), strict=True)
+    assert names == ("float32", "int8", "int4") and largest[0] == mean[0] == "0.0000"
+    assert 0 < float(mean[1]) < float(mean[2]) / 5 and float(mean[2]) < float(largest[2])
+    assert 1 <= float(perplexity[0]) < 1.02 * float(perplexity[1]) and float(bits[2]) < 1.3 * float(bits[0])
+    assert size == ("3,839,040", "1,426,752", "1,065,024")
+    assert f"bits a byte of {(tmp_path / 'stories.txt').stat().st_size:,} bytes" in last
+
+
 @pytest.mark.slow
 def test_the_first_block_of_the_readme_runs(tmp_path):
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)

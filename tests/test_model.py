@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from strategies import SCALINGS, configs, keys, models, random_params, scaled, token_rows
 
 import llama_fn as lf
-from llama_fn.model import linear
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotate, rotation
 from llama_fn.model.rope import scaled as slowed
@@ -322,23 +321,6 @@ def test_gqa_equals_mha_with_repeated_heads(params):
     tokens = token_rows(config, B, T)
     mha, _ = lf.forward(params._replace(blocks=tuple(map(repeat, params.blocks)), config=wide), tokens)
     assert close(lf.forward(params, tokens)[0], mha)
-
-
-@given(keys())
-def test_the_linear_kernel_computes_what_is_written_out(key):
-    weight, x = lf.random.normal(key, (11, 6), torch.float64), lf.random.normal(key, (B, T, 6), torch.float64)
-    assert close(linear.linear(weight, x), linear.written_out(weight, x))
-
-
-@given(keys(), st.integers(1, 11), st.sampled_from([(), (1,), (1, 1)]))
-def test_one_row_computes_what_is_written_out(key, outputs, batch):
-    one, two = lf.random.split(key)
-    weight, x = lf.random.normal(one, (outputs, 99), torch.float64), lf.random.normal(two, (*batch, 99), torch.float64)
-    assert close(linear.one_row(x, weight), linear.written_out(weight, x))
-    weight, x = weight.bfloat16(), x.bfloat16()
-    exact, terms = (linear.written_out(w.double(), y.double()) for w, y in ((weight, x), (weight.abs(), x.abs())))
-    wrong = (linear.one_row(x, weight) - exact).abs()
-    assert (wrong <= 2**-8 * exact.abs() + 1e-5 * terms).all()  # rounded once, at the end
 
 
 @given(configs())

@@ -79,7 +79,7 @@ def from_hf(state_dict: Mapping[str, Tensor], config: Any) -> Params:
 
 def to_hf(params: Params) -> dict[str, Tensor]:
     """The state that `LlamaForCausalLM.load_state_dict` takes. All but `wq` and `wk` share the tree's memory."""
-    weights = weights_of(params)
+    weights = weights_of(params).plain("the state of a LlamaForCausalLM")
     return {hf_name(path): _out(weights, path) for path in tree.paths(params)}
 
 
@@ -115,7 +115,7 @@ def open_hf(folder: Path, dtype: torch.dtype | None = None) -> Weights:
 
 def write_hf(weights: Weights, folder: Path, shards: int | None, report: Report) -> None:
     """Write `config.json` and the weights, in `shards` files, or None for as many as hold 5 GB each."""
-    abstract = tree.paths(abstract_params(weights.config))
+    abstract = tree.paths(abstract_params(weights.plain("the format hf").config))
     paths = [path for path in abstract if not (weights.tied and path == "output")]
     sizes = [math.prod(abstract[path].shape) * weights.dtype.itemsize for path in paths]
     count = max(1, -(-sum(sizes) // LARGEST_FILE)) if shards is None else shards

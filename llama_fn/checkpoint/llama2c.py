@@ -64,7 +64,7 @@ def open_llama2c(file: Path, dtype: torch.dtype | None = None) -> Weights:
 
 def write_llama2c(weights: Weights, folder: Path, shards: int | None, report: Report) -> None:
     """Write `model.bin`. Raises `ValueError` for a model that `run.c` would compute otherwise."""
-    config = weights.config
+    config = weights.plain("llama2.c's checkpoint").config
     if shards not in (None, 1):
         raise ValueError(f"llama2.c's checkpoint is one file, {shards} shards cannot be made")
     if (config.norm_eps, config.rope_theta, config.rope_scaling) != (1e-5, 10000.0, None):

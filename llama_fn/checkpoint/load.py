@@ -4,11 +4,12 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from llama_fn import tree
 from llama_fn.checkpoint import huggingface, llama2c, meta
 from llama_fn.checkpoint.files import inside, replacing_folder
 from llama_fn.checkpoint.weights import Report, Weights, check_dtype, params_of, weights_of
@@ -37,13 +38,15 @@ def load(path_or_name: str | os.PathLike, *, dtype: torch.dtype | None = None,
 
     `dtype` None keeps the weights as they are stored; then those of one file of Meta's are not copied but mapped: they
     are read from the disk when they are used. Otherwise they are cast one by one. `quantize="int8"` or `"int4"` is what
-    `lf.quantize` makes of the model, one weight at a time: it is never in memory as a whole. The tokenizer lies with
-    the weights or, as in Meta's download, one folder above. Raises `FileNotFoundError` and `ValueError`, naming the
-    file and everything that is wrong with it.
+    `lf.quantize` makes of the model, one weight at a time: it is never in memory as a whole. Weights that were saved
+    quantized come back so, and `dtype` is then that of the embedding and the norms. The tokenizer lies with the
+    weights or, as in Meta's download, one folder above. Raises `FileNotFoundError` and `ValueError`, naming the file
+    and everything that is wrong with it.
     """
     form = [] if quantize is None else [quantized_leaf(quantize)]
     format, place = find(path_or_name)
     weights = open_weights(format, place, dtype).checked(place)
+    check_not_quantized(weights, quantize, place)
     tokenizer = open_tokenizer(place, weights)
     return Model(params_of(weights, device, *form), tokenizer)
 
@@ -53,7 +56,7 @@ def save(model: Model, path: str | os.PathLike, *, format: Format = "meta", shar
     """Write a model to a folder, so that `load` reads it back bit for bit (`dtype` None), or cast.
 
     The formats are "meta", in any number of `shards`; "hf", which transformers reads; and "llama2c", in float32, which
-    llama2.c's run.c reads. Every file is written beside its place and moved there at the end: a model of the same
+    llama2.c's run.c reads. Quantized weights go into one file of "meta", and only `load` reads them. Every file is written beside its place and moved there at the end: a model of the same
     format there stays whole until then, and none of its files stays after. Raises `ValueError` for a folder with a
     model of another format, and for what the format cannot hold.
     """
@@ -86,6 +89,13 @@ def open_weights(format: Format, place: Path, dtype: torch.dtype | None = None) 
     check_dtype(dtype)
     opener = {"meta": meta.open_meta, "hf": huggingface.open_hf, "llama2c": llama2c.open_llama2c}[format]
     return opener(place, dtype)
+
+
+def check_not_quantized(weights: Weights, bits: Bits | None, place: Path) -> None:
+    """Raise `ValueError` where weights that are integers are to be quantized."""
+    if bits is not None and weights.bits:
+        raise ValueError(f"{place}: its weights are quantized already, to {weights.bits}; leave quantize out, or "
+                         "quantize the model that they were made of")
 
 
 def open_tokenizer(place: Path, weights: Weights) -> Tokenizer:
@@ -121,5 +131,5 @@ def write(weights: Weights, tokenizer: Tokenizer, path: str | os.PathLike, forma
             llama2c.write_vocabulary(tokenizer, beside / llama2c.VOCABULARY)
 
 
-def _on_cpu(read: Callable[[str], Tensor], path: str) -> Tensor:
-    return read(path).cpu()
+def _on_cpu(read: Callable[[str], Any], path: str) -> Any:
+    return tree.map(Tensor.cpu, read(path))

@@ -2,6 +2,7 @@
 
 Its matrices are ours without the heads' axes; its RoPE pairs are interleaved, as ours are, so nothing is permuted.
 Shards are slices: of the rows of most matrices, of the columns of three, and whole copies of the norms.
+Quantized matrices are an addition of ours, in one file: `checkpoint/quantized.py` says how.
 """
 
 import dataclasses
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from llama_fn import tree
+from llama_fn.checkpoint import quantized
 from llama_fn.checkpoint.files import inside, read_json, read_tensors, write_json
 from llama_fn.checkpoint.weights import Report, Weights, flat_shape, layer_of, misfits, stored, usual_dtype
 from llama_fn.config import Config, RopeScaling
 from llama_fn.model.init import abstract_params
+from llama_fn.transforms.quantize import is_matrix
 
 FEED_FORWARD = {"w_gate": "w1", "w_down": "w2", "w_up": "w3"}
 COLUMNS = ("embedding", "wo", "w_down")  # split along axis 1, as by fairscale's layers
@@ -45,11 +48,17 @@ def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
     found = [[stored(file.name, name, x) for name, x in state.items() if name != "rope.freqs"]
              for file, state in zip(files, states, strict=True)]
     entries = [entry for shard in found for entry in shard]
-    kept = usual_dtype(entries)
     wanted = {meta_name(path): _slice(flat_shape(weight), path, len(files)) for path, weight in abstract.items()}
+    integers = {path: kind for path, weight in abstract.items() if len(files) == 1 and is_matrix(path, weight)
+                and (kind := getattr(states[0].get(meta_name(path)), "dtype", None)) in quantized.BITS}
+    kinds = {}
+    for path, kind in integers.items():
+        for name, (part, shape) in quantized.expected(meta_name(path), abstract[path], kind).items():
+            kinds[name], wanted[name] = part, shape
+    kept = usual_dtype(entry for entry in entries if entry.name not in kinds)
     problems = _shard_problems(config, found) or [
         line for file, shard in zip(files, found, strict=True)
-        for line in misfits(wanted, shard, kept if dtype is None else None, f" in {file.name}")]
+        for line in misfits(wanted, shard, kept if dtype is None else None, f" in {file.name}", kinds)]
     for name in [] if problems else [meta_name(path) for path in abstract if _axis(path) is None]:
         problems += [f"{name}: differs between {files[0].name} and {file.name}"
                      for file, state in zip(files, states, strict=True)
@@ -60,7 +69,10 @@ def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
     def mapped(layer: str | None) -> list[dict[str, Tensor]]:
         return states if layer is None else [read_tensors(file) for file in files]
 
-    def read(path: str) -> Tensor:
+    def read(path: str) -> Any:
+        if path in integers:
+            values, scale = (states[0][meta_name(path) + end].detach() for end in ("", quantized.SCALE))
+            return quantized.leaf(abstract[path], values, scale)
         # What is copied is mapped anew for every layer, so that the pages of those before leave the memory.
         pieces = [state[meta_name(path)].detach() for state in mapped(layer_of(path) if copied else None)]
         if len(pieces) == 1 or _axis(path) is None:
@@ -76,22 +88,28 @@ def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
     notes += [f"{file} holds the numbers of {files[0].name}: is it a copy?"
               for file, state in list(zip(files, states, strict=True))[1:]
               if not problems and torch.equal(state[name], states[0][name])]
-    return Weights(config, read, dtype or kept, entries, problems, notes)
+    return Weights(config, read, dtype or kept, entries, problems, notes, bits=quantized.bits(integers.values()))
 
 
 def write_meta(weights: Weights, folder: Path, shards: int | None, report: Report) -> None:
     """Write `params.json` and the weights in as many shards as wanted, each held in memory while it is written.
 
-    Raises `ValueError` for what the layout has no word for, and for sizes that cannot be split so.
+    Raises `ValueError` for what the layout has no word for, and for weights that cannot be split so.
     """
     settings, count = write_config(weights.config), 1 if shards is None else shards
+    if count > 1:
+        weights.plain(f"{count} shards")
     if wrong := _indivisible(weights.config, count):
         raise ValueError(f"{count} shards cannot be made: {wrong}")
     abstract = tree.paths(abstract_params(weights.config))
     for i in range(count):
         state = {}
         for path, weight in abstract.items():
-            x = weights.read(path).reshape(flat_shape(weight))
+            leaf = weights.read(path)
+            if not isinstance(leaf, Tensor):
+                state |= quantized.entries(meta_name(path), leaf)
+                continue
+            x = leaf.reshape(flat_shape(weight))
             piece = x if _axis(path) is None else x.chunk(count, _axis(path))[i]
             whole = piece.is_contiguous() and piece.untyped_storage().nbytes() == piece.nbytes
             state[meta_name(path)] = piece if whole else piece.clone(memory_format=torch.contiguous_format)

@@ -6,13 +6,15 @@ open and to read every leaf; to convert is to open one and write the other, a le
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama_fn import tree
+from llama_fn.checkpoint import quantized
 from llama_fn.config import Config
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.transformer import Params
@@ -41,16 +43,24 @@ class Weights(NamedTuple):
     """What is known of weights before a number is read, and `read`, which gives the leaf at a path of the tree.
 
     `problems` are reasons not to load them, `notes` are worth a warning. `tied` weights have one matrix as embedding
-    and output. `dtype` is what `read` gives.
+    and output. `dtype` is what `read` gives of tensors, `bits` ("int8", "int4") what matrices are quantized to.
     """
 
     config: Config
-    read: Callable[[str], Tensor]
+    read: Callable[[str], Any]
     dtype: torch.dtype
     stored: list[Stored]
     problems: list[str] = []  # noqa: RUF012, nobody adds to it
     notes: list[str] = []  # noqa: RUF012
     tied: bool = False
+    bits: str = ""
+
+    def plain(self, where: str) -> "Weights":
+        """These weights. Raises `ValueError` if they are quantized: `where` has no place for that."""
+        if self.bits:
+            raise ValueError(f"{where} cannot hold quantized weights ({self.bits}): write them in the format meta, in "
+                             "one file, or as the tensors that they stand for, lf.dequantize(params)")
+        return self
 
     def checked(self, where: Any) -> "Weights":
         """These weights. Raises `ValueError` with every problem in it, and warns of the notes."""
@@ -63,27 +73,37 @@ class Weights(NamedTuple):
 
 
 def weights_of(params: Params, dtype: torch.dtype | None = None) -> Weights:
-    """The weights of a tree, cast leaf by leaf to `dtype` (None leaves them). Raises `ValueError` for wrong shapes."""
+    """The weights of a tree, cast leaf by leaf to `dtype` (None leaves them, and so stay integers and their scales).
+
+    Raises `ValueError` for wrong shapes, and for adapters that are not merged.
+    """
     check_dtype(dtype)
-    leaves, abstract = tree.paths(params), tree.paths(abstract_params(params.config))
+    leaves, abstract = quantized.together(tree.paths(params)), tree.paths(abstract_params(params.config))
     for path in leaves.keys() - abstract.keys():
         if other := next((name for name in abstract if path.startswith(f"{name}.")), None):
             raise ValueError(f"{other} is no plain tensor, as files need them; an adapter must be merged first: say "
-                             "lora.merge in the place of lora.apply; of quantized weights say lf.dequantize(params)")
+                             "lora.merge in the place of lora.apply, of lf.dequantize(params) if it lies on integers")
     shapes = [{path: list(x.shape) for path, x in weights.items()} for weights in (abstract, leaves)]
     wrong = [f"{path}: should be {shapes[0].get(path)}, is {shapes[1].get(path)}"
              for path in abstract | leaves if shapes[0].get(path) != shapes[1].get(path)]
     if wrong:
         raise ValueError("the parameters do not fit their config:\n  " + "\n  ".join(wrong))
-    return Weights(params.config, lambda path: leaves[path].detach().to(dtype),
-                   dtype or params.embedding.dtype, [], tied=is_same(params.embedding, params.output))
+
+    def read(path: str) -> Any:
+        return leaves[path].detach().to(dtype) if isinstance(leaves[path], Tensor) else leaves[path]
+
+    return Weights(params.config, read, dtype or params.embedding.dtype, [],
+                   tied=isinstance(params.output, Tensor) and is_same(params.embedding, params.output),
+                   bits=quantized.bits(x.values.dtype for x in leaves.values() if not isinstance(x, Tensor)))
 
 
 def params_of(weights: Weights, device: torch.device | str | None = None,
               form: Callable[[str, Weight, Tensor], Any] = lambda path, weight, x: x) -> Params:
     """The tree of all leaves, each in the `form` it is to have as soon as it is read."""
-    params = tree.map_with_path(lambda path, weight: form(path, weight, weights.read(path).to(device)),
-                                abstract_params(weights.config))
+    def leaf(path: str, weight: Weight) -> Any:
+        return form(path, weight, tree.map(lambda x: x.to(device), weights.read(path)))
+
+    params = tree.map_with_path(leaf, abstract_params(weights.config))
     return params._replace(output=params.embedding) if weights.tied and isinstance(params.output, Tensor) else params
 
 
@@ -121,20 +141,23 @@ def stored(file: str, name: str, value: Any) -> Stored:
 
 
 def misfits(wanted: dict[str, tuple[int, ...]], found: Iterable[Stored], only: torch.dtype | None,
-            where: str = "") -> list[str]:
+            where: str = "", kinds: Mapping[str, torch.dtype] = MappingProxyType({})) -> list[str]:
     """A line for every weight that is missing, unknown, there twice, of another shape, of no dtype for weights, or of
-    another dtype than `only` (None takes all, to be cast). `where` says in which file a missing one should be.
+    another dtype than `only` (None takes all, to be cast); those in `kinds` are to be of the dtype there. `where` says
+    in which file a missing one should be.
     """
     wrong, seen = [], {}
     for entry in found:
-        given = f"{spelled(entry.kind)}{list(entry.shape)}" if entry.kind in DTYPES else spelled(entry.kind)
+        kind = kinds.get(entry.name)
+        given = f"{spelled(entry.kind)}{list(entry.shape)}" if entry.kind in {*DTYPES, kind} else spelled(entry.kind)
         if entry.name in seen:
             wrong.append(f"duplicate: {entry.name} in {seen[entry.name]} and in {entry.file}")
         elif entry.name not in wanted:
             wrong.append(f"unknown: {entry.name} in {entry.file}")
-        elif entry.kind not in DTYPES or entry.shape != wanted[entry.name]:
-            wrong.append(f"{entry.name} in {entry.file}: should be {list(wanted[entry.name])}, is {given}")
-        elif only not in (None, entry.kind):
+        elif entry.kind not in (DTYPES if kind is None else (kind,)) or entry.shape != wanted[entry.name]:
+            wrong.append(f"{entry.name} in {entry.file}: should be {'' if kind is None else spelled(kind)}"
+                         f"{list(wanted[entry.name])}, is {given}")
+        elif kind is None and only not in (None, entry.kind):
             wrong.append(f"{entry.name} in {entry.file}: is {given} among {spelled(only)}; load it with a dtype")
         seen.setdefault(entry.name, entry.file)
     return [f"missing: {name}{where}" for name in wanted if name not in seen] + wrong

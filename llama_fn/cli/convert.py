@@ -12,20 +12,21 @@ import tyro
 from tqdm import tqdm
 
 from llama_fn import tree
-from llama_fn.checkpoint.load import Format, find, open_tokenizer, open_weights, write
+from llama_fn.checkpoint.load import Format, check_not_quantized, find, open_tokenizer, open_weights, write
 from llama_fn.checkpoint.peft import read_peft
 from llama_fn.checkpoint.weights import Weights
 from llama_fn.cli.options import Dtype, dtype_of
 from llama_fn.model.init import abstract_params
 from llama_fn.transforms.lora import Lora, Scale, added
+from llama_fn.transforms.quantize import Bits, is_matrix, quantized_leaf
 
 
 def convert(src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
             dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")], *, to: Format,
             adapter: Path | None = None, shards: int | None = None, dtype: Dtype = "stored",
-            force: bool = False) -> None:
-    """Write the model of SRC to the folder DST in another format, number of shards or dtype, or with an adapter merged
-    into it.
+            quantize: Bits | None = None, force: bool = False) -> None:
+    """Write the model of SRC to the folder DST in another format, number of shards or dtype, with an adapter merged
+    into it, or quantized.
 
     One weight is read at a time. All is written beside DST and moved there at the end: an interrupted run leaves
     nothing.
@@ -37,6 +38,8 @@ def convert(src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC
         adapter: A folder with a LoRA adapter of the model (as PEFT writes it), to be added to the weights.
         shards: Into how many files the weights go; by default one, and for "hf" one for each 5 GB.
         dtype: Cast to this dtype, or leave the weights as they are stored; llama2.c's file is always float32.
+        quantize: Write every matrix but the embedding in 8 or 4 bits ("int8", "int4"), for llama-fn to read; in the
+            format meta only.
         force: Replace a model of the same format that is in DST.
     """
     format, place = find(src)
@@ -48,10 +51,16 @@ def convert(src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC
         raise ValueError(f"{dst} exists and is not empty; choose another folder, or replace the model with --force")
     weights = open_weights(format, place, torch.float32 if to == "llama2c" else dtype_of(dtype)).checked(place)
     tokenizer = open_tokenizer(place, weights)
+    check_not_quantized(weights, quantize, place)
     if adapter is not None:
-        weights = _merged(weights, adapter)
-    leaves = tree.leaves(abstract_params(weights.config))
-    ends = list(itertools.accumulate(math.prod(leaf.shape) * weights.dtype.itemsize for leaf in leaves))
+        weights = _merged(weights.plain(f"a weight with the adapter {adapter} in it"), adapter)
+    if quantize is not None:
+        weights = _quantized(weights, quantize)
+    leaves = tree.paths(abstract_params(weights.config))
+    per_number = {"int8": 1, "int4": 9 / 16}.get(weights.bits, weights.dtype.itemsize)  # in groups of 64, 4 bytes more
+    ends = list(itertools.accumulate(
+        int(math.prod(leaf.shape) * (per_number if is_matrix(path, leaf) else weights.dtype.itemsize))
+        for path, leaf in leaves.items()))
     with tqdm(total=ends[-1], unit="B", unit_scale=True, desc=f"0 of {len(ends)} tensors", dynamic_ncols=True) as bar:
 
         def report(count: int) -> None:
@@ -61,6 +70,12 @@ def convert(src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC
         write(weights, tokenizer, dst, to, shards, report)
         report(bar.total)
     print(f"{dst}: {weights.config.n_params:,} parameters, {to}", file=sys.stderr)
+
+
+def _quantized(weights: Weights, bits: Bits) -> Weights:
+    """The weights in integers, each when it is read."""
+    leaf, abstract = quantized_leaf(bits), tree.paths(abstract_params(weights.config))
+    return weights._replace(read=lambda path: leaf(path, abstract[path], weights.read(path)), bits=bits)
 
 
 def _merged(weights: Weights, folder: Path) -> Weights:

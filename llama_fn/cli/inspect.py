@@ -38,6 +38,8 @@ def inspect(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[
     print(f"{'parameters':<16}{config.n_params:,}" + (" (embedding and output are one matrix)" if weights.tied else ""))
     print(f"{'tensors':<16}{len(weights.stored)}, {size:,} bytes, "
           + ", ".join(spelled(kind) for kind, _ in kinds.most_common()))
+    if weights.bits:
+        print(f"{'quantized':<16}{weights.bits}, all matrices but the embedding")
     problems = list(weights.problems)
     try:
         print(f"{'tokenizer':<16}{open_tokenizer(place, weights).vocab_size} tokens")

@@ -63,7 +63,8 @@ def grouped(weight: Float[Tensor, "..."], outer: int) -> Grouped:
     """The nearest 4-bit weight: of each output and each `GROUP` of its inputs, the smallest number becomes 0 and the
     largest 15 (asymmetric, as `torchao`'s int4). The last group may be a part of one.
 
-    The error of a number is at most half a step, scale / 2, and what rounding scale and minimum to bfloat16 adds.
+    The error of a number is at most half a step, scale / 2, or, where that is more, what the minimum lost when it was
+    rounded to bfloat16: 2^-8 of the smallest. (The scale's rounding moves the largest by 15 * 2^-8 of a step, no more.)
     Raises `ValueError` for numbers that are not finite, and for an odd last axis.
     """
     if weight.shape[-1] % 2:
@@ -71,21 +72,22 @@ def grouped(weight: Float[Tensor, "..."], outer: int) -> Grouped:
     flat = weight.float().flatten(outer)
     missing = -flat.shape[-1] % GROUP
     padded = torch.cat([flat, flat[..., -1:].expand(*flat.shape[:-1], missing)], -1).unflatten(-1, (-1, GROUP))
-    low, high = (_finite(x, "4-bit") for x in padded.aminmax(dim=-1))
+    low, high = padded.aminmax(dim=-1)
     minimum = low.bfloat16()
     step = ((high - minimum.float()) / 15).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
+    scale = _finite(torch.stack([step, minimum], -1), "4-bit")
     n = ((padded - minimum.float()[..., None]) / step.float()[..., None]).round().clamp(0, 15).to(torch.uint8)
     n = n.flatten(-2)[..., :flat.shape[-1]].reshape(weight.shape)
-    return Grouped(n[..., ::2] | n[..., 1::2] << 4, torch.stack([step, minimum], -1))
+    return Grouped(n[..., ::2] | n[..., 1::2] << 4, scale)
 
 
 @typed
 def dequantized(weight: Quantized | Grouped, dtype: torch.dtype = torch.float32) -> Float[Tensor, "..."]:
     """The W that a quantized weight stands for."""
+    exact = torch.promote_types(dtype, torch.float32)
     if isinstance(weight, Quantized):
         scale = weight.scale.reshape(*weight.scale.shape, *[1] * (weight.values.ndim - weight.scale.ndim))
-        return (weight.values * scale).to(dtype)
-    exact = torch.promote_types(dtype, torch.float32)
+        return (weight.values.to(exact) * scale).to(dtype)
     n = torch.stack([weight.values & 15, weight.values >> 4], -1).flatten(-2)
     outer = weight.scale.ndim - 2
     scale, minimum = (part.repeat_interleave(GROUP, -1)[..., :n.shape[outer:].numel()].to(exact)

@@ -35,6 +35,11 @@ def dequantize(params: Params) -> Params:
     return tree.map(plain, abstract_params(params.config), params)
 
 
+def is_matrix(path: str, weight: Weight) -> bool:
+    """Whether `quantize` changes a weight: all but the embedding and the norms."""
+    return path != "embedding" and weight.std is not None
+
+
 def quantized_leaf(bits: Bits) -> Callable[[str, Weight, Any], Any]:
     """What `quantize` does with one weight, which it leaves as it is or quantizes: a function of path, weight, tensor.
 
@@ -44,7 +49,7 @@ def quantized_leaf(bits: Bits) -> Callable[[str, Weight, Any], Any]:
         raise ValueError(f"weights are quantized to 'int8' or 'int4', got {bits!r}")
 
     def leaf(path: str, weight: Weight, x: Any) -> Any:
-        if path == "embedding" or weight.std is None:
+        if not is_matrix(path, weight):
             return x
         if not isinstance(x, Tensor):
             raise ValueError(f"{path} is no tensor but {type(x).__name__}: quantize the parameters from before")
