@@ -80,7 +80,7 @@ def test_the_file_is_as_small_as_the_weights(small, folder, model, bits):
 @pytest.mark.parametrize(("args", "where"), [
     ({"format": "hf"}, "the format hf"), ({"format": "llama2c"}, "llama2.c's checkpoint"), ({"shards": 2}, "2 shards")])
 def test_other_layouts_have_no_place_for_them(small, bits, tmp_path, args, where):
-    message = rf"cannot hold quantized weights \({bits}\): write them in the format meta, in one file, or as .*dequantize"
+    message = rf"cannot hold quantized weights \({bits}\): write them in the format meta, in one file, or .*dequantize"
     with pytest.raises(ValueError, match=f"{where} {message}"):
         lf.save(small, tmp_path / "new", **args)
     assert not list(tmp_path.iterdir())
@@ -92,7 +92,7 @@ def test_other_layouts_have_no_place_for_them(small, bits, tmp_path, args, where
 
 
 def test_what_is_quantized_is_not_quantized_again(folder, bits, run):
-    message = f"small: its weights are quantized already, to {bits}; leave quantize out, or quantize the model that they"
+    message = f"small: its weights are quantized already, to {bits}; leave quantize out, or quantize the model that"
     with pytest.raises(ValueError, match=message):
         lf.load(folder, quantize="int8")
     status, _, err = run("convert", "small", "new", "--to", "meta", "--quantize", "int8")

@@ -56,9 +56,10 @@ def save(model: Model, path: str | os.PathLike, *, format: Format = "meta", shar
     """Write a model to a folder, so that `load` reads it back bit for bit (`dtype` None), or cast.
 
     The formats are "meta", in any number of `shards`; "hf", which transformers reads; and "llama2c", in float32, which
-    llama2.c's run.c reads. Quantized weights go into one file of "meta", and only `load` reads them. Every file is written beside its place and moved there at the end: a model of the same
-    format there stays whole until then, and none of its files stays after. Raises `ValueError` for a folder with a
-    model of another format, and for what the format cannot hold.
+    llama2.c's run.c reads. Quantized weights go into one file of "meta", and only `load` reads them. Every file is
+    written beside its place and moved there at the end: a model of the same format there stays whole until then, and
+    none of its files stays after. Raises `ValueError` for a folder with a model of another format, and for what the
+    format cannot hold.
     """
     write(weights_of(model.params, dtype), model.tokenizer, path, format, shards)
 

@@ -79,7 +79,7 @@ def weights_of(params: Params, dtype: torch.dtype | None = None) -> Weights:
     """
     check_dtype(dtype)
     leaves, abstract = quantized.together(tree.paths(params)), tree.paths(abstract_params(params.config))
-    for path in leaves.keys() - abstract.keys():
+    for path in [path for path in leaves if path not in abstract]:
         if other := next((name for name in abstract if path.startswith(f"{name}.")), None):
             raise ValueError(f"{other} is no plain tensor, as files need them; an adapter must be merged first: say "
                              "lora.merge in the place of lora.apply, of lf.dequantize(params) if it lies on integers")
