@@ -14,7 +14,7 @@ from llama_fn.memory import keep_memory
 from llama_fn.model.block import Block, block
 from llama_fn.model.cache import Cache, fork, init_cache, select
 from llama_fn.model.init import abstract_params, init_params
-from llama_fn.model.transformer import Params, forward, head
+from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.shapes import AxesError, typed
 from llama_fn.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llama_fn.training import optim
@@ -33,5 +33,5 @@ __all__ = [
     "lora", "loss", "loss_sum", "narrowing", "optim", "per_sample_grads", "per_sample_norms", "perplexity",
     "private_grads", "quantize", "random", "remat", "sampler", "save", "score", "score_options", "select",
     "speculate", "speculate_stream", "stories", "stream", "text_completion", "to_hf", "train_tokenizer", "tree",
-    "typed",
+    "trunk", "typed",
 ]

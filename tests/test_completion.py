@@ -187,3 +187,20 @@ def test_bad_requests_are_refused_at_once(model):
     with pytest.raises(ValueError, match="the logits are NaN"):
         lf.text_completion(broken, ["a"], key=key)
     assert lf.text_completion(model, [], key=key) == []
+
+
+def test_a_prompt_goes_through_in_chunks(model, monkeypatch):
+    prompts = [[1, 5, 6, 7, 8, 9, 10, 11], [1, 5], [1, 7, 8]]
+
+    def both():
+        state, logits = decode.prefill(model.params, prompts, 12)
+        return state, [state.logits, logits, decode.resume(model.params, prompts[0], None, 12).logits]
+
+    whole, expected = both()
+    assert (expected[2] - expected[0][:1]).abs().max() < 1e-5
+    monkeypatch.setattr(decode, "CHUNK", 3)
+    state, logits = both()
+    assert max(float((a - b).abs().max()) for a, b in zip(logits, expected, strict=True)) < 1e-5
+    assert state.cache.length.tolist() == [8, 2, 3]
+    step, after = (decode.advance(model.params, x, torch.tensor([4, 4, 4])).logits for x in (state, whole))
+    assert (step - after).abs().max() < 1e-5

@@ -21,7 +21,7 @@ from llama_fn.cli.timing import interleave, quartiles, ratio
 from llama_fn.config import LLAMA2_7B, Config
 from llama_fn.model.cache import Cache, init_cache
 from llama_fn.model.init import Weight, abstract_params
-from llama_fn.model.transformer import Params, forward, head
+from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
 from llama_fn.transforms.jit import jit, jit_layers
@@ -113,15 +113,13 @@ def prefill(work: Work, rounds: int) -> Figures:
     machine's matrix products, in the weights' dtype or in float32, whichever is faster.
     """
     params, dtype = weights(work), DTYPES[work.dtype]
-    run, config = jit_layers(), params.config
-
-    def last(norm: Any, output: Any, x: Tensor, eps: float) -> Tensor:
-        return head(norm, output, x[..., -1:, :], eps)
+    config = params.config
     tokens = torch.arange(work.batch * work.context).reshape(work.batch, -1) % config.vocab_size
     state = [init_cache(config, (work.batch,), max_len=work.max_len, dtype=dtype)]
 
     def step() -> None:
-        _, cache = run(params, tokens, state[0], head=last)
+        x, cache = trunk(params, tokens, state[0])  # compiled, it is no faster
+        head(params.norm, params.output, x[:, -1:], config.norm_eps)
         state[0] = cache._replace(length=torch.zeros_like(cache.length))
 
     a, b = _fastest(tokens.numel(), config, dtype)

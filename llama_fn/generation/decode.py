@@ -12,12 +12,13 @@ from llama_fn import random, tree
 from llama_fn.generation.sampling import Sampler
 from llama_fn.model import cache as kv
 from llama_fn.model.cache import Cache, init_cache
-from llama_fn.model.transformer import Params, forward
+from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.shapes import typed
 from llama_fn.transforms import lora
 from llama_fn.transforms.jit import jit_layers
 from llama_fn.transforms.lora import Lora
 
+CHUNK = 512  # tokens of a prompt that go through the model at once: what a token may see is a mask "t s" in memory
 LARGE = 2**28  # bytes of weights: a step that reads so many takes longer than what compiling saves, after some tokens
 
 
@@ -54,7 +55,11 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int,
     device = params.embedding.device
     padded = torch.tensor([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts], device=device)
     cache = init_cache(params.config, (len(prompts),), max_len=max_len, dtype=params.embedding.dtype, device=device)
-    logits, cache = _forward(params, adapters, padded, cache)
+    pieces = []
+    for chunk in padded.split(CHUNK, 1):
+        piece, cache = _forward(params, adapters, chunk, cache)
+        pieces.append(piece)
+    logits = torch.cat(pieces, 1)
 
     length = torch.tensor(lengths, device=device)
     slots = torch.arange(max_len, device=device)
@@ -76,7 +81,9 @@ def resume(params: Params, tokens: Sequence[int], cache: Cache | None, max_len: 
     cache = tree.map(lambda x: x if x.ndim == 1 else torch.nn.functional.pad(x, (0, 0, 0, slots - x.shape[-2])),
                      cache._replace(length=torch.full_like(cache.length, known)))
     row = torch.tensor([list(tokens)], device=device)
-    logits, cache = forward(params, row[:, known:], cache)
+    for chunk in row[:, known:].split(CHUNK, 1):
+        x, cache = trunk(params, chunk, cache)
+    logits = head(params.norm, params.output, x[:, -1:], params.config.norm_eps)  # of the last alone: 6 % less work
     return State(cache, logits[:, -1], torch.nn.functional.pad(row, (0, slots - len(tokens)), value=-1))
 
 

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from llama_fn import tree
 from llama_fn.model import cache as kv
 from llama_fn.model.cache import Forked, KeysValues
-from llama_fn.model.linear import Kind, linear
+from llama_fn.model.linear import Kind, in_memory, linear
 from llama_fn.model.rope import Rotation, rotate
 from llama_fn.shapes import typed
 
@@ -94,13 +94,16 @@ def fused(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"],
 @typed
 def one_query(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"], values: Float[Tensor, "*b k s h"],
               positions: Int[Tensor, "*b t"]) -> Float[Tensor, "*b k g t h"]:
-    """`written_out` for one query a row (t = 1), as a compiler likes it: products and sums, at the speed of memory."""
+    """`written_out` for one query a row (t = 1), as a compiler likes it: products and sums, at the speed of memory. The
+    heads of a group stand side by side in one loop, so that a key or a value is read once for all of them.
+    """
     exact = torch.promote_types(queries.dtype, torch.float32)
-    q, k, v = queries.to(exact), keys[..., None, :, :].to(exact), values[..., None, :, :].to(exact)
+    heads, k, v = in_memory(queries.to(exact)).unbind(-3), keys.to(exact), values.to(exact)
     slots = torch.arange(keys.shape[-2], device=queries.device)
-    scores = (q * k).sum(-1) / math.sqrt(q.shape[-1])
-    weights = scores.masked_fill(slots > positions[..., None, None], -math.inf).softmax(-1)
-    return (weights[..., None] * v).sum(-2, keepdim=True).to(queries.dtype)
+    scores = torch.stack([(q * k).sum(-1) for q in heads], -2) / math.sqrt(queries.shape[-1])
+    weights = in_memory(scores.masked_fill(slots > positions[..., None, None], -math.inf).softmax(-1))
+    out = torch.stack([(w[..., None] * v).sum(-2) for w in weights.unbind(-2)], -2)
+    return out[..., None, :].to(queries.dtype)
 
 
 def attend(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> Tensor:

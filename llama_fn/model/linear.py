@@ -125,7 +125,7 @@ def sums(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
 
 
 def _sums(weight: Tensor, rows: Tensor) -> Tensor:
-    rows, total = _in_memory(rows), 0.0
+    rows, total = in_memory(rows), 0.0
     blocks = -(-rows.numel() // 24_576)  # rows that are not in the nearest caches are slower than a weight to read
     for part, some in zip(weight.chunk(blocks, -1), rows.chunk(blocks, -1), strict=True):
         width = part.shape[-1]  # in two halves, 24 GB/s in place of 21 for 5,632 inputs
@@ -145,7 +145,7 @@ def _byte_sums(weight: Quantized, rows: Tensor) -> Tensor:
     """Four integers lie in a word, that of input 4 j + i in byte i of word j: a shift to the top and one back down
     makes a number of it. (Words are loaded as float32: inductor loads integers with a detour, six times slower.)
     """
-    ways = _in_memory(rows.unflatten(-1, (-1, 4)).mT)  # "b i j"
+    ways = in_memory(rows.unflatten(-1, (-1, 4)).mT)  # "b i j"
     streams = []
     for words in weight.values.view(torch.float32).chunk(max(1, 4 // len(rows))):
         bits = words.view(torch.int32)
@@ -159,8 +159,8 @@ def _nibble_sums(weight: Grouped, rows: Tensor) -> Tensor:
     which the inputs make good. A group's minimum counts once for all of its inputs.
     """
     place = torch.tensor([16.0 ** -i for i in range(7)] + [1.0], dtype=rows.dtype)
-    ways = _in_memory((rows.unflatten(-1, (-1, 8)) * place).mT).unflatten(-1, (-1, GROUP // 8))  # "b i groups j"
-    whole = _in_memory(rows.unflatten(-1, (-1, GROUP)).sum(-1))  # "b groups"
+    ways = in_memory((rows.unflatten(-1, (-1, 8)) * place).mT).unflatten(-1, (-1, GROUP // 8))  # "b i groups j"
+    whole = in_memory(rows.unflatten(-1, (-1, GROUP)).sum(-1))  # "b groups"
     streams = []
     for words, pair in zip(weight.values.view(torch.float32).chunk(max(1, 2 // len(rows))),
                            weight.scale.flatten(1).view(torch.float32).chunk(max(1, 2 // len(rows))), strict=True):
@@ -181,7 +181,7 @@ def _whole_words(matrix: Matrix) -> bool:
     return matrix.values.is_contiguous() and matrix.shape[-1] % (4 if isinstance(matrix, Quantized) else GROUP) == 0
 
 
-def _in_memory(x: Tensor) -> Tensor:
+def in_memory(x: Tensor) -> Tensor:
     """With strides of its own, x has to lie in memory: inductor would else compute it, and the norm before it, again
     for each output."""
     x = x.contiguous()

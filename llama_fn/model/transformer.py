@@ -49,6 +49,16 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | None = N
     Raises `ValueError` for no tokens, for a token outside the vocabulary, and for more tokens than the cache has room
     for (the last two in eager mode: compiled or mapped, numbers cannot be read before, and the index error is torch's).
     """
+    x, cache = trunk(params, tokens, cache, layer=layer)
+    return head(params.norm, params.output, x, params.config.norm_eps), cache
+
+
+@typed
+def trunk(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | None = None,
+          *, layer: Callable = block) -> tuple[Float[Tensor, "*b t d"], Cache | None]:
+    """`forward` without the head: what the last layer says of each token. Of a long prompt, the logits after its last
+    token are `head` of the last of these alone.
+    """
     config, count = params.config, tokens.shape[-1]
     check_tokens(tokens, config.vocab_size)
     check_sizes(params, cache)
@@ -64,12 +74,11 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | None = N
         old = None if cache is None else KeysValues(cache.k[i], cache.v[i])
         x, new = layer(weights, x, angles, old, None if cache is None else positions, slots, config.norm_eps)
         layers.append(new)
-    logits = head(params.norm, params.output, x, config.norm_eps)
 
     if cache is not None:
         k, v = zip(*layers, strict=True)
         cache = Cache(k, v, cache.length + count)
-    return logits, cache
+    return x, cache
 
 
 @typed
