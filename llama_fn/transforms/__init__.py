@@ -1,1 +1,1 @@
-"""What takes a pure function and gives another: compilation with donated arguments."""
+"""Functions of functions and of parameters: compiled, recomputed, a sample at a time, adapted, quantized."""
