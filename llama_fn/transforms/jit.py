@@ -1,4 +1,4 @@
-"""`jit`: a pure function of trees, compiled, with JAX's donation of arguments; and `jit_layers`, a step of the model."""
+"""`jit`: a pure function of trees, compiled, with JAX's donation of arguments; `jit_layers`: a step of the model."""
 
 import functools
 import inspect
