@@ -19,6 +19,7 @@ from strategies import random_params, token_rows
 from torch import Tensor, vmap
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.func import grad, grad_and_value, hessian, jacfwd, jacrev, jvp, linearize, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -135,6 +136,12 @@ def first_norm(w: World) -> Tensor:
     return w.params.blocks[0].attention_norm
 
 
+def pullback_of_last(w: World) -> Callable[[Tensor], Tensor]:
+    """The cotangent of a norm from that of the last logits. The forward does not see what will become of it."""
+    pull = vjp(lambda norm: last(norm, w.params, w.tokens[0]), first_norm(w))[1]
+    return lambda u: pull(u)[0]
+
+
 VALUES = {
     "vmap over prompts": (
         lambda w: vmap(lf.forward, (None, 0), (0, None))(w.params, w.tokens)[0],
@@ -246,6 +253,20 @@ BEYOND = {
         lambda w: hessian(lambda norm: lf.loss(with_norm(w.params, norm), w.tokens))(first_norm(w)),
         lambda w: loop(lambda v: curvature(lambda norm: lf.loss(with_norm(w.params, norm), w.tokens), first_norm(w), v),
                        torch.eye(CONFIG.dim, dtype=w.params.norm.dtype))),
+    "vjp of a pullback": (
+        lambda w: vjp(pullback_of_last(w), w.v.norm[:CONFIG.vocab_size])[1](w.v.norm)[0],
+        lambda w: tangent(lambda norm: last(norm, w.params, w.tokens[0]), first_norm(w), w.v.norm)),
+    "jacrev of a pullback": (
+        lambda w: jacrev(pullback_of_last(w))(w.v.norm[:CONFIG.vocab_size]).T,
+        lambda w: jacobian(lambda norm: last(norm, w.params, w.tokens[0]), first_norm(w))),
+    "jvp of a pullback": (
+        lambda w: jvp(pullback_of_last(w), (w.v.norm[:CONFIG.vocab_size],), (w.v.norm[-CONFIG.vocab_size:],))[1],
+        lambda w: gradient(lambda norm: dot(last(norm, w.params, w.tokens[0]), w.v.norm[-CONFIG.vocab_size:]),
+                           first_norm(w))),
+    "vmap of a pullback's vjp": (
+        lambda w: vmap(lambda v: vjp(pullback_of_last(w), w.v.norm[:CONFIG.vocab_size])[1](v)[0])(w.vs.norm),
+        lambda w: loop(lambda v: tangent(lambda norm: last(norm, w.params, w.tokens[0]), first_norm(w), v),
+                       w.vs.norm)),
     "vmap(hvp) over directions": (
         lambda w: vmap(lambda v: vjp(grad(lambda p: lf.loss(p, w.tokens)), w.params)[1](v)[0])(w.vs),
         lambda w: loop(lambda v: curvature(lambda p: lf.loss(p, w.tokens), w.params, v), w.vs)),
@@ -355,28 +376,26 @@ def test_a_graph_is_traced_without_reading_numbers():
     assert imagined.shape == expected[0].shape
 
 
-def test_a_pullback_has_derivatives_inside_of_one_transform_and_where_layers_are_computed_again():
+def test_plain_autograd_differentiates_again_and_again():
     w = world(FLOAT64)
-    x, v, u = first_norm(w), w.v.norm, w.v.output[0, :CONFIG.vocab_size // 2]
+    x, v = first_norm(w), w.v.norm
 
-    def f(norm: Tensor, layer: Callable = lf.block) -> Tensor:
-        return lf.forward(with_norm(w.params, norm), w.tokens[0], layer=layer)[0][-1, :len(u)]
+    def f(norm: Tensor) -> Tensor:
+        return lf.loss(with_norm(w.params, norm), w.tokens)
 
-    expected = jvp(f, (x,), (v,))[1]
-    second = jvp(grad(lambda x: dot(f(x), u)), (x,), (v,))[1]
-    assert difference(vjp(lambda u: vjp(f, x)[1](u)[0], u)[1](v)[0], expected) < 1e-12
-    again = functools.partial(f, layer=lf.remat(lf.block))
-    assert difference(vjp(vjp(again, x)[1], u)[1]((v,))[0], expected) < 1e-12
-    leaf = x.clone().requires_grad_()
+    def slopes(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        first, = torch.autograd.grad(f(x), x, create_graph=True)
+        second, = torch.autograd.grad(dot(first, v), x, create_graph=True)
+        return second.detach(), torch.autograd.grad(dot(second, v), x)[0]
 
-    def twice(f: Callable) -> Tensor:
-        slope, = torch.autograd.grad(dot(f(leaf), u), leaf, create_graph=True)
-        return torch.autograd.grad(dot(slope, v), leaf)[0]
-
-    assert difference(twice(again), second) < 1e-12
-    for refused in (lambda: twice(f), lambda: vjp(vjp(f, x)[1], u)[1]((v,))):
-        with pytest.raises(RuntimeError, match="_for_cpu_backward is not implemented"):
-            refused()
+    second, third = slopes(x)
+    assert difference(second, jvp(grad(f), (x,), (v,))[1]) < 1e-12
+    assert difference(third, grad(lambda x: dot(jvp(grad(f), (x,), (v,))[1], v))(x)) < 1e-12
+    with forward_ad.dual_level():  # forward mode over what plain autograd does
+        dual = forward_ad.make_dual(x.detach().requires_grad_(), v)
+        first, = torch.autograd.grad(f(dual), dual, create_graph=True)
+        assert difference(forward_ad.unpack_dual(first).tangent.detach(), second) < 1e-12
 
 
 # --- compiled: each line alone and in both dtypes with `--hypothesis-profile deep`, in an hour; else some, together
@@ -384,7 +403,7 @@ def test_a_pullback_has_derivatives_inside_of_one_transform_and_where_layers_are
 SOME = {
     FLOAT32: [
         ("vmap over prompts and their caches", "vmap over prompts, the cache made inside"),
-        ("forward over reverse, with a cache",),
+        ("forward over reverse, with a cache", "jvp of a pullback"),
     ],
     BFLOAT16: [
         ("vmap over parameters of vmap over prompts", "vmap(grad) over samples", "jacrev",

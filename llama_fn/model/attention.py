@@ -4,8 +4,7 @@ The written-out einsum is the definition. The fused kernel stands beside it and 
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +12,10 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch.autograd import forward_ad
 
 from llama_fn import tree
 from llama_fn.model import cache as kv
+from llama_fn.model import sdpa
 from llama_fn.model.cache import Forked, KeysValues
 from llama_fn.model.linear import Kind, in_memory, linear
 from llama_fn.model.rope import Rotation, rotate
@@ -107,10 +105,10 @@ def one_query(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s 
 
 
 def attend(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> Tensor:
-    """The fused kernel for values and first derivatives, mapped or not; the definition for all that lies beyond; and
-    for one query in a compiled step on the CPU, where the fused kernel reaches a tenth of the memory's speed, neither.
+    """The fused kernel for values and first derivatives, mapped or not; the definition for what lies beyond; and for
+    one query in a compiled step on the CPU, where the fused kernel reaches a tenth of the memory's speed, neither.
     """
-    if isinstance(keys, Forked) or _beyond_first_order():
+    if isinstance(keys, Forked) or sdpa.forward_mode() or _twice():
         kernel = written_out
     elif torch.compiler.is_compiling() and queries.device.type == "cpu" and positions is not None \
             and queries.shape[-2] == 1:
@@ -120,46 +118,14 @@ def attend(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, posi
     return kernel(queries, keys, values, positions)
 
 
-def _beyond_first_order() -> bool:
-    """Whether there is a forward mode, or torch.func asks for a second derivative: the kernel has neither.
+def _twice() -> bool:
+    """Whether torch.func asks for a second derivative. It is known while tracing.
 
-    It is known while tracing, so a compiled graph has the one or the other.
+    The kernel has it (`sdpa`), but what it did not keep it would compute again: 3 to 15% slower, at 64 to 512 tokens.
     """
     kinds = [interpreter.key() for interpreter in functorch.get_interpreter_stack() or ()]
-    return forward_ad._current_level >= 0 or kinds.count(functorch.TransformType.Grad) > 1
+    return kinds.count(functorch.TransformType.Grad) > 1
 
 
-_beyond_first_order._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import of 1 s
-
-
-def _fold(kernel: torch._ops.OpOverload) -> Callable[..., tuple[Tensor, ...]]:
-    """The batching rule of a kernel "b n t h": the mapped axis is folded into the batch, and the kernel runs once."""
-
-    def rule(queries: Tensor, *rest: Any, attn_mask: Tensor | None = None, **scale: Any) -> tuple[Tensor, ...]:
-        level, size = functorch.maybe_current_level(), retrieve_current_functorch_interpreter().batch_size()
-        rows = queries.shape[0]
-
-        def folded(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            x, axis = functorch._unwrap_batched(x, level)
-            return (x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0)).flatten(0, 1)
-
-        mask = None if attn_mask is None else folded(attn_mask.expand(rows, 1, *attn_mask.shape[-2:]))
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)):
-            results = kernel(*map(folded, (queries, *rest)), attn_mask=mask, **scale)
-            return tuple(functorch._add_batch_dim(x.unflatten(0, (size, rows)), 0, level) for x in results)
-
-    return rule
-
-
-def _register() -> torch.library.Library:
-    """Torch has these rules for its CUDA kernels. The ones on the CPU it runs once a sample, with a warning (2.13)."""
-    library = torch.library.Library("aten", "IMPL")
-    for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"):
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "FuncTorchBatched"):
-            library.impl(name, _fold(getattr(torch.ops.aten, name).default), "FuncTorchBatched")
-    return library
-
-
-_LIBRARY = _register()  # registered for as long as it lives
+_twice._dynamo_marked_constant = True  # as in `sdpa.forward_mode`
+_LIBRARY = sdpa.register()

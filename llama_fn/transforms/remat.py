@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llama_fn import tree
+from llama_fn.model.sdpa import forward_mode
 from llama_fn.model.tapped import Tapped
 
 P = ParamSpec("P")
@@ -41,7 +42,7 @@ def remat(f: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(f)
     def computed_again(*args: Any, **kwargs: Any) -> R:
-        if _forward_mode() or any(isinstance(x, Tapped) for x in tree.leaves((args, kwargs))):
+        if forward_mode() or any(isinstance(x, Tapped) for x in tree.leaves((args, kwargs))):
             return f(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             return dynamo_bypassing_wrapper(_in_graph, own, *args, **kwargs)
@@ -185,12 +186,3 @@ def _filled(xs: Sequence, places: Sequence[int], new: Sequence) -> list:
     for i, x in zip(places, new, strict=True):
         filled[i] = x
     return filled
-
-
-def _forward_mode() -> bool:
-    """Whether a `jvp` is around us: known while tracing."""
-    interpreters = functorch.get_interpreter_stack() or ()
-    return any(interpreter.key() == functorch.TransformType.Jvp for interpreter in interpreters)
-
-
-_forward_mode._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import of a second
