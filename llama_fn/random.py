@@ -119,17 +119,20 @@ def like(key: Key, value: Any, draw: Callable[[Key, Shape, torch.dtype], Tensor]
 
 
 def threefry2x32(key: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
-    """The block function: 20 rounds over the counter (x0, x1), the key added in after every four."""
-    k0, k1 = key[..., 0], key[..., 1]
+    """The block function: 20 rounds over the counter (x0, x1), the key added in after every four.
+
+    In between, words lie in int32, where sums and shifts wrap as those of unsigned words do: half the memory.
+    """
+    k0, k1, x0, x1 = (x.to(torch.int32) for x in (key[..., 0], key[..., 1], x0, x1))
     schedule = (k0, k1, k0 ^ k1 ^ 0x1BD11BDA)
-    x0, x1 = (x0 + k0) & MASK, (x1 + k1) & MASK
+    x0, x1 = x0 + k0, x1 + k1
     for i in range(5):
         for r in ROTATIONS[i % 2]:
-            x0 = (x0 + x1) & MASK
-            x1 = x0 ^ (((x1 << r) & MASK) | (x1 >> (32 - r)))
-        x0 = (x0 + schedule[(i + 1) % 3]) & MASK
-        x1 = (x1 + schedule[(i + 2) % 3] + i + 1) & MASK
-    return x0, x1
+            x0 = x0 + x1
+            x1 = x0 ^ ((x1 << r) | (x1 >> 32 - r & 2**r - 1))  # a shift to the right brings the sign with it
+        x0 = x0 + schedule[(i + 1) % 3]
+        x1 = x1 + (schedule[(i + 2) % 3] + (i + 1))
+    return x0.to(torch.int64) & MASK, x1.to(torch.int64) & MASK
 
 
 def _counters(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:

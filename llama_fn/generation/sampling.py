@@ -95,18 +95,17 @@ def keep_likeliest(logits: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"]:
 @typed
 def keep_top_k(logits: Float[Tensor, "*b v"], k: int) -> Float[Tensor, "*b v"]:
     """The k likeliest tokens keep their logits (of equals the first), the others get -inf."""
-    order = logits.sort(dim=-1, descending=True, stable=True).indices
-    rank = order.argsort(-1)
-    return logits.masked_fill(rank >= k, -math.inf)
+    lowest = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+    return _keep_down_to(logits, lowest, k)
 
 
 @typed
 def keep_top_p(logits: Float[Tensor, "*b v"], p: float) -> Float[Tensor, "*b v"]:
     """The smallest set of likeliest tokens with a probability of p or more keep their logits, the others get -inf."""
-    order = logits.sort(dim=-1, descending=True, stable=True).indices
-    falling = logits.softmax(-1).gather(-1, order)
-    before = falling.cumsum(-1) - falling
-    return logits.masked_fill((before >= p).gather(-1, order.argsort(-1)), -math.inf)
+    falling = logits.sort(dim=-1, descending=True).values
+    weights = falling.softmax(-1)
+    count = (weights.cumsum(-1) - weights < p).sum(-1, keepdim=True)
+    return _keep_down_to(logits, falling.gather(-1, count - 1), count)
 
 
 @typed
@@ -114,6 +113,13 @@ def keep_min_p(logits: Float[Tensor, "*b v"], p: float) -> Float[Tensor, "*b v"]
     """The tokens at least p times as likely as the likeliest keep their logits, the others get -inf."""
     floor = logits.amax(-1, keepdim=True) + (math.log(p) if p > 0 else -math.inf)
     return logits.masked_fill(logits < floor, -math.inf)
+
+
+def _keep_down_to(logits: Tensor, lowest: Tensor, count: Tensor | int) -> Tensor:
+    """The `count` likeliest keep their logits, of which `lowest` is the last (of equals the first)."""
+    above, equal = logits > lowest, logits == lowest
+    room = count - above.sum(-1, keepdim=True)
+    return logits.masked_fill(~(above | (equal & (equal.cumsum(-1) <= room))), -math.inf)
 
 
 def _check_range(name: str, value: float | None, low: float, high: float, open_below: bool = False) -> None:

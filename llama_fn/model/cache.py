@@ -129,7 +129,7 @@ def read(cache: KeysValues, positions: Tensor, slots: Tensor) -> KeysValues:
     """What attention may see: of the first `slots`, all up to the last position, zeros beyond (a NaN there stays
     without effect). Its axis s is shorter than the cache's, so this function is not `typed`.
     """
-    return KeysValues(*(_clean(_first(leaf, len(slots)), positions) for leaf in cache))
+    return KeysValues(*(_clean(_first(leaf, slots.shape[0]), positions) for leaf in cache))
 
 
 def reach(cache: Cache, new: int) -> Tensor:
