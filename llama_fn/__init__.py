@@ -20,7 +20,8 @@ from llama_fn.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llama_fn.training import optim
 from llama_fn.training.loss import loss, loss_sum
 from llama_fn.transforms import lora
-from llama_fn.transforms.jit import jit, jit_layers
+from llama_fn.transforms.jit import jit
+from llama_fn.transforms.layers import jit_layers
 from llama_fn.transforms.per_sample import clipped_sum, per_sample_grads, per_sample_norms, private_grads
 from llama_fn.transforms.quantize import dequantize, quantize
 from llama_fn.transforms.remat import remat

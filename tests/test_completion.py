@@ -12,6 +12,7 @@ import llama_fn as lf
 from llama_fn.generation import decode
 from llama_fn.generation.completion import until
 from llama_fn.generation.sampling import penalize
+from llama_fn.model import cache as kv
 
 PROMPTS = ["Once upon a time", "Long ago there was a brave little girl", "", "One"]
 
@@ -143,7 +144,9 @@ def test_a_text_goes_on_from_the_cache_of_any_beginning(model, known, slots, mor
     state = decode.resume(model.params, ids, cache, len(ids) + more)
     logits, _ = lf.forward(model.params, torch.tensor(ids))
     assert (state.logits[0] - logits[-1]).abs().max() < 1e-4 and int(state.cache.length) == len(ids)
-    assert state.tokens[0].tolist() == ids + [-1] * (max(slots, len(ids) + more) - len(ids))
+    room = state.tokens.shape[-1]
+    assert state.tokens[0].tolist() == ids + [-1] * (room - len(ids))
+    assert max(slots, len(ids) + more) <= room <= max(slots, len(ids) + more + kv.PAGE)
     assert state.cache.k[0].shape[-2] == state.cache.v[-1].shape[-2] == state.tokens.shape[-1]
     assert all(torch.equal(*pair) for pair in zip(lf.tree.leaves(cache), lf.tree.leaves(before), strict=True))
 

@@ -1,14 +1,16 @@
-"""`jit`: compiled equals eager, donation reuses memory, and a decode loop compiles once."""
+"""`jit` and `jit_layers`: compiled equals eager, donation reuses memory, and a decode loop compiles once."""
 
 import pytest
 import torch
 from strategies import random_params, token_rows
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import llama_fn as lf
 from llama_fn.cli.bench_transforms import peak_bytes
 from llama_fn.generation import decode
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
+from llama_fn.transforms import layers
 
 CONFIG = lf.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70, max_seq_len=64)
 
@@ -36,8 +38,21 @@ def test_compiled_decode_equals_eager_and_compiles_once():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.fixture
+def compilations(monkeypatch):
+    """What `jit_layers` compiles, by name."""
+    names, compiled = [], layers.compiled
+
+    def counted(f, *args):
+        names.append(f.__name__)
+        return compiled(f, *args)
+
+    monkeypatch.setattr(layers, "compiled", counted)
+    return names
+
+
 @pytest.mark.slow
-def test_layers_share_one_compiled_block_that_writes_in_place():
+def test_layers_share_one_compiled_block_that_writes_in_place(compilations):
     params = random_params(CONFIG, lf.random.key(0), torch.float32)
     tokens = token_rows(CONFIG, 12)
     full, _ = lf.forward(params, tokens)
@@ -45,15 +60,68 @@ def test_layers_share_one_compiled_block_that_writes_in_place():
     cache = lf.init_cache(CONFIG, max_len=1100)
     leaf, addresses = cache.k[0].nbytes, [x.data_ptr() for x in cache.k + cache.v]
     pieces = []
-    torch._dynamo.utils.counters.clear()
-    with torch.no_grad():
-        for t in range(1000):
-            logits, cache = step(params, tokens[t % 12, None], cache)
-            pieces.append(logits)
-        assert (torch.cat(pieces[:12]) - full).abs().max() < 1e-4
-        assert [x.data_ptr() for x in cache.k + cache.v] == addresses
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the block and the head, at every length
-        assert peak_bytes(lambda: step(params, tokens[:1], cache)) < leaf
+    for t in range(1000):
+        logits, cache = step(params, tokens[t % 12, None], cache)
+        pieces.append(logits)
+    assert (torch.cat(pieces[:12]) - full).abs().max() < 1e-4
+    assert [x.data_ptr() for x in cache.k + cache.v] == addresses
+    assert compilations == ["block", "head"]  # at every length
+    assert peak_bytes(lambda: step(params, tokens[:1], cache)) < leaf
+
+
+@pytest.mark.slow
+def test_layers_are_compiled_again_for_what_does_not_fit(compilations):
+    params = random_params(CONFIG, lf.random.key(0), torch.float32)
+    tokens = token_rows(CONFIG, 5, 12)
+    full, _ = lf.forward(params, tokens)
+    step = lf.jit_layers(donate=())
+
+    def stepped(params: lf.Params, turned: bool = False) -> torch.Tensor:
+        cache, pieces = lf.init_cache(CONFIG, (5,), max_len=12), []
+        if turned:  # lies otherwise in memory
+            cache = lf.tree.map(lambda x: x.mT.contiguous().mT if x.ndim > 1 else x, cache)
+        for t in range(12):
+            before = lf.tree.map(torch.clone, cache)
+            logits, after = step(params, tokens[:, t:t + 1], cache)
+            assert all(map(torch.equal, lf.tree.leaves(before), lf.tree.leaves(cache)))  # nothing was donated
+            pieces, cache = [*pieces, logits], after
+        return torch.cat(pieces, 1)
+
+    assert (stepped(params) - full).abs().max() < 1e-4  # to the end of the room, too
+    count = len(compilations)
+    assert (stepped(params) - full).abs().max() < 1e-4 and len(compilations) == count
+    assert (stepped(params, turned=True) - full).abs().max() < 1e-4 and len(compilations) > count
+    count = len(compilations)
+    strided = lf.tree.map(lambda x: x.repeat_interleave(2, -1)[..., ::2], params)  # the same numbers, further apart
+    assert (stepped(strided) - full).abs().max() < 1e-4 and len(compilations) > count
+
+
+@pytest.mark.slow
+def test_a_size_that_decides_is_compiled_again(compilations):
+    def of_five(x):
+        return x[:5].sum()
+
+    total = layers.by_shape(of_five, dynamic={"x": 0})
+    assert [float(total(torch.ones(n))) for n in (8, 9, 3, 20, 4)] == [5, 5, 3, 5, 4]
+    assert compilations == ["of_five"] * 2
+
+
+@pytest.mark.slow
+def test_layers_that_are_differentiated_or_mapped_run_as_they_are(compilations):
+    params = random_params(CONFIG, lf.random.key(0), torch.float32)
+    tokens = token_rows(CONFIG, 3, 4)
+    step = lf.jit_layers(donate=())
+    eager = lf.loss(params, tokens)
+    grads = torch.func.grad(lambda p: lf.loss(p, tokens, layer=step.keywords["layer"]))(params)
+    leaves = lf.tree.map(lambda x: x.clone().requires_grad_(), params)
+    lf.loss(leaves, tokens, layer=step.keywords["layer"]).backward()
+    for ours, plain, expected in zip(*map(lf.tree.leaves, (grads, leaves, torch.func.grad(lf.loss)(params, tokens))),
+                                     strict=True):
+        assert torch.allclose(ours, expected, atol=1e-6) and torch.allclose(plain.grad, expected, atol=1e-6)
+    mapped = torch.vmap(lambda row: step(params, row)[0])(tokens)
+    assert torch.equal(mapped, lf.forward(params, tokens)[0]) and not compilations
+    graph = make_fx(lambda p: lf.loss(p, tokens, layer=step.keywords["layer"]))(params)
+    assert abs(float(graph(params) - eager)) < 1e-5 and not compilations
 
 
 @pytest.mark.slow
@@ -132,21 +200,27 @@ def test_without_a_compiler_all_runs_as_it_is_and_says_why(monkeypatch):
         double = lf.jit(lambda x: 2 * x, donate="x")
     x = torch.ones(3)
     assert double(x).tolist() == [2.0] * 3 and x.tolist() == [1.0] * 3
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler 'no-such-compiler', so forward runs as it is, slower"):
+        assert lf.jit_layers() is lf.forward
 
 
 @pytest.mark.slow
-def test_a_large_model_is_stepped_compiled_and_writes_the_same_text(monkeypatch):
+def test_a_large_model_is_stepped_compiled_and_writes_the_same_text(monkeypatch, compilations):
     model, key, prompt = lf.load("stories"), lf.random.key(4), "Once upon a time"
+    several = [prompt, "One day", "Long ago there lived a man called", "Once there was"]
 
-    def told(t):
-        return lf.text_completion(model, [prompt], key=key, max_new_tokens=24, sampler=lf.sampler(t), logprobs=True)[0]
+    def told(prompts, t, stop=("girl", "boy", "She ", "He ")):
+        return lf.text_completion(model, prompts, key=key, max_new_tokens=23, sampler=lf.sampler(t), logprobs=True,
+                                  stop=stop)
 
-    eager = [told(t) for t in (0, 1)]
+    eager, alone = {t: told(several, t) for t in (0, 1)}, {t: told([prompt], t, ())[0] for t in (0, 1)}
+    assert len({len(row.tokens) for row in eager[1]}) == 4  # they leave one after another
     monkeypatch.setattr(decode, "LARGE", 0)
-    torch._dynamo.utils.counters.clear()
-    for t, plain in zip((0, 1), eager, strict=True):
-        assert told(t).text == plain.text
-        assert told(t).logprobs == pytest.approx(plain.logprobs, abs=1e-3)
-        pieces = lf.stream(model, prompt, key=key, max_new_tokens=24, sampler=lf.sampler(t))
-        assert "".join(pieces) == plain.text
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    decode._by_layers.cache_clear()
+    for t, rows in eager.items():
+        for row, plain in zip(told(several, t), rows, strict=True):
+            assert row.text == plain.text and row.logprobs == pytest.approx(plain.logprobs, abs=1e-3)
+        assert told([prompt], t, ())[0].logprobs == pytest.approx(alone[t].logprobs, abs=1e-3)
+        pieces = lf.stream(model, prompt, key=key, max_new_tokens=23, sampler=lf.sampler(t))
+        assert "".join(pieces) == alone[t].text
+    assert compilations == ["block", "head"] * 3  # for four rows, two and one; at any length, and in any room

@@ -24,7 +24,8 @@ from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
-from llama_fn.transforms.jit import jit, jit_layers
+from llama_fn.transforms.jit import jit
+from llama_fn.transforms.layers import jit_layers
 from llama_fn.transforms.quantize import quantized_leaf
 
 SHAPES = {

@@ -12,10 +12,11 @@ from llama_fn import random, tree
 from llama_fn.generation.sampling import Sampler
 from llama_fn.model import cache as kv
 from llama_fn.model.cache import Cache, init_cache
+from llama_fn.model.linear import FEW
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.shapes import typed
 from llama_fn.transforms import lora
-from llama_fn.transforms.jit import jit_layers
+from llama_fn.transforms.layers import jit_layers
 from llama_fn.transforms.lora import Lora
 
 CHUNK = 512  # tokens of a prompt that go through the model at once: what a token may see is a mask "t s" in memory
@@ -36,7 +37,8 @@ class State(NamedTuple):
 @typed
 def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int,
             adapters: Lora | None = None) -> tuple[State, Float[Tensor, "b t v"]]:
-    """The state after `prompts`, with room for rows of `max_len` tokens; and the logits after every prompt token.
+    """The state after `prompts`, with room for rows of `max_len` tokens and a few more; and the logits after every
+    prompt token.
 
     Shorter prompts are filled up on the right. What a cache holds beyond a row's length is never read, and is written
     over by the row's next tokens: a row is what it would be alone. `adapters` is a stack of one a row, or None. Raises
@@ -52,9 +54,9 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int,
     if adapters is not None and (counts := {len(x) for x in tree.leaves(adapters)}) != {len(prompts)}:
         raise ValueError(f"adapters should be a stack of {len(prompts)}, one a prompt; the first axes of what came are "
                          f"{', '.join(map(str, sorted(counts)))}")
-    device = params.embedding.device
+    device, slots = params.embedding.device, kv.ample(max_len)
     padded = torch.tensor([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts], device=device)
-    cache = init_cache(params.config, (len(prompts),), max_len=max_len, dtype=params.embedding.dtype, device=device)
+    cache = init_cache(params.config, (len(prompts),), max_len=slots, dtype=params.embedding.dtype, device=device)
     pieces = []
     for chunk in padded.split(CHUNK, 1):
         piece, cache = _forward(params, adapters, chunk, cache)
@@ -62,22 +64,22 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int,
     logits = torch.cat(pieces, 1)
 
     length = torch.tensor(lengths, device=device)
-    slots = torch.arange(max_len, device=device)
-    tokens = torch.nn.functional.pad(padded, (0, max_len - padded.shape[1])).where(slots < length[:, None], -1)
+    there = torch.arange(slots, device=device) < length[:, None]
+    tokens = torch.nn.functional.pad(padded, (0, slots - padded.shape[1])).where(there, -1)
     last = logits[torch.arange(len(prompts), device=device), length - 1]
     return State(cache._replace(length=length), last, tokens, adapters), logits
 
 
 def resume(params: Params, tokens: Sequence[int], cache: Cache | None, max_len: int) -> State:
     """The state of one row after `tokens`, of which the cache holds the first `length` already; the rest goes through
-    the model, and at least the last. The cache grows to `max_len` slots if it has fewer (so its axis s has two sizes
-    here, and this function is not `typed`).
+    the model, and at least the last. The cache grows to `max_len` slots and a few more if it has fewer (so its axis s
+    has two sizes here, and this function is not `typed`).
     """
-    device, dtype = params.embedding.device, params.embedding.dtype
+    device, dtype, slots = params.embedding.device, params.embedding.dtype, kv.ample(max_len)
     if cache is None:
-        cache = init_cache(params.config, (1,), max_len=max_len, dtype=dtype, device=device)
+        cache = init_cache(params.config, (1,), max_len=slots, dtype=dtype, device=device)
     known = min(int(cache.length), len(tokens) - 1)
-    slots = max(max_len, cache.k[0].shape[-2])
+    slots = max(slots, cache.k[0].shape[-2])
     cache = tree.map(lambda x: x if x.ndim == 1 else torch.nn.functional.pad(x, (0, 0, 0, slots - x.shape[-2])),
                      cache._replace(length=torch.full_like(cache.length, known)))
     row = torch.tensor([list(tokens)], device=device)
@@ -101,11 +103,11 @@ def draw(state: State, keys: Int[Tensor, "b 2"], sample: Sampler) -> Int[Tensor,
 
 
 def fast(params: Params, rows: int, donate: str | tuple[()] = ()) -> Callable:
-    """`forward` for the steps of one sequence after its prompt: compiled by its layers for weights of `LARGE` bytes and
-    more, and as it is for all else. With `donate="cache"` the state that a step begins with must not be used again.
+    """`forward` for the steps of a few rows after their prompts: compiled by its layers for weights of `LARGE` bytes
+    and more, and as it is for all else. With `donate="cache"` the state that a step begins with must not be used again.
     """
     large = sum(x.nbytes for x in tree.leaves(params)) >= LARGE
-    return _by_layers(donate) if large and rows == 1 else forward
+    return _by_layers(donate) if large and rows <= FEW else forward
 
 
 _by_layers = functools.cache(lambda donate: jit_layers(donate=donate))  # compiled once in a process
@@ -135,19 +137,22 @@ def steps(params: Params, state: State, keys: Int[Tensor, "b 2"], sample: Sample
     """All tokens of all rows, as they are drawn; a token goes through the model when the one after it is asked for.
 
     A row ends before the token `end`, after as many tokens as its limit says, or as soon as it is `stopped(row,
-    tokens)`; it then leaves the batch.
+    tokens)`; it then leaves the batch. What is compiled for a number of rows goes on with a power of two: the first of
+    those that stay fills up for those that left.
     """
     written: list[list[int]] = [[] for _ in limits]
     going, stay = list(range(len(limits))), [row for row, limit in enumerate(limits) if limit > 0]
     token = None
     while stay:
         if len(stay) < len(going):
-            going, keys = [going[place] for place in stay], keys[stay]
-            state, token = select(state, stay), None if token is None else token[stay]
+            filled = len(stay) if run is forward else min(2 ** (len(stay) - 1).bit_length(), len(keys))
+            places = stay + stay[:1] * (filled - len(stay))
+            going, keys = [going[place] for place in stay], keys[places]
+            state, token = select(state, places), None if token is None else token[places]
         if token is not None:
             state = advance(params, state, token, run)
         token, stay = draw(state, keys, sample), []
-        for place, (row, id) in enumerate(zip(going, token.tolist(), strict=True)):
+        for place, (row, id) in enumerate(zip(going, token.tolist(), strict=False)):
             if id == end:
                 continue
             written[row].append(id)

@@ -1,6 +1,5 @@
 """The key/value cache: a value that goes in and comes out, never a state."""
 
-import sys
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 
 from llama_fn.config import Config
-from llama_fn.shapes import concrete, traced, transforms, typed
+from llama_fn.shapes import concrete, transforms, typed
 
 PAGE = 64
 
@@ -135,16 +134,16 @@ def read(cache: KeysValues, positions: Tensor, slots: Tensor) -> KeysValues:
 def reach(cache: Cache, new: int) -> Tensor:
     """The slots in which there will be something after `new` tokens more, 0 up to a multiple of `PAGE`: a step's work
     follows the length and not the room. Where numbers cannot be read, all slots.
-
-    A compiled layer takes any number of them, but for all that there is room for, without another compilation.
     """
     room = cache.k[0].shape[-2]
     if concrete(cache.length) and cache.length.numel():
         room = min(room, -(-(int(cache.length.max()) + new) // PAGE) * PAGE)
-    slots = torch.arange(room, device=cache.length.device)
-    if "torch._dynamo" in sys.modules and room > 1 and not traced():  # who compiles has imported it already: 1 s
-        torch._dynamo.maybe_mark_dynamic(slots, 0)
-    return slots
+    return torch.arange(room, device=cache.length.device)
+
+
+def ample(max_len: int) -> int:
+    """Slots for `max_len` tokens, of which no step reads all: to a compiled one, all slots would be another graph."""
+    return -(-max_len // PAGE) * PAGE + 1
 
 
 def check_room(cache: Cache, new: int) -> None:

@@ -1,4 +1,4 @@
-"""`jit`: a pure function of trees, compiled, with JAX's donation of arguments; `jit_layers`: a step of the model."""
+"""`jit`: a pure function of trees, compiled, with JAX's donation of arguments."""
 
 import functools
 import inspect
@@ -12,8 +12,6 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from llama_fn import tree
-from llama_fn.model.block import block
-from llama_fn.model.transformer import forward, head
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,10 +30,6 @@ def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
     have; a call raises torch's `Unsupported` for one that no part of the result can take. Where there is no C++
     compiler, a warning says so, and `f` runs as it is.
     """
-    return _jit(f, donate, {})
-
-
-def _jit(f: Callable[P, R], donate: str | Sequence[str], options: dict[str, Any]) -> Callable[P, R]:
     names = (donate,) if isinstance(donate, str) else tuple(donate)
     called = getattr(f, "__name__", type(f).__name__)  # a functools.partial has none
     signature = inspect.signature(f)
@@ -44,8 +38,7 @@ def _jit(f: Callable[P, R], donate: str | Sequence[str], options: dict[str, Any]
                          f"only {', '.join(signature.parameters)}")
 
     if not has_compiler():
-        warnings.warn(f"jit: there is no C++ compiler {_compiler()!r}, so {called} runs as it is, slower; install g++ "
-                      "or name another in the environment variable CXX", stacklevel=3)
+        warnings.warn(no_compiler(called), stacklevel=2)
         return f
     import torch._dynamo.config  # a second; only who compiles pays it
 
@@ -53,27 +46,13 @@ def _jit(f: Callable[P, R], donate: str | Sequence[str], options: dict[str, Any]
         result = f(*args, **kwargs)
         arguments = dict(zip(signature.parameters, args, strict=False)) | kwargs
         given = {name: arguments[name] for name in names if arguments.get(name) is not None}
-        return _donated(given, result) if given else result
+        return donated(given, result) if given else result
 
     # Dynamo counts compilations by code object: each jitted function needs one of its own.
     own = types.FunctionType(body.__code__.replace(), body.__globals__, called, None, body.__closure__)
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, MOST_SHAPES)
-    return functools.wraps(f)(torch.compile(own, fullgraph=True, dynamic=False, options=options or None))
-
-
-def jit_layers(f: Callable[P, R] = forward, donate: str | Sequence[str] = "cache") -> Callable[P, R]:
-    """`forward`, or a function of its arguments that hands on `layer` and `head`, compiled by its parts: all layers
-    share one compiled block, so that the first call takes as long for 80 of them as for one. The cache is written in
-    place if it is donated, and a step's work follows its length.
-    """
-    # A sum of products is to be one loop: inductor breaks an expression of more than 30 operations or 4 reads in two,
-    # and multiplies and adds apart. Nothing global has a part in these two functions, so that no call need look at it:
-    # 1.4 ms of a step of 22 layers.
-    own = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 1000,
-           "cpp.enable_floating_point_contract_flag": "fast",
-           "guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
-    return functools.partial(f, layer=_jit(block, donate, dict(own)), head=_jit(head, (), dict(own)))
+    return functools.wraps(f)(torch.compile(own, fullgraph=True, dynamic=False))
 
 
 def has_compiler() -> bool:
@@ -81,11 +60,17 @@ def has_compiler() -> bool:
     return shutil.which(_compiler()) is not None
 
 
+def no_compiler(name: str) -> str:
+    """What a warning says where there is none."""
+    return (f"jit: there is no C++ compiler {_compiler()!r}, so {name} runs as it is, slower; install g++ or name "
+            "another in the environment variable CXX")
+
+
 def _compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def _donated(given: dict[str, Any], result: Any) -> Any:
+def donated(given: dict[str, Any], result: Any) -> Any:
     """`result` with each part that is like a donated argument moved into that argument's memory."""
     parts = list(result) if type(result) is tuple else [result]
     places: dict[str, int] = {}
