@@ -3,6 +3,7 @@
 import pytest
 import torch
 from strategies import random_params, token_rows
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import llama_fn as lf
@@ -120,6 +121,10 @@ def test_layers_that_are_differentiated_or_mapped_run_as_they_are(compilations):
         assert torch.allclose(ours, expected, atol=1e-6) and torch.allclose(plain.grad, expected, atol=1e-6)
     mapped = torch.vmap(lambda row: step(params, row)[0])(tokens)
     assert torch.equal(mapped, lf.forward(params, tokens)[0]) and not compilations
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(step(params, tokens)[0], lf.forward(params, tokens)[0])
+    with FakeTensorMode() as mode:
+        assert step(*lf.tree.map(mode.from_tensor, (params, tokens)))[0].shape == (3, 4, CONFIG.vocab_size)
     graph = make_fx(lambda p: lf.loss(p, tokens, layer=step.keywords["layer"]))(params)
     assert abs(float(graph(params) - eager)) < 1e-5 and not compilations
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from llama_fn import tree
 from llama_fn.model.block import block
@@ -69,7 +70,7 @@ def by_shape(f: Callable[P, R], donate: str | Sequence[str] = (),
     @functools.wraps(f)
     def called(*args: Any) -> R:
         tensors = _tensors(args)
-        if traced() or transforms() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        if not _values(tensors):
             return f(*args)
         key = _facts(args), torch.get_num_threads()
         if key not in known:
@@ -85,6 +86,14 @@ def by_shape(f: Callable[P, R], donate: str | Sequence[str] = (),
         return tree.unflatten(list(ready.run(*sizes, *tensors)), ready.structure)
 
     return called
+
+
+def _values(tensors: list[Tensor]) -> bool:
+    """Whether these are plain numbers, and nothing but values is asked for."""
+    if traced() or transforms() or torch._C._is_any_autocast_enabled():
+        return False
+    grad = torch.is_grad_enabled()
+    return all(type(x) in (Tensor, Parameter) and not (grad and x.requires_grad) for x in tensors)
 
 
 def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Compiled:
