@@ -98,6 +98,22 @@ def test_layers_are_compiled_again_for_what_does_not_fit(compilations):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_layers_of_integers_are_compiled_too(compilations, bits):
+    config = lf.Config(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=77, hidden_dim=192, max_seq_len=64)
+    params, step = lf.quantize(random_params(config, lf.random.key(0), torch.float32), bits), lf.jit_layers()
+    tokens = token_rows(config, 6)
+    full, _ = lf.forward(params, tokens)
+    for room in (7, 31):
+        cache, pieces = lf.init_cache(config, max_len=room), []
+        for t in range(6):
+            logits, cache = step(params, tokens[t, None], cache)
+            pieces.append(logits)
+        assert (torch.cat(pieces) - full).abs().max() < 1e-4
+    assert compilations == ["block", "head"]
+
+
+@pytest.mark.slow
 def test_a_size_that_decides_is_compiled_again(compilations):
     def of_five(x):
         return x[:5].sum()

@@ -125,9 +125,14 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Compiled:
     inputs = [*[fakes[i].shape[axis] for i, axis in sizes], *fakes]
     with torch.no_grad(), torch.compiler._compile_session_context(), imagined:
         graph = make_fx(flat)(*inputs)
+    # Of integers, a layer is eight loops and views between them: called from C++ they are 6 % faster. Of floats, which
+    # are one loop, it would be 1 %, and compiling takes four seconds more.
+    of_integers = any(x.dtype in (torch.int8, torch.uint8) for x in fakes)
+    for node in graph.graph.find_nodes(op="placeholder"):
+        node.meta.clear()  # or inductor, for C++, would take them for inputs without their sizes
     with torch._guards.tracing(torch._guards.TracingContext(imagined)):
         run = standalone_compile(graph, inputs, dynamic_shapes="from_tracing_context",
-                                 options={"config_patches": OPTIONS})
+                                 options={"config_patches": OPTIONS | {"cpp_wrapper": of_integers}})
     return Compiled(run, sizes, lambda tensors: shapes.evaluate_guards_for_args(fakes, tensors), structure)
 
 
