@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import keys, models, random_params, token_rows
+from strategies import keys, models, token_rows
 from test_model import close
 from torch.func import grad
 
@@ -147,17 +147,3 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
         lf.quantize(odd, "int4")
     with pytest.raises(ValueError, match=r"attention.wq is no tensor but Quantized: merge into the parameters"):
         lf.lora.merge(small, lf.lora.init(lf.random.key(0), model.params, 2))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", ["int8", "int4"])
-def test_a_compiled_decode_of_one_row_equals_the_eager_one(bits):
-    config = lf.Config(64, 2, 4, 2, 77, 128)  # the widths are whole groups
-    params, tokens = lf.quantize(random_params(config, lf.random.key(0), torch.float32), bits), token_rows(config, 9)
-    full, _ = lf.forward(params, tokens)
-    layer, cache, pieces = lf.jit(lf.block, donate="cache"), lf.init_cache(params.config, max_len=300), []
-    with torch.no_grad():
-        for token in tokens:
-            logits, cache = lf.forward(params, token[None], cache, layer=layer)
-            pieces.append(logits)
-    assert close(torch.cat(pieces), full, 1e-4)

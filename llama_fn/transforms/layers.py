@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from llama_fn import tree
 from llama_fn.model.block import block
 from llama_fn.model.transformer import forward, head
 from llama_fn.shapes import traced, transforms
@@ -46,7 +46,7 @@ class Compiled(NamedTuple):
     run: Callable[..., tuple]  # of the dynamic sizes, then the tensors
     sizes: list[tuple[int, int]]  # of which tensor, and which axis
     fits: Callable[[list[Tensor]], bool]
-    structure: Any  # of the result
+    result: Any  # with a tensor in the place of each
 
 
 def by_shape(f: Callable[P, R], donate: str | Sequence[str] = (),
@@ -69,12 +69,13 @@ def by_shape(f: Callable[P, R], donate: str | Sequence[str] = (),
 
     @functools.wraps(f)
     def called(*args: Any) -> R:
-        tensors = _tensors(args)
+        tensors: list[Tensor] = []
+        facts = _facts(args, tensors)
         if not _values(tensors):
             return f(*args)
-        key = _facts(args), torch.get_num_threads()
+        key = facts, torch.get_num_threads()
         if key not in known:
-            loose = tuple(_facts(*pair) for pair in zip(args, axes, strict=True))
+            loose = tuple(_facts(arg, [], axis) for arg, axis in zip(args, axes, strict=True))
             family = alike.setdefault((loose, torch.get_num_threads()), [])
             fitting = [ready for ready in family if ready.fits(tensors)]
             if not fitting:
@@ -83,7 +84,7 @@ def by_shape(f: Callable[P, R], donate: str | Sequence[str] = (),
             known[key] = fitting[0]
         ready = known[key]
         sizes = [tensors[place].shape[axis] for place, axis in ready.sizes]
-        return tree.unflatten(list(ready.run(*sizes, *tensors)), ready.structure)
+        return _filled(ready.result, iter(ready.run(*sizes, *tensors)))
 
     return called
 
@@ -104,7 +105,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Compiled:
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-    shapes, structure = ShapeEnv(), None
+    shapes, result, place = ShapeEnv(), None, torch.empty(0)
     imagined = FakeTensorMode(shape_env=shapes)
 
     def fake(x: Tensor, axis: int | None) -> Tensor:
@@ -114,11 +115,17 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Compiled:
         return imagined.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
     def flat(*numbers: Tensor | int) -> list[Tensor]:
-        nonlocal structure
-        results, structure = tree.flatten(f(*_filled(args, iter(numbers[len(sizes):]))))
-        return results
+        nonlocal result
+        values: list[Tensor] = []
+        result = f(*_filled(args, iter(numbers[len(sizes):])))
+        _facts(result, values)
+        result = _filled(result, itertools.repeat(place))
+        return values
 
-    places = [(x, axis) for argument, axis in zip(args, axes, strict=True) for x in _tensors(argument)]
+    places: list[tuple[Tensor, int | None]] = []
+    for argument, axis in zip(args, axes, strict=True):
+        _facts(argument, own := [])
+        places.extend((x, axis) for x in own)
     fakes = [fake(*place) for place in places]
     # As numbers of their own, too: that is where torch's cache between processes looks whether a graph fits.
     sizes = [(i, axis) for i, (_, axis) in enumerate(places) if axis is not None]
@@ -133,24 +140,21 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Compiled:
     with torch._guards.tracing(torch._guards.TracingContext(imagined)):
         run = standalone_compile(graph, inputs, dynamic_shapes="from_tracing_context",
                                  options={"config_patches": OPTIONS | {"cpp_wrapper": of_integers}})
-    return Compiled(run, sizes, lambda tensors: shapes.evaluate_guards_for_args(fakes, tensors), structure)
+    return Compiled(run, sizes, lambda tensors: shapes.evaluate_guards_for_args(fakes, tensors), result)
 
 
-def _facts(value: Any, axis: int | None = None) -> Hashable:
-    """All that a compiled function is compiled for, hashable; if there is an `axis`, whatever its size is."""
+def _facts(value: Any, tensors: list[Tensor], axis: int | None = None) -> Hashable:
+    """All that a compiled function is compiled for, hashable; if there is an `axis`, whatever its size is. The tensors
+    go into the list.
+    """
     if isinstance(value, Tensor):
+        tensors.append(value)
         if axis is None or not value.is_contiguous():
             return value.shape, value.stride(), value.dtype, value.device
         return value.shape[:axis], value.shape[axis:][1:], value.dtype, value.device
     if isinstance(value, tuple):
-        return type(value), *[_facts(x, axis) for x in value]
+        return type(value), *[_facts(x, tensors, axis) for x in value]
     return value
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [x for part in value for x in _tensors(part)] if isinstance(value, tuple) else []
 
 
 def _filled(value: Any, tensors: Iterator[Tensor]) -> Any:
