@@ -1,5 +1,6 @@
 """`jit_layers`: a step of the model, compiled by its layers."""
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -130,7 +131,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Compiled:
     # As numbers of their own, too: that is where torch's cache between processes looks whether a graph fits.
     sizes = [(i, axis) for i, (_, axis) in enumerate(places) if axis is not None]
     inputs = [*[fakes[i].shape[axis] for i, axis in sizes], *fakes]
-    with torch.no_grad(), torch.compiler._compile_session_context(), imagined:
+    with torch.no_grad(), _compiling(), imagined:
         graph = make_fx(flat)(*inputs)
     # Of integers, a layer is eight loops and views between them: called from C++ they are 6 % faster. Of floats, which
     # are one loop, it would be 1 %, and compiling takes four seconds more.
@@ -141,6 +142,17 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Compiled:
         run = standalone_compile(graph, inputs, dynamic_shapes="from_tracing_context",
                                  options={"config_patches": OPTIONS | {"cpp_wrapper": of_integers}})
     return Compiled(run, sizes, lambda tensors: shapes.evaluate_guards_for_args(fakes, tensors), result)
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Within it, `torch.compiler.is_compiling()`: the kernels are those of a compiled step."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def _facts(value: Any, tensors: list[Tensor], axis: int | None = None) -> Hashable:
