@@ -1,7 +1,7 @@
 """What torch's fused attention lacks on the CPU (2.13): a batching rule, and derivatives of its derivative.
 
 Both are registered with the kernel itself, for the whole process: whoever calls it, mapped or twice differentiated,
-gets values where torch alone is slow or raises. (Its kernels for CUDA have the batching rule.)
+gets values where torch alone is slow or raises. (Its kernels for CUDA have the batching rule, and not the derivatives.)
 """
 
 import math
