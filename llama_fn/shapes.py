@@ -55,47 +55,57 @@ def typed(f: Callable[P, R]) -> Callable[P, R]:
     hints = typing.get_type_hints(f, include_extras=True)
     checks = {name: _check(hint if name == "return" else _gathered(signature.parameters[name], hint))
               for name, hint in hints.items()}
-    known: set = set()
+    known: dict[tuple, set] = {}  # of arguments that are right, the results that are
 
-    def verify(key: Any, arguments: dict[str, Any]) -> None:
+    def verify(arguments: dict[str, Any]) -> None:
         with jaxtyped("context"):
             for name, value in arguments.items():
                 if name in checks and (wrong := checks[name](value, name)) is not None:
                     raise AxesError(_message(f, *wrong))
-        if len(known) >= 4096:  # a caller of ever new shapes must not fill the memory
-            known.clear()
-        if key is not None:
-            known.add(key)
 
     @functools.wraps(f)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         if traced():
             return f(*args, **kwargs)
-        given = _facts((args, kwargs))
-        if given is None or given not in known:
-            verify(given, signature.bind(*args, **kwargs).arguments)
+        given = _facts(args, kwargs)
+        results = known.get(given)
+        if results is None:
+            verify(signature.bind(*args, **kwargs).arguments)
+            if len(known) >= 4096:  # a caller of ever new shapes must not fill the memory
+                known.clear()
+            results = set() if given is None else known.setdefault(given, set())
         result = f(*args, **kwargs)
         returned = _facts(result)
-        both = None if given is None or returned is None else (given, returned)
-        if both is None or both not in known:
-            verify(both, {**signature.bind(*args, **kwargs).arguments, "return": result})
+        if returned is None or returned not in results:
+            verify({**signature.bind(*args, **kwargs).arguments, "return": result})
+            if returned is not None and len(results) < 64:
+                results.add(returned)
         return result
 
     return checked
 
 
-def _facts(value: Any) -> Any:
-    """All that a check can see of a value, hashable; None where it cannot be told in short, as of a list."""
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype
-    if isinstance(value, dict):
-        value = tuple(value.items())
-    if isinstance(value, types.FunctionType):
-        return types.FunctionType  # a check sees no more of it
-    if isinstance(value, tuple):
-        facts = [_facts(x) for x in value]
-        return None if None in facts else (type(value), *facts)
-    return (type(value), value) if value is None or isinstance(value, PLAIN) or tree.is_constant(value) else None
+def _facts(*values: Any) -> tuple | None:
+    """All that a check can see of values, hashable; None where it cannot be told in short, as of a list."""
+    facts: list[Any] = []
+    return tuple(facts) if _told(values, facts) else None
+
+
+def _told(values: tuple, facts: list[Any]) -> bool:
+    for x in values:
+        if isinstance(x, Tensor):
+            facts.extend((x.shape, x.dtype))
+        elif isinstance(x, tuple | dict):
+            facts.extend((type(x), len(x)))
+            if not _told(x if isinstance(x, tuple) else tuple(x.items()), facts):
+                return False
+        elif isinstance(x, types.FunctionType):
+            facts.append(types.FunctionType)  # a check sees no more of it
+        elif x is None or isinstance(x, PLAIN) or tree.is_constant(x):
+            facts.extend((type(x), x))
+        else:
+            return False
+    return True
 
 
 def traced() -> bool:

@@ -130,10 +130,20 @@ def _sums(weight: Tensor, rows: Tensor) -> Tensor:
     for part, some in zip(weight.chunk(blocks, -1), rows.chunk(blocks, -1), strict=True):
         width = part.shape[-1]  # in two halves, 24 GB/s in place of 21 for 5,632 inputs
         halves = 2 if len(rows) == 1 and width > 4096 and width % 2 == 0 else 1
-        streams = [torch.stack([_dot(w.chunk(halves, -1), row.chunk(halves)) for row in some])
-                   for w in part.chunk(max(1, 4 // len(rows)))]
-        total = total + torch.cat(streams, -1)
+        streams = [w.chunk(halves, -1) for w in part.chunk(_streams(part, rows))]
+        total = total + _rows([[_dot(w, row.chunk(halves)) for w in streams] for row in some])
     return total
+
+
+def _streams(weight: Matrix, rows: Tensor) -> int:
+    """Into how many parts the outputs of a weight go, of which one loop reads each at once."""
+    return max(1, 4 // len(rows)) if weight.shape[0] >= 1024 else 1
+
+
+def _rows(streams: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The outputs of each row, stream after stream. Flat, inductor has the sums written where they belong; of a stack
+    it would copy them."""
+    return torch.cat([y for row in streams for y in row]).view(len(streams), -1)
 
 
 def _dot(parts: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
@@ -151,12 +161,11 @@ def _byte_sums(weight: Quantized, rows: Tensor) -> Tensor:
     ways = in_memory((rows.unflatten(-1, (-1, 4)) * place).mT)  # "b i j"
     added = 128 * in_memory(rows.unflatten(-1, (-1, 4))[..., :3].sum((-2, -1)))  # "b"
     streams = []
-    for words in weight.values.view(torch.float32).chunk(max(1, 4 // len(rows))):
+    for words in weight.values.view(torch.float32).chunk(_streams(weight, rows)):
         bits = words.view(torch.int32)
         shifted = bits ^ 0x00808080
-        numbers = [(shifted & 255 << 8 * i if i < 3 else bits >> 24).to(rows.dtype) for i in range(4)]
-        streams.append(torch.stack([_dot(numbers, row) for row in ways]))
-    return (torch.cat(streams, -1) - added[:, None]) * weight.scale
+        streams.append([(shifted & 255 << 8 * i if i < 3 else bits >> 24).to(rows.dtype) for i in range(4)])
+    return (_rows([[_dot(numbers, row) for numbers in streams] for row in ways]) - added[:, None]) * weight.scale
 
 
 def _nibble_sums(weight: Grouped, rows: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | None = N
     Raises `ValueError` for no tokens, for a token outside the vocabulary, and for more tokens than the cache has room
     for (the last two in eager mode: compiled or mapped, numbers cannot be read before, and the index error is torch's).
     """
-    x, cache = trunk(params, tokens, cache, layer=layer)
+    x, cache = _layers(params, tokens, cache, layer)
     return head(params.norm, params.output, x, params.config.norm_eps), cache
 
 
@@ -59,6 +59,10 @@ def trunk(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | None = Non
     """`forward` without the head: what the last layer says of each token. Of a long prompt, the logits after its last
     token are `head` of the last of these alone.
     """
+    return _layers(params, tokens, cache, layer)
+
+
+def _layers(params: Params, tokens: Tensor, cache: Cache | None, layer: Callable) -> tuple[Tensor, Cache | None]:
     config, count = params.config, tokens.shape[-1]
     check_tokens(tokens, config.vocab_size)
     check_sizes(params, cache)

@@ -7,10 +7,11 @@ import itertools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.fx import Graph
 from torch.nn import Parameter
 
 from llama_fn.model.block import block
@@ -22,9 +23,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # A sum of products is to be one loop: inductor breaks an expression of more than 30 operations or 4 reads in two, and
-# multiplies and adds apart.
+# multiplies and adds apart. Headers compiled beforehand take six seconds, and two loops gain nothing by them.
 OPTIONS = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 1000,
-           "cpp.enable_floating_point_contract_flag": "fast"}
+           "cpp.enable_floating_point_contract_flag": "fast", "cpp_cache_precompile_headers": False,
+           "size_asserts": False}  # each call looks first whether its tensors fit
 
 
 def jit_layers(f: Callable[P, R] = forward, donate: str | Sequence[str] = "cache") -> Callable[P, R]:
@@ -41,15 +43,6 @@ def jit_layers(f: Callable[P, R] = forward, donate: str | Sequence[str] = "cache
     return functools.partial(f, layer=by_shape(block, donate, {"slots": 0, "cache": -2}), head=by_shape(head))
 
 
-class Compiled(NamedTuple):
-    """A function compiled for arguments of certain shapes, and whether these arguments are such ones."""
-
-    run: Callable[..., tuple]  # of the dynamic sizes, then the tensors
-    sizes: list[tuple[int, int]]  # of which tensor, and which axis
-    fits: Callable[[list[Tensor]], bool]
-    result: Any  # with a tensor in the place of each
-
-
 def by_shape(f: Callable[P, R], donate: str | Sequence[str] = (),
              dynamic: Mapping[str, int] = MappingProxyType({})) -> Callable[P, R]:
     """`f` of positional trees, traced and compiled for every combination of shapes, but that of an argument which is
@@ -59,8 +52,7 @@ def by_shape(f: Callable[P, R], donate: str | Sequence[str] = (),
     names = (donate,) if isinstance(donate, str) else tuple(donate)
     parameters = tuple(inspect.signature(f).parameters)
     axes = [dynamic.get(name) for name in parameters]
-    known: dict[Hashable, Compiled] = {}
-    alike: dict[Hashable, list[Compiled]] = {}  # but for the sizes of dynamic axes
+    known: dict[Hashable, list[Callable]] = {}
 
     @functools.wraps(f)
     def run(*args: Any) -> R:
@@ -71,77 +63,118 @@ def by_shape(f: Callable[P, R], donate: str | Sequence[str] = (),
     @functools.wraps(f)
     def called(*args: Any) -> R:
         tensors: list[Tensor] = []
-        facts = _facts(args, tensors)
-        if not _values(tensors):
-            return f(*args)
-        key = facts, torch.get_num_threads()
-        if key not in known:
-            loose = tuple(_facts(arg, [], axis) for arg, axis in zip(args, axes, strict=True))
-            family = alike.setdefault((loose, torch.get_num_threads()), [])
-            fitting = [ready for ready in family if ready.fits(tensors)]
-            if not fitting:
-                fitting = [compiled(run, args, axes)]
-                family.extend(fitting)
-            known[key] = fitting[0]
-        ready = known[key]
-        sizes = [tensors[place].shape[axis] for place, axis in ready.sizes]
-        return _filled(ready.result, iter(ready.run(*sizes, *tensors)))
+        rest: list[Any] = [torch.get_num_threads()]
+        _part(args, tensors, rest)
+        if not traced():
+            alike = known.setdefault(tuple(rest), [])
+            for ready in alike:
+                if (result := ready(tensors)) is not None:
+                    return result
+            if _values(tensors):
+                alike.append(compiled(run, args, axes))
+                return alike[-1](tensors)
+        return f(*args)
 
     return called
 
 
 def _values(tensors: list[Tensor]) -> bool:
     """Whether these are plain numbers, and nothing but values is asked for."""
-    if traced() or transforms() or torch._C._is_any_autocast_enabled():
+    if transforms() or torch._C._is_any_autocast_enabled():
         return False
     grad = torch.is_grad_enabled()
     return all(type(x) in (Tensor, Parameter) and not (grad and x.requires_grad) for x in tensors)
 
 
-def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Compiled:
-    """`f` for arguments such as these, each with its dynamic axis."""
+def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Callable[[list[Tensor]], Any]:
+    """`f` for arguments such as these, each with its dynamic axis, as a function of their tensors; its result is None
+    if these are not such ones.
+    """
     # Whoever compiles pays their import: two seconds.
-    from torch._inductor import standalone_compile
+    from torch._C._dynamo.guards import TensorGuards
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.virtualized import V
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-    shapes, result, place = ShapeEnv(), None, torch.empty(0)
-    imagined = FakeTensorMode(shape_env=shapes)
-
-    def fake(x: Tensor, axis: int | None) -> Tensor:
-        sizes = [DimDynamic.STATIC] * x.ndim
+    tensors: list[Tensor] = []
+    places: list[tuple[int, int]] = []  # of which tensor, and which axis
+    for argument, axis in zip(args, axes, strict=True):
+        _part((argument,), own := [], [])
         if axis is not None:
-            sizes[axis] = DimDynamic.DYNAMIC
-        return imagined.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+            places += [(len(tensors) + i, axis % x.ndim) for i, x in enumerate(own) if x.is_contiguous()]
+        tensors += own
+    loose = dict(places)
+
+    shapes, result = ShapeEnv(), None
+    imagined = FakeTensorMode(shape_env=shapes)
+    fakes = [imagined.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=[
+        DimDynamic.DYNAMIC if axis == loose.get(i) else DimDynamic.STATIC for axis in range(x.ndim)]))
+        for i, x in enumerate(tensors)]
+    sizes = [fakes[i].shape[axis] for i, axis in places]
 
     def flat(*numbers: Tensor | int) -> list[Tensor]:
         nonlocal result
         values: list[Tensor] = []
         result = f(*_filled(args, iter(numbers[len(sizes):])))
-        _facts(result, values)
-        result = _filled(result, itertools.repeat(place))
+        _part((result,), values, [])
+        result = _filled(result, itertools.repeat(torch.empty(0)))
         return values
 
-    places: list[tuple[Tensor, int | None]] = []
-    for argument, axis in zip(args, axes, strict=True):
-        _facts(argument, own := [])
-        places.extend((x, axis) for x in own)
-    fakes = [fake(*place) for place in places]
-    # As numbers of their own, too: that is where torch's cache between processes looks whether a graph fits.
-    sizes = [(i, axis) for i, (_, axis) in enumerate(places) if axis is not None]
-    inputs = [*[fakes[i].shape[axis] for i, axis in sizes], *fakes]
+    # Sizes are inputs of their own, too: there torch's cache between processes looks whether a graph fits.
+    inputs = [*sizes, *fakes]
     with torch.no_grad(), _compiling(), imagined:
-        graph = make_fx(flat)(*inputs)
-    # Of integers, a layer is eight loops and views between them: called from C++ they are 6 % faster. Of floats, which
-    # are one loop, it would be 1 %, and compiling takes four seconds more.
-    of_integers = any(x.dtype in (torch.int8, torch.uint8) for x in fakes)
-    for node in graph.graph.find_nodes(op="placeholder"):
-        node.meta.clear()  # or inductor, for C++, would take them for inputs without their sizes
-    with torch._guards.tracing(torch._guards.TracingContext(imagined)):
-        run = standalone_compile(graph, inputs, dynamic_shapes="from_tracing_context",
-                                 options={"config_patches": OPTIONS | {"cpp_wrapper": of_integers}})
-    return Compiled(run, sizes, lambda tensors: shapes.evaluate_guards_for_args(fakes, tensors), result)
+        graph = make_fx(flat, decomposition_table=select_decomp_table())(*inputs)
+    outside = _views_outside(graph.graph, inputs)
+    with torch.no_grad(), V.set_fake_mode(imagined), config.patch(OPTIONS), \
+            torch._guards.tracing(torch._guards.TracingContext(imagined)):
+        run = compile_fx_inner(graph, inputs, is_inference=True)
+
+    # What a tensor must be like; for None, anything.
+    guards = TensorGuards(
+        *tensors, dynamic_dims_sizes=[[None if loose.get(i) == axis else n for axis, n in enumerate(x.shape)]
+                                      for i, x in enumerate(tensors)],
+        dynamic_dims_strides=[[None if axis < loose.get(i, 0) else n for axis, n in enumerate(x.stride())]
+                              for i, x in enumerate(tensors)])
+    fitting: dict[tuple[int, ...], bool] = {}
+
+    def called(tensors: list[Tensor]) -> Any:
+        if not guards.check(*tensors) or not all(tensors[i].is_contiguous() for i, _ in places):
+            return None
+        sizes = tuple(tensors[i].shape[axis] for i, axis in places)
+        if sizes not in fitting:
+            fitting[sizes] = shapes.evaluate_guards_for_args(fakes, tensors)
+        if not fitting[sizes]:
+            return None
+        numbers = [*sizes, *tensors]
+        for i, dtype in outside.items():
+            numbers[i] = numbers[i].view(dtype)
+        return _filled(result, iter(run(numbers)))
+
+    return called
+
+
+def _views_outside(graph: Graph, inputs: list[Any]) -> dict[int, torch.dtype]:
+    """Have the inputs that are looked at as another dtype, bytes as words, come as that: inductor leaves such a view to
+    torch, which ends a loop and takes as long as three. Which inputs, and what they come as.
+    """
+    view, as_dtype = torch.ops.aten.view.default, torch.ops.aten.view.dtype
+    places, outside = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}, {}
+    for node in graph.find_nodes(op="call_function", target=as_dtype):
+        source = node.args[0]
+        while source.target is view and len(source.users) == 1:
+            source = source.args[0]
+        if source not in places or len(source.users) > 1:
+            continue
+        place, outside[places[source]] = places[source], node.args[1]
+        inputs[place] = source.meta["val"] = inputs[place].view(node.args[1])
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_function(view, (source, list(node.meta["val"].shape))))
+    graph.eliminate_dead_code()
+    return outside
 
 
 @contextlib.contextmanager
@@ -155,18 +188,16 @@ def _compiling() -> Iterator[None]:
         torch.compiler._is_compiling_flag = before
 
 
-def _facts(value: Any, tensors: list[Tensor], axis: int | None = None) -> Hashable:
-    """All that a compiled function is compiled for, hashable; if there is an `axis`, whatever its size is. The tensors
-    go into the list.
-    """
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        if axis is None or not value.is_contiguous():
-            return value.shape, value.stride(), value.dtype, value.device
-        return value.shape[:axis], value.shape[axis:][1:], value.dtype, value.device
-    if isinstance(value, tuple):
-        return type(value), *[_facts(x, tensors, axis) for x in value]
-    return value
+def _part(values: tuple, tensors: list[Tensor], rest: list[Any]) -> None:
+    """Append the tensors in values to the one list, and all else that a function of them can see to the other."""
+    for x in values:
+        if isinstance(x, Tensor):
+            tensors.append(x)
+        elif isinstance(x, tuple):
+            rest.extend((type(x), len(x)))
+            _part(x, tensors, rest)
+        else:
+            rest.extend((type(x), x))
 
 
 def _filled(value: Any, tensors: Iterator[Tensor]) -> Any:
