@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import llama_fn as lf
 from llama_fn.cli.bench_transforms import peak_bytes
 from llama_fn.generation import decode
+from llama_fn.model import linear
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
 from llama_fn.transforms import layers
@@ -111,6 +112,38 @@ def test_layers_of_integers_are_compiled_too(compilations, bits):
             pieces.append(logits)
         assert (torch.cat(pieces) - full).abs().max() < 1e-4
     assert compilations == ["block", "head"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [None, "int8", "int4"])
+def test_a_compiled_layer_is_one_function_of_loops_alone(monkeypatch, bits):
+    from torch._inductor import compile_fx
+
+    sources, inner = [], compile_fx.compile_fx_inner
+
+    def noted(*args, **kwargs):
+        graph = inner(*args, **kwargs)
+        sources.append(graph.source_code)
+        return graph
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", noted)
+    config = lf.Config(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=77, hidden_dim=192, max_seq_len=64)
+    params = random_params(config, lf.random.key(0), torch.bfloat16)
+    params = params if bits is None else lf.quantize(params, bits)
+    lf.jit_layers()(params, token_rows(config, 1), lf.init_cache(config, max_len=9, dtype=torch.bfloat16))
+    assert [source.count("cpp_pybinding(") for source in sources] == [1, 1]  # the block, and the head
+    assert not any("torch.ops.aten" in source for source in sources)  # nor does torch look at bytes as words
+
+
+@pytest.mark.slow
+def test_a_weight_that_begins_within_a_word_is_compiled_apart(compilations):
+    product = layers.by_shape(linear.sums)
+    memory = lf.random.normal(lf.random.key(0), (1 + 5 * 64,), torch.float32).bfloat16()
+    x = lf.random.normal(lf.random.key(1), (1, 64), torch.float32).bfloat16()
+    for begin in (0, 1, 0):
+        weight = memory[begin:begin + 5 * 64].view(5, 64)
+        assert (product(weight, x) - linear.written_out(weight.double(), x.double())).abs().max() < 0.1
+    assert compilations == ["sums"] * 2
 
 
 @pytest.mark.slow

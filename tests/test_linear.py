@@ -146,7 +146,7 @@ def test_the_kernel_is_chosen_by_kind_rows_and_mode(monkeypatch, kind, dtype, ro
     monkeypatch.setattr(linear, "HAS_BFLOAT16", False)
     assert chosen(kind, dtype, rows, d) == eager
     assert chosen(kind, dtype, rows, d, "meta") == "product"
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     assert chosen(kind, dtype, rows, d) == compiled
     assert chosen(kind, dtype, rows, d, "meta") == "product"
     monkeypatch.setattr(linear, "HAS_BFLOAT16", True)  # a good product of bfloat16 is torch's
@@ -156,7 +156,7 @@ def test_the_kernel_is_chosen_by_kind_rows_and_mode(monkeypatch, kind, dtype, ro
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_mapped_or_differentiated_goes_through_torchs_product(monkeypatch, kind):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     weight, x, seen = weight_of(kind, lf.random.key(0), (3,), (64,), torch.float32), torch.ones(4, 64), []
 
     def f(row: torch.Tensor) -> torch.Tensor:

@@ -151,6 +151,8 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Callable[[
             return None
         numbers = [*sizes, *tensors]
         for i, dtype in outside.items():
+            if numbers[i].storage_offset() * numbers[i].itemsize % dtype.itemsize:
+                return None
             numbers[i] = numbers[i].view(dtype)
         return _filled(result, iter(run(numbers)))
 
