@@ -1,5 +1,7 @@
 """`jit` and `jit_layers`: compiled equals eager, donation reuses memory, and a decode loop compiles once."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from strategies import random_params, token_rows
@@ -78,10 +80,9 @@ def test_layers_are_compiled_again_for_what_does_not_fit(compilations):
     full, _ = lf.forward(params, tokens)
     step = lf.jit_layers(donate=())
 
-    def stepped(params: lf.Params, turned: bool = False) -> torch.Tensor:
+    def stepped(params: lf.Params, lay: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> torch.Tensor:
         cache, pieces = lf.init_cache(CONFIG, (5,), max_len=12), []
-        if turned:  # lies otherwise in memory
-            cache = lf.tree.map(lambda x: x.mT.contiguous().mT if x.ndim > 1 else x, cache)
+        cache = lf.tree.map(lambda x: lay(x) if x.ndim > 1 else x, cache)
         for t in range(12):
             before = lf.tree.map(torch.clone, cache)
             logits, after = step(params, tokens[:, t:t + 1], cache)
@@ -92,8 +93,9 @@ def test_layers_are_compiled_again_for_what_does_not_fit(compilations):
     assert (stepped(params) - full).abs().max() < 1e-4  # to the end of the room, too
     count = len(compilations)
     assert (stepped(params) - full).abs().max() < 1e-4 and len(compilations) == count
-    assert (stepped(params, turned=True) - full).abs().max() < 1e-4 and len(compilations) > count
-    count = len(compilations)
+    for lay in (lambda x: x.mT.contiguous().mT, lambda x: torch.nn.functional.pad(x, (0, 0, 0, 3))[..., :12, :]):
+        assert (stepped(params, lay) - full).abs().max() < 1e-4 and len(compilations) > count  # otherwise in memory
+        count = len(compilations)
     strided = lf.tree.map(lambda x: x.repeat_interleave(2, -1)[..., ::2], params)  # the same numbers, further apart
     assert (stepped(strided) - full).abs().max() < 1e-4 and len(compilations) > count
 
@@ -132,7 +134,7 @@ def test_a_compiled_layer_is_one_function_of_loops_alone(monkeypatch, bits):
     params = params if bits is None else lf.quantize(params, bits)
     lf.jit_layers()(params, token_rows(config, 1), lf.init_cache(config, max_len=9, dtype=torch.bfloat16))
     assert [source.count("cpp_pybinding(") for source in sources] == [1, 1]  # the block, and the head
-    assert not any("torch.ops.aten" in source for source in sources)  # nor does torch look at bytes as words
+    assert not any("aten.view" in source for source in sources)  # nor does torch look at bytes as words
 
 
 @pytest.mark.slow
