@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -94,11 +95,15 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Callable[[
     from torch._C._dynamo.guards import TensorGuards
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    # Which instructions the processor has, the C++ compiler is asked beside the tracing: else a first start waits for it.
+    threading.Thread(target=pick_vec_isa).start()
 
     tensors: list[Tensor] = []
     places: list[tuple[int, int]] = []  # of which tensor, and which axis
