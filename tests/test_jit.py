@@ -7,6 +7,7 @@ import torch
 from strategies import random_params, token_rows
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import llama_fn as lf
 from llama_fn.cli.bench_transforms import peak_bytes
@@ -146,6 +147,20 @@ def test_a_weight_that_begins_within_a_word_is_compiled_apart(compilations):
         weight = memory[begin:begin + 5 * 64].view(5, 64)
         assert (product(weight, x) - linear.written_out(weight.double(), x.double())).abs().max() < 0.1
     assert compilations == ["sums"] * 2
+
+
+@pytest.mark.slow
+def test_a_weight_seen_as_words_is_not_kept_and_its_new_memory_is_seen():
+    product = layers.by_shape(linear.sums)
+    one, two = (lf.random.normal(lf.random.key(i), (5, 64), torch.float32).bfloat16() for i in range(2))
+    x, weight = torch.ones(1, 64, dtype=torch.bfloat16), one.clone()
+    before = product(weight, x)
+    assert not torch.equal(before, product(two, x)) and torch.equal(before, product(weight, x))
+    weight.data = two.clone()
+    assert torch.equal(product(weight, x), product(two, x))
+    memory = StorageWeakRef(weight.untyped_storage())
+    del weight
+    assert memory.expired()
 
 
 @pytest.mark.slow

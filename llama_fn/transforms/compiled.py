@@ -1,0 +1,174 @@
+"""`compiled`: a function of trees, traced for certain shapes and given to inductor."""
+
+import contextlib
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph
+
+# A sum of products is to be one loop: inductor breaks an expression of more than 30 operations or 4 reads in two, and
+# multiplies and adds apart. Headers compiled beforehand take six seconds, and two loops gain nothing by them.
+OPTIONS = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 1000,
+           "cpp.enable_floating_point_contract_flag": "fast", "cpp_cache_precompile_headers": False,
+           "size_asserts": False}  # each call looks first whether its tensors fit
+
+
+def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Callable[[list[Tensor]], Any]:
+    """`f` for arguments such as these, each with its dynamic axis, as a function of their tensors; its result is None
+    if these are not such ones.
+    """
+    # Whoever compiles pays their import: two seconds.
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.virtualized import V
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    # The C++ compiler is asked which instructions there are while the tracing goes on: two seconds of a first start.
+    threading.Thread(target=pick_vec_isa).start()
+
+    tensors: list[Tensor] = []
+    places: list[tuple[int, int]] = []  # of which tensor, and which axis
+    for argument, axis in zip(args, axes, strict=True):
+        part((argument,), own := [], [])
+        if axis is not None:
+            places += [(len(tensors) + i, axis % x.ndim) for i, x in enumerate(own) if x.is_contiguous()]
+        tensors += own
+    loose = dict(places)
+
+    shapes, result = ShapeEnv(), None
+    imagined = FakeTensorMode(shape_env=shapes)
+    fakes = [imagined.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=[
+        DimDynamic.DYNAMIC if axis == loose.get(i) else DimDynamic.STATIC for axis in range(x.ndim)]))
+        for i, x in enumerate(tensors)]
+    sizes = [fakes[i].shape[axis] for i, axis in places]
+
+    def flat(*numbers: Tensor | int) -> list[Tensor]:
+        nonlocal result
+        values: list[Tensor] = []
+        result = f(*_filled(args, iter(numbers[len(sizes):])))
+        part((result,), values, [])
+        result = _filled(result, itertools.repeat(torch.empty(0)))
+        return values
+
+    # Sizes are inputs of their own, too: there torch's cache between processes looks whether a graph fits.
+    inputs = [*sizes, *fakes]
+    with torch.no_grad(), _compiling(), imagined:
+        graph = make_fx(flat, decomposition_table=select_decomp_table())(*inputs)
+    outside = _views_outside(graph.graph, inputs)
+    with torch.no_grad(), V.set_fake_mode(imagined), config.patch(OPTIONS), \
+            torch._guards.tracing(torch._guards.TracingContext(imagined)):
+        run = compile_fx_inner(graph, inputs, is_inference=True)
+
+    alike = _alike(tensors, loose)
+    fitting: dict[tuple[int, ...], bool] = {}
+    viewed = _viewer()
+
+    def called(tensors: list[Tensor]) -> Any:
+        if not alike(*tensors) or not all(tensors[i].is_contiguous() for i, _ in places):
+            return None
+        sizes = tuple(tensors[i].shape[axis] for i, axis in places)
+        if sizes not in fitting:
+            fitting[sizes] = shapes.evaluate_guards_for_args(fakes, tensors)
+        if not fitting[sizes]:
+            return None
+        numbers = [*sizes, *tensors]
+        for i, dtype in outside.items():
+            if (other := viewed(numbers[i], dtype)) is None:
+                return None
+            numbers[i] = other
+        return _filled(result, iter(run(numbers)))
+
+    return called
+
+
+def _alike(tensors: list[Tensor], loose: Mapping[int, int]) -> Callable[..., bool]:
+    """Whether other tensors have the types, dtypes, devices, sizes and strides of these, and are wrapped by as many
+    transforms: any size, where a tensor is loose in an axis, and in the axes before any stride.
+    """
+    from torch._C._dynamo.guards import TensorGuards
+
+    sizes = [[None if axis == loose.get(i) else n for axis, n in enumerate(x.shape)] for i, x in enumerate(tensors)]
+    strides = [[None if axis < loose.get(i, 0) else n for axis, n in enumerate(x.stride())]
+               for i, x in enumerate(tensors)]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+
+def _views_outside(graph: Graph, inputs: list[Any]) -> dict[int, torch.dtype]:
+    """Have the inputs that are looked at as another dtype, bytes as words, come as that: inductor leaves such a view to
+    torch, which ends a loop and takes as long as three. Which inputs, and what they come as.
+    """
+    view, as_dtype = torch.ops.aten.view.default, torch.ops.aten.view.dtype
+    places, outside = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}, {}
+    for node in graph.find_nodes(op="call_function", target=as_dtype):
+        source = node.args[0]
+        while source.target is view and len(source.users) == 1:
+            source = source.args[0]
+        if source not in places or len(source.users) > 1:
+            continue
+        place, outside[places[source]] = places[source], node.args[1]
+        inputs[place] = source.meta["val"] = inputs[place].view(node.args[1])
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_function(view, (source, list(node.meta["val"].shape))))
+    graph.eliminate_dead_code()
+    return outside
+
+
+def _viewer() -> Callable[[Tensor, torch.dtype], Tensor | None]:
+    """A tensor's memory as another dtype, or None if it begins within a number of that. A view is made once for as long
+    as the tensor lives: to make seven for each layer anew takes 1 ms a step.
+    """
+    views: dict[int, tuple[weakref.ref, Tensor]] = {}
+
+    def viewed(x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        place = id(x)
+        known = views.get(place)
+        if known is None or known[0]() is not x or known[1].data_ptr() != x.data_ptr():
+            if x.storage_offset() * x.itemsize % dtype.itemsize:
+                return None
+            known = weakref.ref(x, lambda _: views.pop(place, None)), x.detach().view(dtype)
+            views[place] = known
+        return known[1]
+
+    return viewed
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Within it, `torch.compiler.is_compiling()`: the kernels are those of a compiled step."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+def part(values: tuple, tensors: list[Tensor], rest: list[Any]) -> None:
+    """Append the tensors in values to the one list, and all else that a function of them can see to the other."""
+    for x in values:
+        if isinstance(x, Tensor):
+            tensors.append(x)
+        elif isinstance(x, tuple):
+            rest.extend((type(x), len(x)))
+            part(x, tensors, rest)
+        else:
+            rest.extend((type(x), x))
+
+
+def _filled(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """The value with other tensors in its tensors' places."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, tuple):
+        parts = [_filled(x, tensors) for x in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
