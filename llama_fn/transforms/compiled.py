@@ -23,6 +23,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Callable[[
     if these are not such ones.
     """
     # Whoever compiles pays their import: two seconds.
+    from torch._functorch.compile_utils import fx_graph_cse
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -63,6 +64,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Callable[[
     inputs = [*sizes, *fakes]
     with torch.no_grad(), _compiling(), imagined:
         graph = make_fx(flat, decomposition_table=select_decomp_table())(*inputs)
+    graph.graph = fx_graph_cse(graph.graph)  # queries, keys and values take the same rows, laid out in the same way
     outside = _views_outside(graph.graph, inputs)
     with torch.no_grad(), V.set_fake_mode(imagined), config.patch(OPTIONS), \
             torch._guards.tracing(torch._guards.TracingContext(imagined)):
