@@ -116,7 +116,7 @@ def sums(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
     cores, bfloat16).
     """
     exact = torch.promote_types(x.dtype, torch.float32)
-    rows = x.reshape(-1, x.shape[-1]).to(exact)
+    rows = in_memory(x.reshape(-1, x.shape[-1]).to(exact))
     if isinstance(weight, Quantized):
         y = _byte_sums(weight, rows)
     elif isinstance(weight, Grouped):
@@ -216,4 +216,4 @@ def in_memory(x: Tensor) -> Tensor:
 def apart(x: Tensor) -> Tensor:
     """`in_memory`, its rows a cache line further apart: rows of a power of two would drive each other out of the cache
     (eight rows take 1.4 times as long)."""
-    return in_memory(F.pad(x, (0, 64 // x.itemsize)))[..., :x.shape[-1]]
+    return in_memory(x if len(x) == 1 else F.pad(x, (0, 64 // x.itemsize)))[..., :x.shape[-1]]
