@@ -115,10 +115,17 @@ def traced() -> bool:
 
 
 def concrete(x: Tensor) -> bool:
-    """Whether the numbers in `x` can be read on the host now: neither traced, nor mapped, nor differentiated."""
-    if traced() or x.is_meta or isinstance(x, FakeTensor):
+    """Whether the numbers in `x` can be read on the host now: neither traced, mapped or differentiated, nor recorded
+    by a GPU.
+    """
+    if traced() or x.is_meta or isinstance(x, FakeTensor) or recording(x):
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def recording(x: Tensor) -> bool:
+    """Whether a GPU writes down what it is told to do, and does it later (a CUDA graph)."""
+    return x.is_cuda and not traced() and torch.cuda.is_current_stream_capturing()
 
 
 def transforms() -> int:

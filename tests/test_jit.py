@@ -168,9 +168,14 @@ def test_a_size_that_decides_is_compiled_again(compilations):
     def of_five(x):
         return x[:5].sum()
 
+    def in_pairs(x):
+        return x.sum() if len(x) % 2 else x.unflatten(0, (-1, 2)).sum(0).sum()
+
     total = layers.by_shape(of_five, dynamic={"x": 0})
     assert [float(total(torch.ones(n))) for n in (8, 9, 3, 20, 4)] == [5, 5, 3, 5, 4]
     assert compilations == ["of_five"] * 2
+    total = layers.by_shape(in_pairs, dynamic={"x": 0})  # with one pair, the size is 2 and no other
+    assert [float(total(torch.ones(n))) for n in (2, 8, 5, 6, 2)] == [2, 8, 5, 6, 2]
 
 
 @pytest.mark.slow
@@ -179,9 +184,9 @@ def test_layers_that_are_differentiated_or_mapped_run_as_they_are(compilations):
     tokens = token_rows(CONFIG, 3, 4)
     step = lf.jit_layers(donate=())
     eager = lf.loss(params, tokens)
-    grads = torch.func.grad(lambda p: lf.loss(p, tokens, layer=step.keywords["layer"]))(params)
+    grads = torch.func.grad(lambda p: lf.loss(p, tokens, layer=step.__wrapped__.keywords["layer"]))(params)
     leaves = lf.tree.map(lambda x: x.clone().requires_grad_(), params)
-    lf.loss(leaves, tokens, layer=step.keywords["layer"]).backward()
+    lf.loss(leaves, tokens, layer=step.__wrapped__.keywords["layer"]).backward()
     for ours, plain, expected in zip(*map(lf.tree.leaves, (grads, leaves, torch.func.grad(lf.loss)(params, tokens))),
                                      strict=True):
         assert torch.allclose(ours, expected, atol=1e-6) and torch.allclose(plain.grad, expected, atol=1e-6)
@@ -191,7 +196,7 @@ def test_layers_that_are_differentiated_or_mapped_run_as_they_are(compilations):
         assert torch.equal(step(params, tokens)[0], lf.forward(params, tokens)[0])
     with FakeTensorMode() as mode:
         assert step(*lf.tree.map(mode.from_tensor, (params, tokens)))[0].shape == (3, 4, CONFIG.vocab_size)
-    graph = make_fx(lambda p: lf.loss(p, tokens, layer=step.keywords["layer"]))(params)
+    graph = make_fx(lambda p: lf.loss(p, tokens, layer=step.__wrapped__.keywords["layer"]))(params)
     assert abs(float(graph(params) - eager)) < 1e-5 and not compilations
 
 
@@ -287,11 +292,26 @@ def test_a_large_model_is_stepped_compiled_and_writes_the_same_text(monkeypatch,
     eager, alone = {t: told(several, t) for t in (0, 1)}, {t: told([prompt], t, ())[0] for t in (0, 1)}
     assert len({len(row.tokens) for row in eager[1]}) == 4  # they leave one after another
     monkeypatch.setattr(decode, "LARGE", 0)
-    decode._by_layers.cache_clear()
+    decode._compiled.cache_clear()
     for t, rows in eager.items():
         for row, plain in zip(told(several, t), rows, strict=True):
             assert row.text == plain.text and row.logprobs == pytest.approx(plain.logprobs, abs=1e-3)
         assert told([prompt], t, ())[0].logprobs == pytest.approx(alone[t].logprobs, abs=1e-3)
         pieces = lf.stream(model, prompt, key=key, max_new_tokens=23, sampler=lf.sampler(t))
         assert "".join(pieces) == alone[t].text
-    assert compilations == ["block", "head"] * 3  # for four rows, two and one; at any length, and in any room
+    # For four rows, two and one; at any length, in any room; and for each sampler with the rows that it was left with.
+    assert [name for name in compilations if name != "drawn"] == ["block", "head"] * 3
+    assert compilations.count("drawn") == 5
+
+
+@pytest.mark.slow
+def test_a_sampler_of_ones_own_is_asked_at_every_draw(monkeypatch, compilations):
+    monkeypatch.setattr(decode, "LARGE", 0)
+    model, key, allowed = lf.load("stories"), lf.random.key(4), [7, 301, 25, 9]
+    plain, asked = lf.sampler(), iter(allowed)
+
+    def told_what_to_say(key: torch.Tensor, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return plain(key, logits, tokens) * 0 + next(asked)
+
+    [told] = lf.text_completion(model, ["Once"], key=key, max_new_tokens=4, sampler=told_what_to_say)
+    assert told.tokens == allowed and "drawn" not in compilations and compilations[:2] == ["block", "head"]

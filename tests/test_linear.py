@@ -81,6 +81,13 @@ def test_sums_compute_what_is_written_out_and_round_once(drawn, rows, key):
         assert near(linear.sums(weight, some), weight, some)
 
 
+@given(maps(), st.sampled_from([(), (1,), (1, 1)]), keys())
+def test_one_row_as_a_gpu_sums_it_computes_what_is_written_out_and_rounds_once(drawn, batch, key):
+    weight, x = drawn
+    row = lf.random.normal(key, (*batch, x.shape[-1]), torch.float64).to(x.dtype)
+    assert near(linear.sum_of_products(weight, row), weight, row)
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("inputs", [4096, 4098, 4099, 24_577, 49_155])
 def test_sums_of_many_inputs_go_part_by_part(rows, inputs):
@@ -148,7 +155,7 @@ def test_the_kernel_is_chosen_by_kind_rows_and_mode(monkeypatch, kind, dtype, ro
     assert chosen(kind, dtype, rows, d, "meta") == "product"
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     assert chosen(kind, dtype, rows, d) == compiled
-    assert chosen(kind, dtype, rows, d, "meta") == "product"
+    assert chosen(kind, dtype, rows, d, "meta") == ("sum_of_products" if rows == 1 else "product")
     monkeypatch.setattr(linear, "HAS_BFLOAT16", True)  # a good product of bfloat16 is torch's
     if kind != "int4" and compiled == "in_pieces":
         assert chosen(kind, dtype, rows, d) == "product"

@@ -152,3 +152,8 @@ def test_a_penalty_needs_the_tokens():
 def test_logits_that_are_not_numbers_are_refused():
     with pytest.raises(ValueError, match="the logits are NaN"):
         lf.sampler()(lf.random.key(0), torch.tensor([0.0, math.nan]))
+
+
+def test_the_same_settings_are_the_same_sampler():
+    assert lf.sampler(0.8, top_p=0.9) is lf.sampler(0.8, top_p=0.9)  # so that a step compiled with it is found again
+    assert lf.sampler(0.8, top_p=0.9) is not lf.sampler(0.8, top_p=0.8)

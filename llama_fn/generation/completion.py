@@ -75,8 +75,9 @@ def complete(model: Model, encoded: Sequence[list[int]], key: Tensor, max_new_to
     state, prompt_logits = decode.prefill(model.params, encoded, longest, adapters)
     written: list[list[int]] = [[] for _ in encoded]
     nats: list[list[float]] = [[] for _ in encoded]
-    for step in decode.steps(model.params, state, keys, sampler or make_sampler(), model.tokenizer.eos_id, limits,
-                             stopped, decode.fast(model.params, len(encoded), "cache")):
+    sampler = sampler or make_sampler()
+    for step in decode.steps(model.params, state, keys, sampler, model.tokenizer.eos_id, limits, stopped,
+                             decode.fast(model.params, len(encoded), sampler, "cache")):
         written[step.row].append(step.token)
         if logprobs:
             nats[step.row].append(float(step.logits.float().log_softmax(-1)[step.token]))
@@ -96,8 +97,9 @@ def stream(model: Model, prompt: str, *, key: Int[Tensor, "2"], max_new_tokens: 
 
     def ids() -> Iterator[int]:
         state = decode.resume(model.params, tokens, None, len(tokens) + limit)
-        for step in decode.steps(model.params, state, keys_of(key, 1, model), sampler or make_sampler(),
-                                 model.tokenizer.eos_id, [limit], run=decode.fast(model.params, 1, "cache")):
+        sample = sampler or make_sampler()
+        for step in decode.steps(model.params, state, keys_of(key, 1, model), sample, model.tokenizer.eos_id, [limit],
+                                 run=decode.fast(model.params, 1, sample, "cache")):
             yield step.token
 
     return until(model.tokenizer.decode_stream(ids(), _continues(prompt)), stop)

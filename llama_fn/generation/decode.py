@@ -9,14 +9,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama_fn import random, tree
-from llama_fn.generation.sampling import Sampler
+from llama_fn.generation.sampling import Sampler, is_pure
 from llama_fn.model import cache as kv
 from llama_fn.model.cache import Cache, init_cache
 from llama_fn.model.linear import FEW
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.shapes import typed
 from llama_fn.transforms import lora
-from llama_fn.transforms.layers import jit_layers
+from llama_fn.transforms.compiled import MANY_ROUNDS
+from llama_fn.transforms.jit import has_compiler
+from llama_fn.transforms.layers import by_shape, jit_layers
 from llama_fn.transforms.lora import Lora
 
 CHUNK = 512  # tokens of a prompt that go through the model at once: what a token may see is a mask "t s" in memory
@@ -89,28 +91,21 @@ def resume(params: Params, tokens: Sequence[int], cache: Cache | None, max_len: 
     return State(cache, logits[:, -1], torch.nn.functional.pad(row, (0, slots - len(tokens)), value=-1))
 
 
-@typed
-def draw(state: State, keys: Int[Tensor, "b 2"], sample: Sampler) -> Int[Tensor, "b"]:
-    """The next token of every row. At position i it is drawn with the row's key folded in with i: the draw depends on
-    the row alone, whatever the batch and however the row came to its length.
+def drawn(logits: Tensor, lengths: Tensor, tokens: Tensor, keys: Tensor, sample: Sampler) -> Tensor:
+    """The next token of every row, -1 where its logits are NaN. At position i it is drawn with the row's key folded in
+    with i: the draw depends on the row alone, whatever the batch and however the row came to its length.
     """
     def one(key: Tensor, position: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
         return sample(random.fold_in(key, position), logits, tokens)
 
-    if state.logits.isnan().any():  # a sampler cannot look at its logits while it is mapped over rows
-        raise ValueError("the logits are NaN: the weights or the cache are damaged, or overflowed in a 16-bit dtype")
-    return torch.vmap(one)(keys, state.cache.length, state.logits, state.tokens)
+    # A sampler cannot look at its logits while it is mapped over rows.
+    return torch.vmap(one)(keys, lengths, logits, tokens).where(~logits.isnan().any(-1), -1)
 
 
-def fast(params: Params, rows: int, donate: str | tuple[()] = ()) -> Callable:
-    """`forward` for the steps of a few rows after their prompts: compiled by its layers for weights of `LARGE` bytes
-    and more, and as it is for all else. With `donate="cache"` the state that a step begins with must not be used again.
-    """
-    large = sum(x.nbytes for x in tree.leaves(params)) >= LARGE
-    return _by_layers(donate) if large and rows <= FEW else forward
-
-
-_by_layers = functools.cache(lambda donate: jit_layers(donate=donate))  # compiled once in a process
+@typed
+def draw(state: State, keys: Int[Tensor, "b 2"], sample: Sampler) -> Int[Tensor, "b"]:
+    """`drawn` from the logits of a state."""
+    return drawn(state.logits, state.cache.length, state.tokens, keys, sample)
 
 
 @typed
@@ -120,6 +115,48 @@ def advance(params: Params, state: State, token: Int[Tensor, "b"], run: Callable
     tokens = state.tokens.index_put((row, state.cache.length), token)
     logits, cache = _forward(params, state.adapters, token[:, None], state.cache, run)
     return State(cache, logits[:, 0], tokens, state.adapters)
+
+
+def step(params: Params, state: State, token: Tensor, keys: Tensor, sample: Sampler,
+         run: Callable = forward) -> tuple[State, Tensor]:
+    """`advance` by the token, and `draw` the next."""
+    state = advance(params, state, token, run)
+    return state, draw(state, keys, sample)
+
+
+def fast(params: Params, rows: int, sample: Sampler, donate: str | tuple[()] = ()) -> Callable:
+    """`step` for a few rows after their prompts: compiled by its layers for weights of `LARGE` bytes and more, and as
+    it is for all else. With `donate="cache"` the state that it is given must not be used again.
+
+    Of the samplers, those of `sampler` are compiled; another may look at what changes from draw to draw.
+    """
+    large = sum(x.nbytes for x in tree.leaves(params)) >= LARGE
+    if not large or (rows > FEW and not params.norm.is_cuda):
+        return step
+    return _compiled(donate, is_pure(sample))
+
+
+@functools.cache  # compiled once in a process
+def _compiled(donate: str | tuple[()], pure: bool) -> Callable:
+    if not pure or not has_compiler():
+        return functools.partial(step, run=jit_layers(donate=donate))
+    own = by_shape(drawn, dynamic={"tokens": -1}, cpu=MANY_ROUNDS)
+
+    def forward_and_draw(params: Params, cache: Cache, tokens: Tensor, token: Tensor, keys: Tensor, sample: Sampler,
+                         **parts: Callable) -> tuple[Tensor, Cache, Tensor, Tensor]:
+        tokens = tokens.index_put((torch.arange(len(token), device=token.device), cache.length), token)
+        logits, cache = forward(params, token[:, None], cache, **parts)
+        return logits[:, 0], cache, tokens, own(logits[:, 0], cache.length, tokens, keys, sample)
+
+    run = jit_layers(forward_and_draw, donate)
+
+    def called(params: Params, state: State, token: Tensor, keys: Tensor, sample: Sampler) -> tuple[State, Tensor]:
+        if state.adapters is not None:
+            return step(params, state, token, keys, sample)
+        logits, cache, tokens, token = run(params, state.cache, state.tokens, token, keys, sample)
+        return State(cache, logits, tokens), token
+
+    return called
 
 
 class Step(NamedTuple):
@@ -133,28 +170,34 @@ class Step(NamedTuple):
 
 def steps(params: Params, state: State, keys: Int[Tensor, "b 2"], sample: Sampler, end: int, limits: Sequence[int],
           stopped: Callable[[int, list[int]], bool] = lambda row, tokens: False,
-          run: Callable = forward) -> Iterator[Step]:
+          run: Callable = step) -> Iterator[Step]:
     """All tokens of all rows, as they are drawn; a token goes through the model when the one after it is asked for.
 
     A row ends before the token `end`, after as many tokens as its limit says, or as soon as it is `stopped(row,
     tokens)`; it then leaves the batch. What is compiled for a number of rows goes on with a power of two: the first of
-    those that stay fills up for those that left.
+    those that stay fills up for those that left. Raises `ValueError` for logits that are NaN.
     """
     written: list[list[int]] = [[] for _ in limits]
     going, stay = list(range(len(limits))), [row for row, limit in enumerate(limits) if limit > 0]
+    keys = keys.contiguous()  # one key for all rows has other strides than the keys of those that stay
     token = None
     while stay:
         if len(stay) < len(going):
-            filled = len(stay) if run is forward else min(2 ** (len(stay) - 1).bit_length(), len(keys))
+            filled = len(stay) if run is step else min(2 ** (len(stay) - 1).bit_length(), len(keys))
             places = stay + stay[:1] * (filled - len(stay))
             going, keys = [going[place] for place in stay], keys[places]
             state, token = select(state, places), None if token is None else token[places]
-        if token is not None:
-            state = advance(params, state, token, run)
-        token, stay = draw(state, keys, sample), []
+        if token is None:
+            token = draw(state, keys, sample)
+        else:
+            state, token = run(params, state, token, keys, sample)
+        stay = []
         for place, (row, id) in enumerate(zip(going, token.tolist(), strict=False)):
             if id == end:
                 continue
+            if id < 0:
+                raise ValueError("the logits are NaN: the weights or the cache are damaged, or overflowed in a 16-bit "
+                                 "dtype")
             written[row].append(id)
             yield Step(row, id, state.logits[place], state)
             if len(written[row]) < limits[row] and not stopped(row, written[row]):

@@ -1,6 +1,8 @@
 """Choosing the next token: a pure function of a key, the logits and the tokens so far."""
 
+import functools
 import math
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -12,9 +14,11 @@ from llama_fn.random import Key
 from llama_fn.shapes import concrete, typed
 
 Sampler = Callable[..., Tensor]
+_pure: weakref.WeakSet = weakref.WeakSet()
 Narrowing = Callable[..., Tensor]
 
 
+@functools.lru_cache(256)  # with the same settings the same function, so that a step compiled with it is found again
 def sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
             repetition_penalty: float | None = None) -> Sampler:
     """A function `sample(key, logits, tokens=None)` that draws from the model's distribution, narrowed by `narrowing`
@@ -30,7 +34,13 @@ def sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float | N
         narrowed = narrow(logits, tokens)
         return narrowed.argmax(-1) if temperature == 0 else random.categorical(key, narrowed)
 
+    _pure.add(sample)
     return sample
+
+
+def is_pure(sample: Sampler) -> bool:
+    """Whether it is known that the function depends on its arguments alone: it was made by `sampler`."""
+    return sample in _pure
 
 
 def narrowing(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,

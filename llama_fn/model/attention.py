@@ -100,18 +100,24 @@ def one_query(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s 
     slots = torch.arange(keys.shape[-2], device=queries.device)
     scores = torch.stack([(q * k).sum(-1) for q in heads], -2) / math.sqrt(queries.shape[-1])
     weights = in_memory(scores.masked_fill(slots > positions[..., None, None], -math.inf).softmax(-1))
-    out = torch.stack([(w[..., None] * v).sum(-2) for w in weights.unbind(-2)], -2)
+    in_pages = queries.device.type != "cpu" and keys.shape[-2] % kv.PAGE == 0
+    out = torch.stack([sum_by_pages(x) if in_pages else x.sum(-2)
+                       for x in (w[..., None] * v for w in weights.unbind(-2))], -2)
     return out[..., None, :].to(queries.dtype)
+
+
+def sum_by_pages(x: Tensor) -> Tensor:
+    """The sum over the slots, of each page first: a GPU has more processors than there are heads."""
+    return in_memory(x.unflatten(-2, (-1, kv.PAGE)).sum(-2)).sum(-2)
 
 
 def attend(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> Tensor:
     """The fused kernel for values and first derivatives, mapped or not; the definition for what lies beyond; and for
-    one query in a compiled step on the CPU, where the fused kernel reaches a tenth of the memory's speed, neither.
+    one query in a compiled step, where the fused kernel reaches a tenth of the memory's speed (CPU), neither.
     """
     if isinstance(keys, Forked) or sdpa.forward_mode() or _twice():
         kernel = written_out
-    elif torch.compiler.is_compiling() and queries.device.type == "cpu" and positions is not None \
-            and queries.shape[-2] == 1:
+    elif torch.compiler.is_compiling() and positions is not None and queries.shape[-2] == 1:
         kernel = one_query
     else:
         kernel = fused

@@ -1,5 +1,6 @@
 """The key/value cache: a value that goes in and comes out, never a state."""
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 
 from llama_fn.config import Config
-from llama_fn.shapes import concrete, transforms, typed
+from llama_fn.shapes import concrete, traced, transforms, typed
 
 PAGE = 64
 
@@ -131,13 +132,55 @@ def read(cache: KeysValues, positions: Tensor, slots: Tensor) -> KeysValues:
     return KeysValues(*(_clean(_first(leaf, slots.shape[0]), positions) for leaf in cache))
 
 
+class Extent(NamedTuple):
+    """The least and the most of a length's integers, and the length up to which slots are read, which may be more."""
+
+    least: int
+    most: int
+    reach: int
+
+
+_known: dict[int, tuple[weakref.ref, int, Extent]] = {}
+
+
+def extent(length: Tensor) -> Extent | None:
+    """What is known of a tensor's integers; None where they cannot be read. They are read once for as long as it lives,
+    since a GPU has to be waited for; and a sum of `grown` is known without.
+    """
+    if traced():
+        return None
+    known = _known.get(id(length))
+    if known is not None and known[0]() is length and known[1] == length._version:
+        return known[2]
+    if not concrete(length) or not length.numel():
+        return None
+    least, most = (int(x) for x in length.aminmax())
+    return noted(length, Extent(least, most, most))
+
+
+def noted(length: Tensor, known: Extent) -> Extent:
+    """Remember what is known of a tensor's integers, until it ends or is written to."""
+    if not length.is_inference():  # those do not count how often they were written to
+        place = id(length)
+        _known[place] = weakref.ref(length, lambda _: _known.pop(place, None)), length._version, known
+    return known
+
+
+def grown(length: Tensor, count: int) -> Tensor:
+    """`length` + `count`."""
+    longer = length + count
+    if (known := extent(length)) is not None:
+        noted(longer, Extent(*(n + count for n in known)))
+    return longer
+
+
 def reach(cache: Cache, new: int) -> Tensor:
     """The slots in which there will be something after `new` tokens more, 0 up to a multiple of `PAGE`: a step's work
-    follows the length and not the room. Where numbers cannot be read, all slots.
+    follows the length and not the room. Where nothing is known of the length, all slots.
     """
     room = cache.k[0].shape[-2]
-    if concrete(cache.length) and cache.length.numel():
-        room = min(room, -(-(int(cache.length.max()) + new) // PAGE) * PAGE)
+    if (known := extent(cache.length)) is not None:
+        room = min(room, -(-(known.reach + new) // PAGE) * PAGE)
     return torch.arange(room, device=cache.length.device)
 
 
@@ -154,30 +197,26 @@ def check_room(cache: Cache, new: int) -> None:
         shared, own = (list(leaf.shape[:-3]) for leaf in cache.k[0])
         raise ValueError(f"this forked cache has rows of axes {own}, and what they share is of {shared}, which does "
                          "not fit; take some of its rows with lf.select")
-    if concrete(cache.length) and cache.length.numel():
-        used, slots = int(cache.length.max()), cache.k[0].shape[-2]
-        start = cache.k[0].shared.shape[-2] if isinstance(cache.k[0], Forked) else 0
-        if (least := int(cache.length.min())) < start:
+    if (known := extent(cache.length)) is not None:
+        slots, start = cache.k[0].shape[-2], cache.k[0].shared.shape[-2] if isinstance(cache.k[0], Forked) else 0
+        if known.least < start:
             raise ValueError(f"a cache's length must be at least {start}{', where it was forked' if start else ''}, "
-                             f"got {least}")
-        if used + new > slots:
-            raise ValueError(f"the cache is full: it has {slots} slots, {used} are in use, and {new} more tokens came; "
-                             f"make it with init_cache(..., max_len={used + new}) or more")
+                             f"got {known.least}")
+        if known.most + new > slots:
+            raise ValueError(f"the cache is full: it has {slots} slots, {known.most} are in use, and {new} more tokens "
+                             f"came; make it with init_cache(..., max_len={known.most + new}) or more")
 
 
 def _put(leaf: Tensor | Forked, new: Tensor, positions: Tensor) -> Tensor | Forked:
     if isinstance(leaf, Forked):
         return leaf._replace(own=_put(leaf.own, new, positions - leaf.shared.shape[-2]))
+    *rows, _, _ = leaf.shape  # and heads
+    slots, new = positions[..., None, :], new.to(leaf.dtype)
+    if _may_be_expanded(leaf):
+        return leaf.scatter(-2, slots[..., None].expand(new.shape), new)
     # index_put is what torch.compile turns into a write in place when the old cache is donated.
-    k, s, h = leaf.shape[-3:]
-    flat, rows = leaf.reshape(-1, k, s, h).contiguous(), positions.reshape(-1, positions.shape[-1])
-    new = new.reshape(-1, *new.shape[-3:]).to(leaf.dtype)
-    if not _may_be_expanded(flat):
-        # index_put is what torch.compile turns into a write in place when the old cache is donated.
-        row = torch.arange(flat.shape[0], device=leaf.device)[:, None, None]
-        head = torch.arange(k, device=leaf.device)[None, :, None]
-        return flat.index_put((row, head, rows[:, None, :]), new).reshape(leaf.shape)
-    return flat.scatter(-2, rows[:, None, :, None].expand(new.shape), new).reshape(leaf.shape)
+    axes = [torch.arange(n, device=leaf.device).reshape(n, *[1] * (len(rows) - i)) for i, n in enumerate(rows)]
+    return leaf.contiguous().index_put((*axes, slots), new)
 
 
 def _first(leaf: Tensor | Forked, slots: int) -> Tensor | Forked:

@@ -56,14 +56,16 @@ def linear(weight: Float[Tensor, "..."] | Kind, x: Float[Tensor, "..."], inputs:
 
 
 def _kernel(matrix: Matrix, x: Tensor) -> Callable[[Matrix, Tensor], Tensor]:
-    """Torch's product, but on the CPU for rows of which nothing is mapped or differentiated: there, sums in a compiled
-    step of few rows; and where torch has no good product, one of float32 pieces.
+    """Torch's product, but for rows of which nothing is mapped or differentiated: sums in a compiled step of one row,
+    or on the CPU of a few; and there, where torch has no good product, one of float32 pieces.
 
     Under a transform an axis may be hidden, and few rows be many.
     """
     rows, d = x.shape[:-1].numel(), x.shape[-1]
-    if x.device.type != "cpu" or transforms() or x.requires_grad:
+    if transforms() or x.requires_grad:
         return product
+    if x.device.type != "cpu":
+        return sum_of_products if torch.compiler.is_compiling() and rows == 1 else product
     if torch.compiler.is_compiling() and rows <= FEW and (isinstance(matrix, Tensor) or _whole_words(matrix)):
         return sums
     if isinstance(matrix, Quantized) and x.dtype == torch.bfloat16 and 1 < rows <= 64 and d % 16 == 0:
@@ -81,10 +83,26 @@ def written_out(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o
 @typed
 def product(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
     """`written_out`, by torch's own matrix product."""
+    rows = x.reshape(-1, x.shape[-1])  # compiled, rows that lie apart would each be multiplied by themselves
     if isinstance(weight, Quantized):  # 8 bits are exact in bfloat16
         exact = torch.promote_types(x.dtype, torch.float32)
-        return (F.linear(x, weight.values.to(x.dtype)).to(exact) * weight.scale).to(x.dtype)
-    return F.linear(x, dequantized(weight, x.dtype) if isinstance(weight, Grouped) else weight)
+        y = (F.linear(rows, weight.values.to(x.dtype)).to(exact) * weight.scale).to(x.dtype)
+    else:
+        y = F.linear(rows, dequantized(weight, x.dtype) if isinstance(weight, Grouped) else weight)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+@typed
+def sum_of_products(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+    """`written_out` for one row on a GPU, in the words that inductor makes one loop of, and of several weights that
+    take the same row one loop, too."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    row = in_memory(x).reshape(-1).to(exact)
+    if isinstance(weight, Quantized):
+        y = (weight.values.to(exact) * row).sum(-1) * weight.scale
+    else:
+        y = ((dequantized(weight, exact) if isinstance(weight, Grouped) else weight.to(exact)) * row).sum(-1)
+    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 @typed

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from llama_fn.config import Config
 from llama_fn.model.block import Block, block
-from llama_fn.model.cache import Cache, KeysValues, check_room, reach
+from llama_fn.model.cache import Cache, KeysValues, check_room, grown, reach
 from llama_fn.model.linear import Kind, linear
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotation
 from llama_fn.model.tapped import Tapped, embedding_observed
-from llama_fn.shapes import concrete, typed
+from llama_fn.shapes import concrete, recording, typed
 
 
 class Params(NamedTuple):
@@ -47,7 +47,8 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | None = N
     computes the logits. `jit_layers` compiles both.
 
     Raises `ValueError` for no tokens, for a token outside the vocabulary, and for more tokens than the cache has room
-    for (the last two in eager mode: compiled or mapped, numbers cannot be read before, and the index error is torch's).
+    for (the last two in eager mode: compiled or mapped, numbers cannot be read before, and the index error is torch's;
+    in a step that a GPU replays, a token outside makes its row's logits NaN).
     """
     x, cache = _layers(params, tokens, cache, layer)
     return head(params.norm, params.output, x, params.config.norm_eps), cache
@@ -81,16 +82,19 @@ def _layers(params: Params, tokens: Tensor, cache: Cache | None, layer: Callable
 
     if cache is not None:
         k, v = zip(*layers, strict=True)
-        cache = Cache(k, v, cache.length + count)
+        cache = Cache(k, v, grown(cache.length, count))
     return x, cache
 
 
 @typed
 def embed(weight: Float[Tensor, "v d"] | Tapped, tokens: Int[Tensor, "*b t"]) -> Float[Tensor, "*b t d"]:
-    """Each token's row of the weight."""
+    """Each token's row of the weight; for a number outside, where it cannot be read on a GPU, NaN."""
     if isinstance(weight, Tapped):
         plain, tap = weight.use()
         return embedding_observed(embed(plain, tokens), tokens, tap, len(plain))
+    if recording(tokens):  # there is no error then: a GPU stops for good at a row that is not there
+        inside = tokens.clamp(0, len(weight) - 1)
+        return F.embedding(inside.long(), weight).masked_fill((inside != tokens)[..., None], torch.nan)
     return F.embedding(tokens.long(), weight)  # indexed, inductor's forward-over-reverse is wrong (torch 2.13)
 
 

@@ -10,17 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph
+from torch.nn import Parameter
 
-# A sum of products is to be one loop: inductor breaks an expression of more than 30 operations or 4 reads in two, and
-# multiplies and adds apart. Headers compiled beforehand take six seconds, and two loops gain nothing by them.
-OPTIONS = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 1000,
-           "cpp.enable_floating_point_contract_flag": "fast", "cpp_cache_precompile_headers": False,
-           "size_asserts": False}  # each call looks first whether its tensors fit
+from llama_fn.shapes import transforms
+
+OPTIONS = {"size_asserts": False}  # each call looks first whether its tensors fit
+# Inductor multiplies and adds apart. Headers compiled beforehand take six seconds, and two loops gain nothing by them.
+CPU = {"cpp.enable_floating_point_contract_flag": "fast", "cpp_cache_precompile_headers": False}
+# Block sizes are measured; and a kernel begins to load while the one before it ends: 4 % of a step of 7B (H200).
+CUDA = {"coordinate_descent_tuning": True, "triton.enable_pdl": True}
+# A sum of products is to be one loop: inductor breaks an expression of more than 30 operations or 4 reads in two.
+ONE_LOOP = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 1000}
+# The rounds of a random number are to be many: put into each other, they take inductor 14 seconds more, or forever.
+MANY_ROUNDS = {"realize_opcount_threshold": 10}
 
 
-def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Callable[[list[Tensor]], Any]:
+def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
+             cpu: Mapping[str, Any] = ONE_LOOP) -> Callable[[list[Tensor]], Any]:
     """`f` for arguments such as these, each with its dynamic axis, as a function of their tensors; its result is None
-    if these are not such ones.
+    if these are not such ones. `cpu` are inductor's options there, beside those that are always set.
     """
     # Whoever compiles pays their import: two seconds.
     from torch._functorch.compile_utils import fx_graph_cse
@@ -31,10 +39,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Callable[[
     from torch._inductor.virtualized import V
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
-    # The C++ compiler is asked which instructions there are while the tracing goes on: two seconds of a first start.
-    threading.Thread(target=pick_vec_isa).start()
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, is_concrete_int
 
     tensors: list[Tensor] = []
     places: list[tuple[int, int]] = []  # of which tensor, and which axis
@@ -44,6 +49,9 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Callable[[
             places += [(len(tensors) + i, axis % x.ndim) for i, x in enumerate(own) if x.is_contiguous()]
         tensors += own
     loose = dict(places)
+    options = OPTIONS | (CUDA if tensors[0].is_cuda else {**CPU, **cpu})
+    if not tensors[0].is_cuda:  # g++ is asked which instructions there are, meanwhile: two seconds of a first start
+        threading.Thread(target=pick_vec_isa).start()
 
     shapes, result = ShapeEnv(), None
     imagined = FakeTensorMode(shape_env=shapes)
@@ -55,9 +63,9 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Callable[[
     def flat(*numbers: Tensor | int) -> list[Tensor]:
         nonlocal result
         values: list[Tensor] = []
-        result = f(*_filled(args, iter(numbers[len(sizes):])))
+        result = f(*filled(args, iter(numbers[len(sizes):])))
         part((result,), values, [])
-        result = _filled(result, itertools.repeat(torch.empty(0)))
+        result = filled(result, itertools.repeat(torch.empty(0)))
         return values
 
     # Sizes are inputs of their own, too: there torch's cache between processes looks whether a graph fits.
@@ -66,11 +74,12 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Callable[[
         graph = make_fx(flat, decomposition_table=select_decomp_table())(*inputs)
     graph.graph = fx_graph_cse(graph.graph)  # queries, keys and values take the same rows, laid out in the same way
     outside = _views_outside(graph.graph, inputs)
-    with torch.no_grad(), V.set_fake_mode(imagined), config.patch(OPTIONS), \
+    with torch.no_grad(), V.set_fake_mode(imagined), config.patch(options), \
             torch._guards.tracing(torch._guards.TracingContext(imagined)):
         run = compile_fx_inner(graph, inputs, is_inference=True)
 
-    alike = _alike(tensors, loose)
+    # What was asked of a size may have decided it.
+    alike = _alike(tensors, {i: axis for i, axis in loose.items() if not is_concrete_int(fakes[i].shape[axis])})
     fitting: dict[tuple[int, ...], bool] = {}
     viewed = _viewer()
 
@@ -87,7 +96,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None]) -> Callable[[
             if (other := viewed(numbers[i], dtype)) is None:
                 return None
             numbers[i] = other
-        return _filled(result, iter(run(numbers)))
+        return filled(result, iter(run(numbers)))
 
     return called
 
@@ -166,11 +175,19 @@ def part(values: tuple, tensors: list[Tensor], rest: list[Any]) -> None:
             rest.extend((type(x), x))
 
 
-def _filled(value: Any, tensors: Iterator[Tensor]) -> Any:
+def plain(tensors: list[Tensor]) -> bool:
+    """Whether these are numbers, and nothing but values is asked for."""
+    if transforms() or torch._C._is_any_autocast_enabled():
+        return False
+    grad = torch.is_grad_enabled()
+    return all(type(x) in (Tensor, Parameter) and not (grad and x.requires_grad) for x in tensors)
+
+
+def filled(value: Any, tensors: Iterator[Tensor]) -> Any:
     """The value with other tensors in its tensors' places."""
     if isinstance(value, Tensor):
         return next(tensors)
     if isinstance(value, tuple):
-        parts = [_filled(x, tensors) for x in value]
+        parts = [filled(x, tensors) for x in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value

@@ -9,13 +9,13 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from llama_fn.model.block import block
 from llama_fn.model.transformer import forward, head
-from llama_fn.shapes import traced, transforms
-from llama_fn.transforms.compiled import compiled, part
+from llama_fn.shapes import traced
+from llama_fn.transforms.compiled import ONE_LOOP, compiled, part, plain
 from llama_fn.transforms.jit import donated, has_compiler, no_compiler
+from llama_fn.transforms.recorded import recorded
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,7 +24,7 @@ R = TypeVar("R")
 def jit_layers(f: Callable[P, R] = forward, donate: str | Sequence[str] = "cache") -> Callable[P, R]:
     """`forward`, or a function of its arguments that hands on `layer` and `head`, compiled by its parts: all layers
     share one compiled block, so that the first call takes as long for 80 of them as for one. The cache is written in
-    place if it is donated, and a step's work follows its length.
+    place if it is donated, and a step's work follows its length. On a GPU, what a step launches is recorded.
 
     Only values are compiled: what is differentiated, mapped or traced runs as it is. Where there is no C++ compiler, a
     warning says so, and all does.
@@ -32,14 +32,15 @@ def jit_layers(f: Callable[P, R] = forward, donate: str | Sequence[str] = "cache
     if not has_compiler():
         warnings.warn(no_compiler(getattr(f, "__name__", "a step")), stacklevel=2)
         return f
-    return functools.partial(f, layer=by_shape(block, donate, {"slots": 0, "cache": -2}), head=by_shape(head))
+    step = functools.partial(f, layer=by_shape(block, donate, {"slots": 0, "cache": -2}), head=by_shape(head))
+    return recorded(step)
 
 
 def by_shape(f: Callable[P, R], donate: str | Sequence[str] = (),
-             dynamic: Mapping[str, int] = MappingProxyType({})) -> Callable[P, R]:
+             dynamic: Mapping[str, int] = MappingProxyType({}), cpu: Mapping[str, Any] = ONE_LOOP) -> Callable[P, R]:
     """`f` of positional trees, traced and compiled for every combination of shapes, but that of an argument which is
-    `dynamic`, the axis named may be of any size. `jit` does more, and takes more: five times as long to trace a layer,
-    and 0.1 ms at each call to see what has changed.
+    `dynamic`, the axis named may be of any size. `cpu` are inductor's options there. `jit` does more, and takes more:
+    five times as long to trace a layer, and 0.1 ms at each call to see what has changed.
     """
     names = (donate,) if isinstance(donate, str) else tuple(donate)
     parameters = tuple(inspect.signature(f).parameters)
@@ -62,17 +63,10 @@ def by_shape(f: Callable[P, R], donate: str | Sequence[str] = (),
             for ready in alike:
                 if (result := ready(tensors)) is not None:
                     return result
-            if _values(tensors):
-                alike.append(compiled(run, args, axes))
+            if plain(tensors):
+                alike.append(compiled(run, args, axes, cpu))
                 return alike[-1](tensors)
         return f(*args)
 
     return called
 
-
-def _values(tensors: list[Tensor]) -> bool:
-    """Whether these are plain numbers, and nothing but values is asked for."""
-    if transforms() or torch._C._is_any_autocast_enabled():
-        return False
-    grad = torch.is_grad_enabled()
-    return all(type(x) in (Tensor, Parameter) and not (grad and x.requires_grad) for x in tensors)

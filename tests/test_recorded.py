@@ -1,0 +1,194 @@
+"""`recorded`: a step that is replayed is the step. In place of a GPU's graph stands one that runs the step again."""
+
+import functools
+import gc
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import random_params, token_rows
+
+import llama_fn as lf
+from llama_fn import shapes
+from llama_fn.model import cache as kv
+from llama_fn.model import transformer
+from llama_fn.transforms import recorded as module
+from llama_fn.transforms.compiled import part
+from llama_fn.transforms.recorded import coarse, recorded
+
+CONFIG = lf.Config(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=34, max_seq_len=900)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """How often something was recorded, and replayed, and the slots that were read by what was not replayed. Meanwhile,
+    as on a GPU, no number can be read, and every shape is what it was when it was recorded.
+    """
+    counts, at_work, reach = {"recorded": 0, "replayed": 0, "reach": []}, [], transformer.reach
+
+    def run(f, slots):
+        at_work.append(slots)
+        try:
+            return f()
+        finally:
+            at_work.pop()
+
+    def captured(f):
+        counts["recorded"] += 1
+        result = run(f, None)
+        slots = counts["reach"][-1]
+        part((result,), results := [], [])
+
+        def replay():
+            counts["replayed"] += 1
+            part((run(f, slots),), again := [], [])
+            for old, new in zip(results, again, strict=True):
+                old.copy_(new)
+
+        return replay, result
+
+    def reached(cache, new):
+        if at_work and at_work[-1] is not None:
+            return torch.arange(at_work[-1])
+        counts["reach"].append(len(reach(cache, new)))
+        return torch.arange(counts["reach"][-1])
+
+    def another(x):
+        return x.detach() if x.is_floating_point() else x
+
+    record = module._record  # a graph knows memory and no tensors
+    monkeypatch.setattr(module, "_record", lambda f, args, fixed: record(f, lf.tree.map(another, args), fixed))
+    monkeypatch.setattr(module, "captured", captured)
+    monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    monkeypatch.setattr(transformer, "reach", reached)
+    for place in (shapes, module, transformer):
+        monkeypatch.setattr(place, "recording", lambda x: bool(at_work))
+    return counts
+
+
+def donated(params: lf.Params, tokens: torch.Tensor, cache: lf.Cache) -> tuple[torch.Tensor, lf.Cache]:
+    """`forward`, its new cache in the memory of the old."""
+    logits, new = lf.forward(params, tokens, cache)
+    for old, x in zip(cache.k + cache.v, new.k + new.v, strict=True):
+        old.copy_(x)
+    return logits, cache._replace(length=new.length)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG, lf.random.key(0), torch.float32)
+
+
+@pytest.mark.parametrize("rows", [(), (3,)])
+@pytest.mark.parametrize("new", [1, 2])
+def test_a_replayed_step_is_the_step(graphs, params, rows, new):
+    step, cache = recorded(donated), lf.init_cache(CONFIG, rows, max_len=300)
+    tokens = token_rows(CONFIG, *rows, 300)
+    full, _ = lf.forward(params, tokens)
+    graphs["reach"].clear()
+    places, got = [x.data_ptr() for x in cache.k + cache.v], []
+    for t in range(0, 300, new):
+        logits, cache = step(params, tokens[..., t:t + new], cache)
+        assert (cache.length == t + new).all()
+        got.append(logits)
+    assert (torch.cat(got, -2) - full).abs().max() < 1e-4  # no later replay wrote to an earlier result
+    assert [x.data_ptr() for x in cache.k + cache.v] == places
+    assert graphs["recorded"] <= 30 and graphs["replayed"] >= 300 // new - 30
+    assert graphs["reach"][::2] == graphs["reach"][1::2]  # what is recorded has run before, with as many slots
+    with pytest.raises(ValueError, match=f"the cache is full: it has 300 slots, {301 - new} are in use"):
+        step(params, tokens[..., :new], cache._replace(length=torch.full(rows, 301 - new)))
+
+
+def test_rows_may_be_of_other_lengths_and_go_back(graphs, params):
+    step, tokens = recorded(donated), token_rows(CONFIG, 3, 40)
+    cache = lf.init_cache(CONFIG, (3,), max_len=64)
+    for t in range(20):
+        _, cache = step(params, tokens[:, t:t + 1], cache)
+    lengths = [20, 3, 11]
+    cache = cache._replace(length=torch.tensor(lengths))
+    for more in range(5):
+        logits, cache = step(params, tokens[:, 30 + more, None], cache)
+    for row, length in enumerate(lengths):
+        alone, _ = lf.forward(params, torch.cat([tokens[row, :length], tokens[row, 30:35]]))
+        assert (logits[row, -1] - alone[-1]).abs().max() < 1e-4
+    assert graphs["replayed"] > 15
+    with pytest.raises(ValueError, match="a cache's length must be at least 0, got -1"):
+        step(params, tokens[:, :1], cache._replace(length=torch.tensor([5, -1, 3])))
+
+
+def test_other_weights_are_never_taken_for_those_that_were_recorded(graphs, params):
+    step, token = recorded(donated), torch.tensor([5])
+    cache = lf.init_cache(CONFIG, max_len=64)
+    for i in range(12):  # a tree that is gone leaves its identities to the next
+        other = lf.tree.map(lambda x, i=i: x * (1 + i / 10), params)
+        for _ in range(3):
+            empty = cache._replace(length=torch.tensor(0))
+            logits, cache = step(other, token, empty)
+            expected, _ = lf.forward(other, token)
+            assert (logits - expected).abs().max() < 1e-4
+        del other
+        gc.collect()
+    assert graphs["replayed"] >= 12
+    weight = params.output
+    changed = params._replace(output=weight.clone())
+    for scale in (1, 2, 3):  # other memory under the same name
+        changed.output.data = weight * scale
+        for _ in range(3):
+            logits, cache = step(changed, token, cache._replace(length=torch.tensor(0)))
+            assert (logits - lf.forward(changed, token)[0]).abs().max() < 1e-4
+
+
+def test_the_host_reads_a_length_once(graphs, params, monkeypatch):
+    monkeypatch.setattr(kv, "PAGE", 64)
+    step, cache, reads = recorded(donated), lf.init_cache(CONFIG, (2,), max_len=200), []
+    aminmax = torch.Tensor.aminmax
+    monkeypatch.setattr(torch.Tensor, "aminmax", lambda x, **kwargs: reads.append(x.shape) or aminmax(x, **kwargs))
+    for t in range(6):
+        _, cache = step(params, torch.full((2, 1), t), cache)
+        if t == 0:
+            assert reads == [(2,), (2, 1)]  # the length, and the tokens of what runs as it is
+            reads.clear()
+    assert reads == [] and graphs["replayed"] == 5
+    cache.length.fill_(3)  # what was written to is read again
+    step(params, torch.full((2, 1), 7), cache)
+    assert reads == [(2,)]
+
+
+def test_a_token_outside_the_vocabulary_is_nan_where_it_cannot_be_read(graphs, params):
+    step, cache = recorded(donated), lf.init_cache(CONFIG, (2,), max_len=64)
+    with pytest.raises(ValueError, match="token 77 is outside the vocabulary of 77 tokens"):
+        step(params, torch.tensor([[1], [77]]), cache)
+    for _ in range(3):
+        logits, cache = step(params, torch.tensor([[1], [2]]), cache)
+    for bad in (77, -1):
+        logits, after = step(params, torch.tensor([[1], [bad]]), cache)
+        assert logits[1].isnan().all() and not logits[0].isnan().any()
+        cache = after._replace(length=cache.length)
+    logits, _ = step(params, torch.tensor([[1], [2]]), cache)
+    assert not logits.isnan().any() and graphs["replayed"] >= 3
+
+
+def test_what_is_mapped_or_differentiated_or_not_donated_runs_as_it_is(graphs, params):
+    step, token = recorded(lf.forward), torch.tensor([5])
+    cache, before = (lf.init_cache(CONFIG, batch, max_len=64) for batch in ((4,), ()))
+    leaves = lf.tree.map(lambda x: x.clone().requires_grad_(), params)
+    for _ in range(3):
+        torch.vmap(functools.partial(step, params), (None, 0))(token, cache)
+        torch.func.grad(lambda p: step(p, token, before)[0].sum())(params)
+        leaves.output.grad = None
+        step(leaves, token, before)[0].sum().backward()
+        assert leaves.output.grad.any()
+    for _ in range(3):
+        _, after = step(params, token, before)
+        assert not before.k[0].any() and after.k[0].any()
+
+
+@given(st.integers(0, 5000), st.integers(1, 5000))
+def test_a_recording_reads_whole_pages_a_quarter_more_at_most(most, slots):
+    most = min(most, slots)
+    reached = coarse(most, slots)
+    assert most <= reached <= max(most, slots - 1)
+    if (whole := slots // kv.PAGE * kv.PAGE) > most:
+        assert (reached + 1) % kv.PAGE == 0
+        assert reached + 1 <= max(1.25 * (most + 1) + kv.PAGE, 2 * kv.PAGE) and reached < whole
