@@ -1,5 +1,6 @@
 """`jit` and `jit_layers`: compiled equals eager, donation reuses memory, and a decode loop compiles once."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -315,3 +316,23 @@ def test_a_sampler_of_ones_own_is_asked_at_every_draw(monkeypatch, compilations)
 
     [told] = lf.text_completion(model, ["Once"], key=key, max_new_tokens=4, sampler=told_what_to_say)
     assert told.tokens == allowed and "drawn" not in compilations and compilations[:2] == ["block", "head"]
+
+
+@pytest.mark.slow
+def test_conversations_of_a_large_model_share_no_memory_that_is_written_to(monkeypatch):
+    model, key = lf.load("stories"), lf.random.key(4)
+
+    def answered(chat: lf.Chat, question: str, pieces: int = 12) -> list[lf.Chat]:
+        asked = lf.ask(model, chat, question)
+        return [chat for _, chat in itertools.islice(lf.answer(model, asked, key=key, max_new_tokens=12), pieces)]
+
+    def told() -> list[list]:
+        chats = answered(lf.Chat(), "Who was the fox?")
+        begun, whole = chats[4], chats[-1]
+        later = [answered(chat, question)[-1] for chat in (begun, whole, begun) for question in ("why?", "and then?")]
+        return [chat.exchanges for chat in (*chats, *later)]
+
+    eager = told()
+    monkeypatch.setattr(decode, "LARGE", 0)
+    decode._compiled.cache_clear()
+    assert told() == eager

@@ -15,6 +15,7 @@ import tyro
 from llama_fn.checkpoint.load import load
 from llama_fn.cli.bench_speed import SPEED, Work, check
 from llama_fn.cli.bench_transforms import TRANSFORMS
+from llama_fn.cli.options import device_of
 from llama_fn.memory import keep_memory
 from llama_fn.model.cache import init_cache
 from llama_fn.model.transformer import forward
@@ -37,7 +38,9 @@ def bench(what: tyro.conf.Positional[What] = "checks", *, work: Work = Work(), o
         rounds: How often each work is timed.
         json_out: Print the figures as JSON.
     """
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    place = device_of(work.device)
+    gpu = f", {torch.cuda.get_device_name(place)}" if place.type == "cuda" else ""
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}{gpu}"
     if unknown := [name for name in only if name not in TRANSFORMS]:
         raise ValueError(f"bench: there is no measurement {unknown[0]!r}, only {', '.join(TRANSFORMS)}")
     if rounds < 3:

@@ -1,14 +1,16 @@
-"""For comparison only: the same step of the same shape by transformers and by llama.cpp, which are no dependencies."""
+"""For comparison only: the same step of the same shape by transformers, llama.cpp and gpt-fast, no dependencies."""
 
 import ctypes
 import importlib.util
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama_fn import tree
 from llama_fn.checkpoint.huggingface import to_hf
@@ -35,9 +37,10 @@ def hugging_face(params: Params, batch: int, new: int, context: int, max_len: in
     with torch.device("meta"):
         model = LlamaForCausalLM(theirs)
     model.load_state_dict(to_hf(dequantize(params)), assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(theirs)
+    device = params.norm.device
+    model.model.rotary_emb = type(model.model.rotary_emb)(theirs).to(device)
     cache = StaticCache(config=theirs, max_cache_len=max_len)
-    tokens = torch.zeros((batch, new), dtype=torch.int64)
+    tokens = torch.zeros((batch, new), dtype=torch.int64, device=device)
     lengths = [layer for layer in cache.layers if hasattr(layer, "cumulative_length")]
 
     def step() -> Tensor:
@@ -49,7 +52,8 @@ def hugging_face(params: Params, batch: int, new: int, context: int, max_len: in
 
     if context:
         with torch.no_grad():
-            model(torch.zeros((batch, context), dtype=torch.int64), past_key_values=cache, use_cache=True)
+            model(torch.zeros((batch, context), dtype=torch.int64, device=device), past_key_values=cache,
+                  use_cache=True)
     return step
 
 
@@ -87,6 +91,76 @@ def llama_cpp(params: Params, batch: int, new: int, context: int, max_len: int) 
         cpp.llama_memory_seq_rm(memory, 0, context, -1)
         feed(new)
         return ctypes.cast(cpp.llama_get_logits(state), ctypes.c_void_p)  # waits for them
+
+    return step
+
+
+class Int8Linear(nn.Module):
+    """An 8-bit matrix as gpt-fast's quantize.py multiplies with it."""
+
+    def __init__(self, weight: Quantized, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.values)
+        self.register_buffer("scales", weight.scale.to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype)) * self.scales
+
+
+def gpt_fast(params: Params, batch: int, new: int, context: int, max_len: int) -> Callable[[], Any]:
+    """One token a row by gpt-fast (github.com/pytorch-labs/gpt-fast, of which the environment variable GPT_FAST names a
+    clone), compiled as its generate.py does; of tensors and of 8-bit weights. Raises `ValueError` where it is not there
+    and for other weights.
+    """
+    folder = Path(os.environ.get("GPT_FAST", ""))
+    if not (folder / "model.py").is_file():
+        raise ValueError("bench: gpt-fast is not here; name a clone of it in the environment variable GPT_FAST")
+    if new != 1 or isinstance(params.output, Grouped):
+        raise ValueError("bench: gpt-fast is measured with one token a step, in tensors or in 8 bits")
+    import torch._inductor.config as inductor
+
+    spec = importlib.util.spec_from_file_location("gpt_fast_model", folder / "model.py")
+    theirs = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where torch.compile looks for it
+    spec.loader.exec_module(theirs)
+    c, device, dtype = params.config, params.norm.device, params.norm.dtype
+    with torch.device("meta"):
+        model = theirs.Transformer(theirs.ModelArgs(
+            block_size=max(c.max_seq_len, max_len), vocab_size=c.vocab_size, n_layer=c.n_layers, n_head=c.n_heads,
+            dim=c.dim, intermediate_size=c.hidden_dim, n_local_heads=c.n_kv_heads, rope_base=c.rope_theta,
+            norm_eps=c.norm_eps))
+
+    def put(place: nn.Module, name: str, *weights: Any) -> None:
+        if isinstance(weights[0], Quantized):
+            parts = [w.flat() for w in weights]
+            setattr(place, name, Int8Linear(Quantized(*map(torch.cat, zip(*parts, strict=True))), dtype))
+        else:
+            rows = [w.flatten(1) if name == "wo" else w.reshape(-1, w.shape[-1]) if w.ndim > 1 else w for w in weights]
+            getattr(place, name).weight = nn.Parameter(torch.cat(rows), requires_grad=False)
+
+    put(model, "tok_embeddings", params.embedding)
+    put(model, "norm", params.norm)
+    put(model, "output", params.output)
+    for layer, block in zip(model.layers, params.blocks, strict=True):
+        put(layer, "attention_norm", block.attention_norm)
+        put(layer.attention, "wqkv", block.attention.wq, block.attention.wk, block.attention.wv)
+        put(layer.attention, "wo", block.attention.wo)
+        put(layer, "ffn_norm", block.ffn_norm)
+        for name, matrix in zip(("w1", "w3", "w2"), block.feed_forward, strict=True):
+            put(layer.feed_forward, name, matrix)
+    with torch.device(device):
+        model.setup_caches(batch, max_len)
+
+    def one(tokens: Tensor, position: Tensor) -> Tensor:
+        return model(tokens, position)[:, -1].argmax(-1, keepdim=True)
+
+    run = torch.compile(one, mode="reduce-overhead", fullgraph=True)
+    tokens = torch.zeros((batch, 1), dtype=torch.int64, device=device)
+    position = torch.full((1,), context, dtype=torch.int64, device=device)
+
+    def step() -> Tensor:
+        kernels = torch.nn.attention.SDPBackend.MATH
+        with inductor.patch({"coordinate_descent_tuning": True}), torch.nn.attention.sdpa_kernel(kernels):
+            return run(tokens, position).clone()
 
     return step
 

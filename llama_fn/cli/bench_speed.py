@@ -16,7 +16,8 @@ from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.checkpoint.load import load
-from llama_fn.cli.bench_peers import hugging_face, llama_cpp
+from llama_fn.cli.bench_peers import gpt_fast, hugging_face, llama_cpp
+from llama_fn.cli.options import device_of
 from llama_fn.cli.timing import interleave, quartiles, ratio
 from llama_fn.config import LLAMA2_7B, Config
 from llama_fn.model.cache import Cache, init_cache
@@ -37,13 +38,16 @@ SHAPES = {
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16,
           "int8": torch.bfloat16, "int4": torch.bfloat16}
-PEERS = {"hf": ("Hugging Face", hugging_face), "llama.cpp": ("llama.cpp", llama_cpp)}
-READ = 2**29  # bytes of the matrix that the memory's speed is measured with
+PEERS = {"hf": ("Hugging Face", hugging_face), "llama.cpp": ("llama.cpp", llama_cpp),
+         "gpt-fast": ("gpt-fast", gpt_fast)}
+READ = 2**29  # bytes that the memory's speed is measured with, on the CPU; of a GPU, eight times as many
+CHAIN = 32  # tokens of a row that a GPU is given to do at once, as without anybody who reads them
 Figures = dict[str, str]
 
 
 class Work(NamedTuple):
-    """What is measured: a model of random weights (or the shipped one), rows, tokens in the cache, its slots.
+    """What is measured: a model of random weights (or the shipped one), rows, tokens in the cache, its slots, where
+    ("auto" takes a GPU if there is one), and beside whom.
 
     Of "int8" and "int4", the matrices are quantized and everything else is in bfloat16.
     """
@@ -53,7 +57,8 @@ class Work(NamedTuple):
     batch: int = 1
     context: int = 128
     max_len: int = 1024
-    compare: tuple[Literal["hf", "llama.cpp"], ...] = ()
+    device: str = "auto"
+    compare: tuple[Literal["hf", "llama.cpp", "gpt-fast"], ...] = ()
 
 
 def check(work: Work) -> None:
@@ -62,17 +67,24 @@ def check(work: Work) -> None:
         raise ValueError(f"bench: a context must lie between 0 and max_len = {work.max_len}, got {work.context}")
     if work.batch < 1:
         raise ValueError(f"bench: a batch has at least one row, got {work.batch}")
+    if device_of(work.device).type == "cuda":
+        if "llama.cpp" in work.compare:
+            raise ValueError("bench: llama.cpp is measured on the CPU; use --device cpu")
+        if work.context + CHAIN > work.max_len:
+            raise ValueError(f"bench: on a GPU {CHAIN} tokens are measured together; max_len = {work.max_len} has no "
+                             f"room for them after {work.context}")
 
 
 def weights(work: Work) -> Params:
     """Random numbers of the shape, of a size at which nothing overflows; of "stories" its own."""
-    dtype = DTYPES[work.dtype]
+    dtype, device = DTYPES[work.dtype], device_of(work.device)
     if SHAPES[work.shape] is None:
-        return load("stories", dtype=dtype, quantize=work.dtype if work.dtype in ("int8", "int4") else None).params
-    generator = torch.Generator().manual_seed(0)
+        return load("stories", dtype=dtype, device=device,
+                    quantize=work.dtype if work.dtype in ("int8", "int4") else None).params
+    generator = torch.Generator(device).manual_seed(0)
 
     def one(path: str, weight: Weight) -> Any:
-        x = torch.empty(weight.shape, dtype=dtype).normal_(0, 0.02, generator=generator)
+        x = torch.empty(weight.shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
         return quantized_leaf(work.dtype)(path, weight, x) if work.dtype in ("int8", "int4") else x
 
     return tree.map_with_path(one, abstract_params(SHAPES[work.shape]))
@@ -86,49 +98,69 @@ def matrix_numbers(config: Config) -> int:
 
 def decode(work: Work, rounds: int) -> Figures:
     """One token a row, the weights read once: the share of the memory's speed."""
-    params, dtype = weights(work), DTYPES[work.dtype]
-    run, state = jit_layers(), [torch.zeros((work.batch, 1), dtype=torch.int64), _filled(params.config, work, dtype)]
+    params, dtype, device = weights(work), DTYPES[work.dtype], device_of(work.device)
+    count = CHAIN if device.type == "cuda" else 1
+    run = jit_layers()
+    state = [torch.zeros((work.batch, 1), dtype=torch.int64, device=device), _filled(params.config, work, dtype)]
+    start = state[1].length
 
     def step() -> None:
-        logits, cache = run(params, state[0], state[1])
-        state[:] = logits.argmax(-1), cache._replace(length=cache.length - 1)  # the same work again
+        for _ in range(count):
+            logits, cache = run(params, state[0], state[1])
+            state[:] = logits.argmax(-1), cache
+        state[1] = state[1]._replace(length=start)  # the same work again
 
-    numbers = torch.ones(READ // 8, dtype=torch.int64)  # their sum reads faster than a product of floats
-    works: dict[str, Callable] = {"llama_fn": step, "reading memory": numbers.sum}
-    for name in work.compare:
-        works[PEERS[name][0]] = PEERS[name][1](params, work.batch, 1, work.context, work.max_len)
+    def several(one: Callable[[], Any]) -> Callable[[], None]:
+        return lambda: [one() for _ in range(count)] and None
+
+    name, memory, size = memory_speed(device)
+    works: dict[str, Callable] = {"llama_fn": step, name: memory}
+    for peer in work.compare:
+        works[PEERS[peer][0]] = several(PEERS[peer][1](params, work.batch, 1, work.context, work.max_len))
     with torch.no_grad():
-        times = interleave(works, rounds, f"decode, {work.shape}")
-    kv = sum(x.nbytes for x in state[1].k + state[1].v) * (work.context + 1) / work.max_len
+        times = {what: [t / (1 if what == name else count) for t in seconds] for what, seconds in
+                 interleave(_waited_for(works, device), rounds, f"decode, {work.shape}").items()}
+    kv = sum(x.nbytes for x in state[1].k + state[1].v) * (work.context + (count + 1) / 2) / work.max_len
     needed = sum(x.nbytes for x in tree.leaves(params)) - params.embedding.nbytes + kv
-    floor = [seconds * needed / READ for seconds in times["reading memory"]]
+    floor = [seconds * needed / size for seconds in times[name]]
     figures = _times(times, work.batch) | {"bytes a step, GB": f"{needed / 1e9:.3f}"}
-    figures["reading memory, GB/s"] = _spread([READ / t / 1e9 for t in times.pop("reading memory")])
+    figures[f"{name}, GB/s"] = _spread([size / t / 1e9 for t in times.pop(name)])
     figures["llama_fn, GB/s"] = _spread([needed / t / 1e9 for t in times["llama_fn"]])
     figures["share of the memory's speed"] = str(ratio(floor, times["llama_fn"]))
     return figures | _compared(times)
+
+
+def memory_speed(device: torch.device) -> tuple[str, Callable[[], Any], int]:
+    """What measures it, and how many bytes that moves: of a GPU a copy, read and written; of the CPU a sum, since it
+    reads faster than it copies, and integers, since it sums them faster than floats."""
+    if device.type == "cuda":
+        old = torch.ones(8 * READ, dtype=torch.uint8, device=device)
+        new = torch.empty_like(old)
+        return "copying memory", lambda: new.copy_(old), 2 * old.nbytes
+    numbers = torch.ones(READ // 8, dtype=torch.int64)
+    return "reading memory", numbers.sum, READ
 
 
 def prefill(work: Work, rounds: int) -> Figures:
     """`context` tokens at once into an empty cache, and the logits after the last: the share of the speed of this
     machine's matrix products, in the weights' dtype or in float32, whichever is faster.
     """
-    params, dtype = weights(work), DTYPES[work.dtype]
+    params, dtype, device = weights(work), DTYPES[work.dtype], device_of(work.device)
     config = params.config
-    tokens = torch.arange(work.batch * work.context).reshape(work.batch, -1) % config.vocab_size
-    state = [init_cache(config, (work.batch,), max_len=work.max_len, dtype=dtype)]
+    tokens = torch.arange(work.batch * work.context, device=device).reshape(work.batch, -1) % config.vocab_size
+    state = [init_cache(config, (work.batch,), max_len=work.max_len, dtype=dtype, device=device)]
 
     def step() -> None:
         x, cache = trunk(params, tokens, state[0])  # compiled, it is no faster
         head(params.norm, params.output, x[:, -1:], config.norm_eps)
         state[0] = cache._replace(length=torch.zeros_like(cache.length))
 
-    a, b = _fastest(tokens.numel(), config, dtype)
+    a, b = _fastest(tokens.numel(), config, dtype, device)
     works: dict[str, Callable] = {"llama_fn": step, "a matrix product": lambda: torch.nn.functional.linear(a, b)}
     for name in work.compare:
         works[PEERS[name][0]] = PEERS[name][1](params, work.batch, work.context, 0, work.max_len)
     with torch.no_grad():
-        times = interleave(works, rounds, f"prefill, {work.shape}")
+        times = interleave(_waited_for(works, device), rounds, f"prefill, {work.shape}")
     matrices = matrix_numbers(params.config) - params.output.shape[0] * params.output.shape[1]
     products = times.pop("a matrix product")
     floor = [seconds * matrices / b.numel() for seconds in products]
@@ -139,18 +171,20 @@ def prefill(work: Work, rounds: int) -> Figures:
 
 def train(work: Work, rounds: int) -> Figures:
     """A step of AdamW on `batch` rows of `context` tokens, compiled as one graph: the share of its products' speed."""
-    params, dtype = weights(work), DTYPES[work.dtype]
+    params, dtype, device = weights(work), DTYPES[work.dtype], device_of(work.device)
     optimizer = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-4))
     step, state = jit(make_step(optimizer), donate=("params", "opt_state")), [params, optimizer.init(params)]
-    tokens = torch.arange(work.batch * (work.context + 1)).reshape(1, work.batch, -1) % params.config.vocab_size
+    tokens = torch.arange(work.batch * (work.context + 1), device=device).reshape(1, work.batch, -1)
+    tokens %= params.config.vocab_size
     mask = torch.ones_like(tokens, dtype=torch.bool)
 
     def run() -> None:
         state[:] = step(*state, tokens, mask)[:2]
 
     rows, config = work.batch * work.context, params.config
-    a, b = _fastest(rows, config, dtype)
-    times = interleave({"llama_fn": run, "a matrix product": lambda: torch.nn.functional.linear(a, b)}, rounds, "train")
+    a, b = _fastest(rows, config, dtype, device)
+    works = {"llama_fn": run, "a matrix product": lambda: torch.nn.functional.linear(a, b)}
+    times = interleave(_waited_for(works, device), rounds, "train")
     matrices = matrix_numbers(params.config)
     products = times.pop("a matrix product")
     floor = [3 * seconds * matrices / b.numel() for seconds in products]  # forward, and backward twice
@@ -182,22 +216,29 @@ def first_token(work: Work, compiled: int) -> tuple[float, float]:
     cache = _filled(params.config, work, DTYPES[work.dtype])
     run = jit_layers() if compiled else forward
     with torch.no_grad():
-        logits, _ = run(params, torch.zeros((work.batch, 1), dtype=torch.int64), cache)
+        logits, _ = run(params, torch.zeros((work.batch, 1), dtype=torch.int64, device=params.norm.device), cache)
         logits.argmax(-1).tolist()
     return time.time(), made
 
 
-def _fastest(rows: int, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _fastest(rows: int, config: Config, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """The two factors of a product of this size, in the dtype or in float32, whichever is faster."""
-    pairs = [(torch.ones(rows, config.dim, dtype=kind), torch.ones(config.hidden_dim, config.dim, dtype=kind))
+    pairs = [[torch.ones(n, config.dim, dtype=kind, device=device) for n in (rows, config.hidden_dim)]
              for kind in {dtype, torch.float32}]
     works = {str(i): functools.partial(torch.nn.functional.linear, *pair) for i, pair in enumerate(pairs)}
-    seconds = interleave(works, 3, "products")
+    seconds = interleave(_waited_for(works, device), 3, "products")
     return pairs[min(range(len(pairs)), key=lambda i: min(seconds[str(i)]))]
 
 
+def _waited_for(works: dict[str, Callable], device: torch.device) -> dict[str, Callable]:
+    """The works, each until the GPU has done it."""
+    if device.type != "cuda":
+        return works
+    return {name: lambda work=work: (work(), torch.cuda.synchronize(device)) for name, work in works.items()}
+
+
 def _filled(config: Config, work: Work, dtype: torch.dtype) -> Cache:
-    cache = init_cache(config, (work.batch,), max_len=work.max_len, dtype=dtype)
+    cache = init_cache(config, (work.batch,), max_len=work.max_len, dtype=dtype, device=device_of(work.device))
     return cache._replace(length=torch.full_like(cache.length, work.context))
 
 
@@ -207,11 +248,13 @@ def _spread(values: list[float]) -> str:
 
 
 def _times(times: dict[str, list[float]], tokens: int) -> Figures:
-    named = {name: seconds for name, seconds in times.items() if name in ("llama_fn", "Hugging Face", "llama.cpp")}
+    named = {name: times[name] for name in ("llama_fn", *(name for name, _ in PEERS.values())) if name in times}
     figures = {f"{name}, ms": _spread([1e3 * t for t in seconds]) for name, seconds in named.items()}
     figures |= {f"{name}, tokens a second": _spread([tokens / t for t in seconds]) for name, seconds in named.items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return figures | {"peak resident memory, GiB": f"{peak:.2f}"}
+    figures["peak resident memory, GiB"] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}"
+    if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
+        figures["peak memory of the GPU, GiB"] = f"{peak / 2**30:.2f}"
+    return figures
 
 
 def _compared(times: dict[str, list[float]]) -> Figures:
