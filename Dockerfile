@@ -4,6 +4,9 @@
 # docker run --rm --gpus all ...                                     on the GPU, which "--device auto" takes
 FROM python:3.11-slim
 
+# What compiles a step of a large model.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+
 # The pinned set first: it changes less often than the code, and is gigabytes with CUDA in it.
 WORKDIR /app
 COPY requirements.txt ./
