@@ -77,7 +77,7 @@ def complete(model: Model, encoded: Sequence[list[int]], key: Tensor, max_new_to
     nats: list[list[float]] = [[] for _ in encoded]
     sampler = sampler or make_sampler()
     for step in decode.steps(model.params, state, keys, sampler, model.tokenizer.eos_id, limits, stopped,
-                             decode.fast(model.params, len(encoded), sampler, "cache")):
+                             decode.fast(model.params, len(encoded), sampler)):
         written[step.row].append(step.token)
         if logprobs:
             nats[step.row].append(float(step.logits.float().log_softmax(-1)[step.token]))
@@ -99,7 +99,7 @@ def stream(model: Model, prompt: str, *, key: Int[Tensor, "2"], max_new_tokens: 
         state = decode.resume(model.params, tokens, None, len(tokens) + limit)
         sample = sampler or make_sampler()
         for step in decode.steps(model.params, state, keys_of(key, 1, model), sample, model.tokenizer.eos_id, [limit],
-                                 run=decode.fast(model.params, 1, sample, "cache")):
+                                 run=decode.fast(model.params, 1, sample)):
             yield step.token
 
     return until(model.tokenizer.decode_stream(ids(), _continues(prompt)), stop)

@@ -124,22 +124,23 @@ def step(params: Params, state: State, token: Tensor, keys: Tensor, sample: Samp
     return state, draw(state, keys, sample)
 
 
-def fast(params: Params, rows: int, sample: Sampler, donate: str | tuple[()] = ()) -> Callable:
+def fast(params: Params, rows: int, sample: Sampler) -> Callable:
     """`step` for a few rows after their prompts: compiled by its layers for weights of `LARGE` bytes and more, and as
-    it is for all else. With `donate="cache"` the state that it is given must not be used again.
+    it is for all else. Its state's cache is donated: the old one, of a smaller length, stays what it was until somebody
+    else goes on from it.
 
     Of the samplers, those of `sampler` are compiled; another may look at what changes from draw to draw.
     """
     large = sum(x.nbytes for x in tree.leaves(params)) >= LARGE
     if not large or (rows > FEW and not params.norm.is_cuda):
         return step
-    return _compiled(donate, is_pure(sample))
+    return _compiled(is_pure(sample))
 
 
 @functools.cache  # compiled once in a process
-def _compiled(donate: str | tuple[()], pure: bool) -> Callable:
+def _compiled(pure: bool) -> Callable:
     if not pure or not has_compiler():
-        return functools.partial(step, run=jit_layers(donate=donate))
+        return functools.partial(step, run=jit_layers())
     own = by_shape(drawn, dynamic={"tokens": -1}, cpu=MANY_ROUNDS)
 
     def forward_and_draw(params: Params, cache: Cache, tokens: Tensor, token: Tensor, keys: Tensor, sample: Sampler,
@@ -148,7 +149,7 @@ def _compiled(donate: str | tuple[()], pure: bool) -> Callable:
         logits, cache = forward(params, token[:, None], cache, **parts)
         return logits[:, 0], cache, tokens, own(logits[:, 0], cache.length, tokens, keys, sample)
 
-    run = jit_layers(forward_and_draw, donate)
+    run = jit_layers(forward_and_draw)
 
     def called(params: Params, state: State, token: Tensor, keys: Tensor, sample: Sampler) -> tuple[State, Tensor]:
         if state.adapters is not None:
