@@ -34,7 +34,7 @@ def graphs(monkeypatch):
         finally:
             at_work.pop()
 
-    def captured(f):
+    def captured(f, device):
         counts["recorded"] += 1
         result = run(f, None)
         slots = counts["reach"][-1]

@@ -35,7 +35,7 @@ class Recording(NamedTuple):
 
 
 def recorded(f: Callable[P, R]) -> Callable[P, R]:
-    """`f` of tensors and trees, one of them a cache. Where all lies on a GPU, the second call with the same tensors
+    """`f` of tensors and trees, one of them a cache. Where all lies on one GPU, the second call with the same tensors
     records what it launches, and those after it replay that: a step has hundreds of kernels, and to launch one takes as
     long as to run it.
 
@@ -63,7 +63,7 @@ def recorded(f: Callable[P, R]) -> Callable[P, R]:
             ready = known.pop(key) and None
         if ready is None:
             tensors = _fixed(args)
-            if not all(map(on_gpu, tensors)) or not plain(tensors + integers):
+            if len({x.device for x in tensors + integers}) > 1 or not plain(tensors + integers):
                 return f(*args)
             if key in known:
                 ready = known[key] = _record(f, _copies(args, length, reached), tensors)
@@ -96,7 +96,7 @@ def _copies(args: tuple, length: Extent, reached: int) -> tuple:
 def _record(f: Callable, args: tuple, fixed: list[Tensor]) -> Recording:
     integers = _integers(args)
     before = extent(next(x for x in args if isinstance(x, Cache)).length)
-    replay, result = captured(lambda: f(*args))
+    replay, result = captured(lambda: f(*args), fixed[0].device)
     part((result,), results := [], [])
     new = next(x for x in (result if type(result) is tuple else (result,)) if isinstance(x, Cache)).length
     places = {id(x): i for i, x in enumerate(fixed)}
@@ -106,11 +106,11 @@ def _record(f: Callable, args: tuple, fixed: list[Tensor]) -> Recording:
                      next(i for i, x in enumerate(results) if x is new), extent(new).most - before.most)
 
 
-def captured(f: Callable[[], R]) -> tuple[Callable[[], None], R]:
-    """What does again all that `f` launches, and the result, in memory of its own that this writes to."""
+def captured(f: Callable[[], R], device: torch.device) -> tuple[Callable[[], None], R]:
+    """What does again all that `f` launches there, and the result, in memory of its own that this writes to."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=_pool()):
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=_pool(device)):
             result = f()
     except BaseException:
         _pool.cache_clear()  # torch holds it for being written to, from now on
@@ -119,7 +119,7 @@ def captured(f: Callable[[], R]) -> tuple[Callable[[], None], R]:
 
 
 @functools.cache
-def _pool() -> Any:
+def _pool(device: torch.device) -> Any:
     """Memory for what lies between: one replay is over before the next begins."""
     return torch.cuda.graph_pool_handle()
 
