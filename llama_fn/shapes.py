@@ -123,9 +123,14 @@ def concrete(x: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def far(x: Tensor) -> bool:
+    """Whether the tensor lies on a GPU, which does later what it is told, and has to be waited for."""
+    return x.is_cuda
+
+
 def recording(x: Tensor) -> bool:
     """Whether a GPU writes down what it is told to do, and does it later (a CUDA graph)."""
-    return x.is_cuda and not traced() and torch.cuda.is_current_stream_capturing()
+    return far(x) and not traced() and torch.cuda.is_current_stream_capturing()
 
 
 def transforms() -> int:

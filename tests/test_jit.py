@@ -1,5 +1,6 @@
 """`jit` and `jit_layers`: compiled equals eager, donation reuses memory, and a decode loop compiles once."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -100,6 +101,13 @@ def test_layers_are_compiled_again_for_what_does_not_fit(compilations):
         count = len(compilations)
     strided = lf.tree.map(lambda x: x.repeat_interleave(2, -1)[..., ::2], params)  # the same numbers, further apart
     assert (stepped(strided) - full).abs().max() < 1e-4 and len(compilations) > count
+
+
+@pytest.mark.slow
+def test_no_rows_are_compiled_too():
+    params, cache = random_params(CONFIG, lf.random.key(0), torch.float32), lf.init_cache(CONFIG, (0,), max_len=9)
+    logits, cache = lf.jit_layers()(params, torch.zeros((0, 1), dtype=torch.int64), cache)
+    assert logits.shape == (0, 1, 77) and cache.length.shape == (0,)
 
 
 @pytest.mark.slow
@@ -311,10 +319,14 @@ def test_a_sampler_of_ones_own_is_asked_at_every_draw(monkeypatch, compilations)
     model, key, allowed = lf.load("stories"), lf.random.key(4), [7, 301, 25, 9]
     plain, asked = lf.sampler(), iter(allowed)
 
-    def told_what_to_say(key: torch.Tensor, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        return plain(key, logits, tokens) * 0 + next(asked)
+    @dataclasses.dataclass  # it has no hash
+    class Told:
+        what: list[int]
 
-    [told] = lf.text_completion(model, ["Once"], key=key, max_new_tokens=4, sampler=told_what_to_say)
+        def __call__(self, key: torch.Tensor, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+            return plain(key, logits, tokens) * 0 + next(asked)
+
+    [told] = lf.text_completion(model, ["Once"], key=key, max_new_tokens=4, sampler=Told(allowed))
     assert told.tokens == allowed and "drawn" not in compilations and compilations[:2] == ["block", "head"]
 
 

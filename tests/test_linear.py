@@ -88,6 +88,15 @@ def test_one_row_as_a_gpu_sums_it_computes_what_is_written_out_and_rounds_once(d
     assert near(linear.sum_of_products(weight, row), weight, row)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compiling", [False, True])
+def test_no_rows_have_no_outputs(monkeypatch, kind, compiling):
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", compiling)
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = weight_of(kind, lf.random.key(0), (5,), (64,), dtype)
+        assert linear.linear(weight, torch.zeros((3, 0, 64), dtype=dtype)).shape == (3, 0, 5)
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("inputs", [4096, 4098, 4099, 24_577, 49_155])
 def test_sums_of_many_inputs_go_part_by_part(rows, inputs):

@@ -11,6 +11,7 @@ from strategies import random_params, token_rows
 
 import llama_fn as lf
 from llama_fn import shapes
+from llama_fn.generation import decode
 from llama_fn.model import cache as kv
 from llama_fn.model import transformer
 from llama_fn.transforms import recorded as module
@@ -39,6 +40,9 @@ def graphs(monkeypatch):
         result = run(f, None)
         slots = counts["reach"][-1]
         part((result,), results := [], [])
+        for x in results:
+            if x.data_ptr() not in places:  # a GPU has not run it yet: its results are whatever was there
+                x.data.fill_(-7)
 
         def replay():
             counts["replayed"] += 1
@@ -55,12 +59,17 @@ def graphs(monkeypatch):
         return torch.arange(counts["reach"][-1])
 
     def another(x):
-        return x.detach() if x.is_floating_point() else x
+        return x.detach() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
-    record = module._record  # a graph knows memory and no tensors
-    monkeypatch.setattr(module, "_record", lambda f, args, fixed: record(f, lf.tree.map(another, args), fixed))
+    def record(f, args, fixed):  # a graph knows memory and no tensors
+        places[:] = [x.data_ptr() for x in fixed]
+        return original(f, lf.tree.map(another, args), fixed)
+
+    places, original = [], module._record
+    monkeypatch.setattr(module, "_record", record)
     monkeypatch.setattr(module, "captured", captured)
-    monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    for place in (shapes, module, kv):
+        monkeypatch.setattr(place, "far", lambda x: True)
     monkeypatch.setattr(transformer, "reach", reached)
     for place in (shapes, module, transformer):
         monkeypatch.setattr(place, "recording", lambda x: bool(at_work))
@@ -182,6 +191,113 @@ def test_what_is_mapped_or_differentiated_or_not_donated_runs_as_it_is(graphs, p
     for _ in range(3):
         _, after = step(params, token, before)
         assert not before.k[0].any() and after.k[0].any()
+
+
+def test_a_forked_cache_is_not_rewound_to_before_its_fork(graphs, params):
+    step, tokens = recorded(forked), torch.full((2, 1), 5)
+    _, whole = lf.forward(params, token_rows(CONFIG, 20), lf.init_cache(CONFIG, max_len=20))
+    cache = lf.fork(whole, (2,), max_len=60)
+    for _ in range(10):
+        _, cache = step(params, tokens, cache)
+    assert graphs["replayed"] > 3
+    with pytest.raises(ValueError, match="a cache's length must be at least 20, where it was forked, got 10"):
+        step(params, tokens, cache._replace(length=torch.tensor([10, int(cache.length[0])])))
+
+
+def forked(params: lf.Params, tokens: torch.Tensor, cache: lf.Cache) -> tuple[torch.Tensor, lf.Cache]:
+    logits, new = lf.forward(params, tokens, cache)
+    for old, x in zip(lf.tree.leaves(cache[:2]), lf.tree.leaves(new[:2]), strict=True):
+        old.copy_(x)
+    return logits, cache._replace(length=new.length)
+
+
+def test_a_gradient_that_is_asked_for_later_is_there(graphs, params):
+    step, token = recorded(lf.forward), torch.tensor([5])
+    weights, cache = lf.tree.map(torch.clone, params), lf.init_cache(CONFIG, max_len=64)
+    for _ in range(3):
+        step(weights, token, cache)
+    assert graphs["replayed"] == 2
+    weights.output.requires_grad_()
+    assert step(weights, token, cache)[0].requires_grad
+    with torch.no_grad():
+        for _ in range(3):
+            assert not step(weights, token, cache)[0].requires_grad
+    assert graphs["replayed"] == 4
+
+
+def test_what_else_an_argument_says_is_part_of_a_recording(graphs, params):
+    def scaled(params: lf.Params, tokens: torch.Tensor, cache: lf.Cache, scale: float | list) -> tuple:
+        logits, cache = donated(params, tokens, cache)
+        return logits * (scale[0] if isinstance(scale, list) else scale), cache
+
+    step, token, cache = recorded(scaled), torch.tensor([5]), lf.init_cache(CONFIG, max_len=64)
+    plain, _ = lf.forward(params, token)
+    for scale in (-1, -2, 1.5) * 4:  # -1 and -2 have the same hash
+        logits, cache = step(params, token, cache=cache._replace(length=torch.tensor(0)), scale=scale)
+        assert (logits - scale * plain).abs().max() < 1e-4
+    assert graphs["recorded"] == 3 and graphs["replayed"] == 9
+    assert (step(params, token, cache._replace(length=torch.tensor(0)), [1])[0] - plain).abs().max() < 1e-4
+
+
+def test_what_makes_a_length_of_its_own_is_not_recorded(graphs, params):
+    def back_again(params: lf.Params, tokens: torch.Tensor, cache: lf.Cache) -> tuple[torch.Tensor, lf.Cache]:
+        logits, new = donated(params, tokens, cache)
+        return logits, new._replace(length=new.length - 1)
+
+    token, plain = torch.tensor([5]), lf.forward(params, torch.tensor([5]))[0]
+    for f in (back_again, lambda *args: back_again(*args)[0], lambda *args: [*back_again(*args)]):
+        step, cache = recorded(f), lf.init_cache(CONFIG, max_len=64)
+        for _ in range(4):
+            result = step(params, token, cache)
+            assert ((result if isinstance(result, torch.Tensor) else result[0]) - plain).abs().max() < 1e-4
+    tried = graphs["recorded"]
+    with torch.inference_mode():
+        step, cache = recorded(donated), lf.init_cache(CONFIG, max_len=64)
+        for _ in range(4):
+            logits, cache = step(params, token, cache._replace(length=torch.tensor(0)))
+            assert (logits - plain).abs().max() < 1e-4
+    empty = lf.init_cache(CONFIG, (0,), max_len=64)
+    assert recorded(donated)(params, token.new_zeros((0, 1)), empty)[0].shape == (0, 1, 77)
+    assert graphs["replayed"] == 0 and graphs["recorded"] == tried
+
+
+@pytest.mark.parametrize(("most", "left"), [(3, 3), (6, 4)])
+def test_recordings_end_with_their_tensors_and_are_not_too_many(graphs, params, monkeypatch, most, left):
+    monkeypatch.setattr(module, "MOST", most)
+    step, token, kept = recorded(donated), torch.tensor([5]), []
+    known = dict(zip(step.__code__.co_freevars, step.__closure__, strict=True))["known"].cell_contents
+    for i in range(8):
+        cache = lf.init_cache(CONFIG, max_len=64)
+        kept += [cache] if i > 3 else []
+        for _ in range(3):
+            _, cache = step(params, token, cache._replace(length=torch.tensor(0)))
+    assert graphs["recorded"] == 8 and len(known) == left
+
+
+def test_a_large_model_tells_the_same_by_recordings(graphs, monkeypatch):
+    monkeypatch.setattr(kv, "PAGE", 64)
+    model, several = lf.load("stories"), ["Once upon a time", "One day", "Long ago there lived a man called"]
+
+    def told():
+        return [lf.text_completion(model, several, key=lf.random.key(4), max_new_tokens=23, sampler=lf.sampler(t),
+                                   stop=("girl", "boy", "She ", "He ")) for t in (0, 1)]
+
+    eager = told()
+    monkeypatch.setattr(decode, "LARGE", 0)
+    monkeypatch.setattr(decode, "jit_layers", lambda f=lf.forward: recorded(functools.partial(donating, f)))
+    decode._compiled.cache_clear()
+    try:
+        assert told() == eager and graphs["replayed"] > 8
+    finally:
+        decode._compiled.cache_clear()
+
+
+def donating(f, *args):
+    cache = next(x for x in args if isinstance(x, lf.Cache))
+    first, new, *rest = f(*args)
+    for old, x in zip(cache.k + cache.v, new.k + new.v, strict=True):
+        old.copy_(x)
+    return first, cache._replace(length=new.length), *rest
 
 
 @given(st.integers(0, 5000), st.integers(1, 5000))

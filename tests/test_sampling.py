@@ -157,3 +157,4 @@ def test_logits_that_are_not_numbers_are_refused():
 def test_the_same_settings_are_the_same_sampler():
     assert lf.sampler(0.8, top_p=0.9) is lf.sampler(0.8, top_p=0.9)  # so that a step compiled with it is found again
     assert lf.sampler(0.8, top_p=0.9) is not lf.sampler(0.8, top_p=0.8)
+    assert lf.sampler(top_k=4.0) is not lf.sampler(top_k=4)  # of which one is an error when it is used

@@ -39,7 +39,7 @@ def bench(what: tyro.conf.Positional[What] = "checks", *, work: Work = Work(), o
         json_out: Print the figures as JSON.
     """
     place = device_of(work.device)
-    gpu = f", {torch.cuda.get_device_name(place)}" if place.type == "cuda" else ""
+    gpu = f", {torch.cuda.get_device_name(place)}" if what in SPEED and place.type == "cuda" else ""
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}{gpu}"
     if unknown := [name for name in only if name not in TRANSFORMS]:
         raise ValueError(f"bench: there is no measurement {unknown[0]!r}, only {', '.join(TRANSFORMS)}")

@@ -108,9 +108,9 @@ class Int8Linear(nn.Module):
 
 
 def gpt_fast(params: Params, batch: int, new: int, context: int, max_len: int) -> Callable[[], Any]:
-    """One token a row by gpt-fast (github.com/pytorch-labs/gpt-fast, of which the environment variable GPT_FAST names a
-    clone), compiled as its generate.py does; of tensors and of 8-bit weights. Raises `ValueError` where it is not there
-    and for other weights.
+    """One token a row by gpt-fast (github.com/pytorch-labs/gpt-fast at 32971d3, of which the environment variable
+    GPT_FAST names a clone), compiled as its generate.py does; of tensors and of 8-bit weights. Raises `ValueError`
+    where it is not there and for other weights.
     """
     folder = Path(os.environ.get("GPT_FAST", ""))
     if not (folder / "model.py").is_file():

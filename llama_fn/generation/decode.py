@@ -184,21 +184,21 @@ def steps(params: Params, state: State, keys: Int[Tensor, "b 2"], sample: Sample
     token = None
     while stay:
         if len(stay) < len(going):
-            filled = len(stay) if run is step else min(2 ** (len(stay) - 1).bit_length(), len(keys))
-            places = stay + stay[:1] * (filled - len(stay))
+            rows = len(stay) if run is step else min(2 ** (len(stay) - 1).bit_length(), len(keys))
+            places = stay + stay[:1] * (rows - len(stay))
             going, keys = [going[place] for place in stay], keys[places]
             state, token = select(state, places), None if token is None else token[places]
         if token is None:
             token = draw(state, keys, sample)
         else:
             state, token = run(params, state, token, keys, sample)
-        stay = []
-        for place, (row, id) in enumerate(zip(going, token.tolist(), strict=False)):
+        ids, stay = token.tolist(), []
+        if min(ids) < 0:
+            raise ValueError("the logits are NaN: the weights or the cache are damaged, or overflowed in a 16-bit "
+                             "dtype (or a sampler of one's own drew a token below 0)")
+        for place, (row, id) in enumerate(zip(going, ids, strict=False)):
             if id == end:
                 continue
-            if id < 0:
-                raise ValueError("the logits are NaN: the weights or the cache are damaged, or overflowed in a 16-bit "
-                                 "dtype")
             written[row].append(id)
             yield Step(row, id, state.logits[place], state)
             if len(written[row]) < limits[row] and not stopped(row, written[row]):

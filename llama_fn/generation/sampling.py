@@ -2,7 +2,6 @@
 
 import functools
 import math
-import weakref
 from collections.abc import Callable
 
 import torch
@@ -14,11 +13,10 @@ from llama_fn.random import Key
 from llama_fn.shapes import concrete, typed
 
 Sampler = Callable[..., Tensor]
-_pure: weakref.WeakSet = weakref.WeakSet()
 Narrowing = Callable[..., Tensor]
 
 
-@functools.lru_cache(256)  # with the same settings the same function, so that a step compiled with it is found again
+@functools.lru_cache(256, typed=True)  # of the same settings the same: a step that was compiled with it is found
 def sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
             repetition_penalty: float | None = None) -> Sampler:
     """A function `sample(key, logits, tokens=None)` that draws from the model's distribution, narrowed by `narrowing`
@@ -34,13 +32,13 @@ def sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float | N
         narrowed = narrow(logits, tokens)
         return narrowed.argmax(-1) if temperature == 0 else random.categorical(key, narrowed)
 
-    _pure.add(sample)
+    sample.pure = True
     return sample
 
 
 def is_pure(sample: Sampler) -> bool:
     """Whether it is known that the function depends on its arguments alone: it was made by `sampler`."""
-    return sample in _pure
+    return getattr(sample, "pure", False)
 
 
 def narrowing(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,

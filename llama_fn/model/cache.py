@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 
 from llama_fn.config import Config
-from llama_fn.shapes import concrete, traced, transforms, typed
+from llama_fn.shapes import concrete, far, traced, transforms, typed
 
 PAGE = 64
 
@@ -140,29 +140,38 @@ class Extent(NamedTuple):
     reach: int
 
 
-_known: dict[int, tuple[weakref.ref, int, Extent]] = {}
+_known: dict[int, tuple[weakref.ref, int, int, Extent]] = {}
 
 
 def extent(length: Tensor) -> Extent | None:
-    """What is known of a tensor's integers; None where they cannot be read. They are read once for as long as it lives,
-    since a GPU has to be waited for; and a sum of `grown` is known without.
+    """What is known of a tensor's integers; None where they cannot be read. On a GPU they are read once for as long as
+    it lives, since the host has to wait for them, and a sum of `grown` is known without. (Who writes to it through
+    `.data` is not seen.)
     """
     if traced():
         return None
-    known = _known.get(id(length))
-    if known is not None and known[0]() is length and known[1] == length._version:
-        return known[2]
+    if (known := remembered(length)) is not None:
+        return known
     if not concrete(length) or not length.numel():
         return None
     least, most = (int(x) for x in length.aminmax())
     return noted(length, Extent(least, most, most))
 
 
+def remembered(length: Tensor) -> Extent | None:
+    """What was noted of a tensor on a GPU, if it was not written to since."""
+    known = _known.get(id(length))
+    if known is None or known[0]() is not length or known[1:3] != (length._version, length.data_ptr()):
+        return None
+    return known[3]
+
+
 def noted(length: Tensor, known: Extent) -> Extent:
-    """Remember what is known of a tensor's integers, until it ends or is written to."""
-    if not length.is_inference():  # those do not count how often they were written to
+    """Remember what is known of a tensor on a GPU; not of an inference tensor, which does not count its writes."""
+    if far(length) and not transforms() and not length.is_inference():
         place = id(length)
-        _known[place] = weakref.ref(length, lambda _: _known.pop(place, None)), length._version, known
+        end = weakref.ref(length, lambda _: _known.pop(place, None))
+        _known[place] = end, length._version, length.data_ptr(), known
     return known
 
 

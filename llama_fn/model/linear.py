@@ -66,7 +66,7 @@ def _kernel(matrix: Matrix, x: Tensor) -> Callable[[Matrix, Tensor], Tensor]:
         return product
     if x.device.type != "cpu":
         return sum_of_products if torch.compiler.is_compiling() and rows == 1 else product
-    if torch.compiler.is_compiling() and rows <= FEW and (isinstance(matrix, Tensor) or _whole_words(matrix)):
+    if torch.compiler.is_compiling() and 0 < rows <= FEW and (isinstance(matrix, Tensor) or _whole_words(matrix)):
         return sums
     if isinstance(matrix, Quantized) and x.dtype == torch.bfloat16 and 1 < rows <= 64 and d % 16 == 0:
         return packed  # of widths that 16 does not divide, it reads beyond the end and is wrong (torch 2.13)
@@ -89,7 +89,7 @@ def product(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
         y = (F.linear(rows, weight.values.to(x.dtype)).to(exact) * weight.scale).to(x.dtype)
     else:
         y = F.linear(rows, dequantized(weight, x.dtype) if isinstance(weight, Grouped) else weight)
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 @typed
@@ -102,7 +102,7 @@ def sum_of_products(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "
         y = (weight.values.to(exact) * row).sum(-1) * weight.scale
     else:
         y = ((dequantized(weight, exact) if isinstance(weight, Grouped) else weight.to(exact)) * row).sum(-1)
-    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
 @typed
@@ -114,7 +114,7 @@ def in_pieces(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]
     for at in range(0, weight.shape[0], PIECE):
         piece = tree.map(lambda leaf, at=at: leaf[at:at + PIECE], weight)
         parts.append((piece.to(exact) if isinstance(piece, Tensor) else dequantized(piece, exact)) @ columns)
-    return torch.cat(parts).mT.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return torch.cat(parts).mT.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
 @typed

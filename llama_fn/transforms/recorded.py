@@ -1,6 +1,7 @@
 """`recorded`: all that a step launches on a GPU, as one launch (a CUDA graph)."""
 
 import functools
+import inspect
 import itertools
 import weakref
 from collections import OrderedDict
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llama_fn.model import cache as kv
-from llama_fn.model.cache import Cache, Extent, extent, noted
-from llama_fn.shapes import recording, traced, transforms
+from llama_fn.model.cache import Cache, Extent
+from llama_fn.shapes import far, recording, traced, transforms
 from llama_fn.transforms.compiled import filled, part, plain
 
 P = ParamSpec("P")
@@ -35,75 +36,115 @@ class Recording(NamedTuple):
 
 
 def recorded(f: Callable[P, R]) -> Callable[P, R]:
-    """`f` of tensors and trees, one of them a cache. Where all lies on one GPU, the second call with the same tensors
-    records what it launches, and those after it replay that: a step has hundreds of kernels, and to launch one takes as
-    long as to run it.
+    """`f` of tensors and trees, one of them a cache, to a tuple with the cache of that many tokens more. Where all lies
+    on one GPU, the second call with the same tensors records what it launches, and those after it replay that: a step
+    has hundreds of kernels, and to launch one takes as long as to run it.
 
     The cache's length, and tensors of integers that are arguments themselves (tokens, keys), may be others at each
     call: they are copied, and so are results, but for those in the memory of a donated argument. How many slots are
     read follows the length, in steps of a quarter. The host waits for the GPU only where it reads a length that no step
     before has told it.
+
+    Runs as it is: what is differentiated, mapped, traced or in `torch.inference_mode` (`no_grad` is recorded), and what
+    makes a new length otherwise than `forward`. Recordings share memory: they are for one thread.
     """
-    known: OrderedDict[Hashable, Recording | None] = OrderedDict()
+    signature = inspect.signature(f)
+    seen: OrderedDict[Hashable, None] = OrderedDict()
+    known: OrderedDict[Hashable, Recording | None] = OrderedDict()  # None for what cannot be recorded
 
     @functools.wraps(f)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        cache = next((x for x in args if isinstance(x, Cache)), None)
-        if cache is None or kwargs or traced() or transforms() or recording(cache.length) or not on_gpu(cache.length):
+        if kwargs:
+            bound = signature.bind(*args, **kwargs)
+            args, kwargs = bound.args, bound.kwargs
+        cache = _cache(args)
+        if cache is None or kwargs or not _ours(cache.length) or (length := kv.extent(cache.length)) is None:
             return f(*args, **kwargs)
-        length, slots = extent(cache.length), cache.k[0].shape[-2]
-        reached = coarse(length.most, slots)
-        integers = _integers(args)
-        # A tensor's hash is its identity: of the 600 of a model that takes 50 us, where to look at each takes 2 ms.
-        fixed = hash(tuple(x[:2] if isinstance(x, Cache) else None if _integer(x) else x for x in args))
-        key = fixed, reached, torch.is_grad_enabled(), *((x.shape, x.stride()) for x in integers)
-
+        reached = coarse(length.most, cache.k[0].shape[-2])
+        if (key := _key(args, reached)) is None or (key in known and known[key] is None):
+            return f(*args)
         ready = known.get(key)
-        if ready is not None and not _there(ready):  # another tensor may have the identity of one that is gone
-            ready = known.pop(key) and None
-        if ready is None:
-            tensors = _fixed(args)
-            if len({x.device for x in tensors + integers}) > 1 or not plain(tensors + integers):
+        if ready is None or not _there(ready):  # another tensor may have the identity of one that is gone
+            known.pop(key, None)
+            fixed = _fixed(args)
+            if len({x.device for x in fixed}) > 1 or not plain(fixed):
                 return f(*args)
-            if key in known:
-                ready = known[key] = _record(f, _copies(args, length, reached), tensors)
-            else:
-                known[key] = None
-                while len(known) > MOST:
-                    known.popitem(last=False)
-        if ready is None or length.least < 0 or length.most + ready.growth > slots:
-            result = f(*_copies(args, length, reached))  # what is not compiled is; and what is wrong is said
-            part((result,), results := [], [])
-            return filled(result, iter(_own(results, _fixed(args))))
+            if key not in seen:  # the first time, what is not compiled yet is
+                _keep(seen, key, None)
+                return _first(f, _copies(args, length, reached), fixed)
+            for other in [other for other, old in known.items() if old is not None and not _there(old)]:
+                del known[other]
+            kv.check_room(cache, 0)  # what fails while it is recorded leaves the GPU's memory in disorder
+            ready = _record(f, _copies(args, length, reached), fixed)
+            _keep(known, key, ready)
+            if ready is None:
+                return f(*args)
         known.move_to_end(key)
-        torch._foreach_copy_(ready.integers, integers)
-        ready.replay()
-        results = [ready.fixed[x]() if isinstance(x, int) else x.clone() for x in ready.results]
-        noted(results[ready.length], Extent(length.least + ready.growth, *[length.most + ready.growth] * 2))
-        return filled(ready.structure, iter(results))
+        kv.check_room(cache, ready.growth)
+        return _replayed(ready, args, length)
 
     return called
+
+
+def _ours(length: Tensor) -> bool:
+    return not traced() and far(length) and not transforms() and not recording(length) and not length.is_inference()
+
+
+def _key(args: tuple, reached: int) -> Hashable | None:
+    """What a recording is for; None for arguments without a hash. A tensor's hash is its identity: for the 600 of a
+    model that takes 50 us, where to look at each takes 2 ms.
+    """
+    def one(x: Any) -> Hashable:
+        if _integer(x):
+            return x.shape, x.stride(), x.dtype
+        if isinstance(x, Cache):
+            return hash(x[:2]), x.length.shape
+        return hash(x) if isinstance(x, Tensor | tuple) else x
+
+    try:
+        key = reached, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(), *map(one, args)
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _first(f: Callable, args: tuple, fixed: list[Tensor]) -> Any:
+    result = f(*args)
+    part((result,), results := [], [])
+    return filled(result, iter(_own(results, fixed)))
 
 
 def _copies(args: tuple, length: Extent, reached: int) -> tuple:
     """The arguments, integers of their own, of which slots up to `reached` are read."""
     copies = tuple(x._replace(length=x.length.clone()) if isinstance(x, Cache) else x.clone() if _integer(x) else x
                    for x in args)
-    noted(next(x for x in copies if isinstance(x, Cache)).length, length._replace(reach=reached))
+    kv.noted(_cache(copies).length, length._replace(reach=reached))
     return copies
 
 
-def _record(f: Callable, args: tuple, fixed: list[Tensor]) -> Recording:
-    integers = _integers(args)
-    before = extent(next(x for x in args if isinstance(x, Cache)).length)
+def _record(f: Callable, args: tuple, fixed: list[Tensor]) -> Recording | None:
+    """A recording of `f`, which runs at the first replay and not now; None where its new length is not known."""
+    integers, before = _integers(args), kv.extent(_cache(args).length)
     replay, result = captured(lambda: f(*args), fixed[0].device)
     part((result,), results := [], [])
-    new = next(x for x in (result if type(result) is tuple else (result,)) if isinstance(x, Cache)).length
+    new = _cache(result if isinstance(result, tuple) and not isinstance(result, Cache) else (result,))
+    if new is None or (after := kv.remembered(new.length)) is None:
+        return None
     places = {id(x): i for i, x in enumerate(fixed)}
     return Recording(replay, [weakref.ref(x) for x in fixed], [x.data_ptr() for x in fixed], integers,
                      [places.get(id(x), x) for x in _own(results, fixed)],
                      filled(result, itertools.repeat(torch.empty(0))),
-                     next(i for i, x in enumerate(results) if x is new), extent(new).most - before.most)
+                     next(i for i, x in enumerate(results) if x is new.length), after.most - before.most)
+
+
+def _replayed(ready: Recording, args: tuple, length: Extent) -> Any:
+    torch._foreach_copy_(ready.integers, _integers(args))
+    ready.replay()
+    results = [ready.fixed[x]() if isinstance(x, int) else x.clone() for x in ready.results]
+    least, most = length.least + ready.growth, length.most + ready.growth
+    kv.noted(results[ready.length], Extent(least, most, most))
+    return filled(ready.structure, iter(results))
 
 
 def captured(f: Callable[[], R], device: torch.device) -> tuple[Callable[[], None], R]:
@@ -124,9 +165,8 @@ def _pool(device: torch.device) -> Any:
     return torch.cuda.graph_pool_handle()
 
 
-def on_gpu(x: Tensor) -> bool:
-    """Whether the tensor lies where launches can be recorded."""
-    return x.is_cuda
+def _cache(values: tuple) -> Cache | None:
+    return next((x for x in values if isinstance(x, Cache)), None)
 
 
 def _integers(args: tuple) -> list[Tensor]:
@@ -139,8 +179,10 @@ def _fixed(args: tuple) -> list[Tensor]:
 
 
 def _there(ready: Recording) -> bool:
-    tensors = [x() for x in ready.fixed]
-    return all(x is not None for x in tensors) and [x.data_ptr() for x in tensors] == ready.addresses
+    """Whether its tensors are still there, with the same memory, and no gradient is asked of them."""
+    tensors, grad = [x() for x in ready.fixed], torch.is_grad_enabled()
+    return (all(x is not None and not (grad and x.requires_grad) for x in tensors)
+            and [x.data_ptr() for x in tensors] == ready.addresses)
 
 
 def _own(results: list[Tensor], fixed: list[Tensor]) -> list[Tensor]:
@@ -151,6 +193,12 @@ def _own(results: list[Tensor], fixed: list[Tensor]) -> list[Tensor]:
 
 def _integer(x: Any) -> bool:
     return isinstance(x, Tensor) and not x.is_floating_point()
+
+
+def _keep(places: OrderedDict, key: Hashable, value: Any) -> None:
+    places[key] = value
+    while len(places) > MOST:
+        places.popitem(last=False)
 
 
 def coarse(most: int, slots: int) -> int:
