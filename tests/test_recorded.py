@@ -129,7 +129,7 @@ def test_rows_may_be_of_other_lengths_and_go_back(graphs, params):
 def test_other_weights_are_never_taken_for_those_that_were_recorded(graphs, params):
     step, token = recorded(donated), torch.tensor([5])
     cache = lf.init_cache(CONFIG, max_len=64)
-    for i in range(12):  # a tree that is gone leaves its identities to the next
+    for i in range(4):  # a tree that is gone leaves its identities to the next
         other = lf.tree.map(lambda x, i=i: x * (1 + i / 10), params)
         for _ in range(3):
             empty = cache._replace(length=torch.tensor(0))
@@ -138,7 +138,7 @@ def test_other_weights_are_never_taken_for_those_that_were_recorded(graphs, para
             assert (logits - expected).abs().max() < 1e-4
         del other
         gc.collect()
-    assert graphs["replayed"] >= 12
+    assert graphs["replayed"] >= 4
     weight = params.output
     changed = params._replace(output=weight.clone())
     for scale in (1, 2, 3):  # other memory under the same name
@@ -284,6 +284,7 @@ def test_a_large_model_tells_the_same_by_recordings(graphs, monkeypatch):
 
     eager = told()
     monkeypatch.setattr(decode, "LARGE", 0)
+    monkeypatch.setattr(decode, "by_shape", lambda f, **_: f)  # compiled, it is tested elsewhere
     monkeypatch.setattr(decode, "jit_layers", lambda f=lf.forward: recorded(functools.partial(donating, f)))
     decode._compiled.cache_clear()
     try:
