@@ -49,7 +49,7 @@ def recorded(f: Callable[P, R]) -> Callable[P, R]:
     makes a new length otherwise than `forward`. Recordings share memory: they are for one thread.
     """
     signature = inspect.signature(f)
-    seen: OrderedDict[Hashable, None] = OrderedDict()
+    seen: OrderedDict[Hashable, list[weakref.ref]] = OrderedDict()
     known: OrderedDict[Hashable, Recording | None] = OrderedDict()  # None for what cannot be recorded
 
     @functools.wraps(f)
@@ -69,8 +69,10 @@ def recorded(f: Callable[P, R]) -> Callable[P, R]:
             fixed = _fixed(args)
             if len({x.device for x in fixed}) > 1 or not plain(fixed):
                 return f(*args)
-            if key not in seen:  # the first time, what is not compiled yet is
-                _keep(seen, key, None)
+            before = [x() for x in seen.get(key, ())]
+            if len(before) != len(fixed) or any(a is not b for a, b in zip(before, fixed, strict=True)):
+                # The first time, what is not compiled yet is.
+                _keep(seen, key, [weakref.ref(x) for x in fixed])
                 return _first(f, _copies(args, length, reached), fixed)
             for other in [other for other, old in known.items() if old is not None and not _there(old)]:
                 del known[other]
