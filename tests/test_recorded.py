@@ -13,7 +13,7 @@ import llama_fn as lf
 from llama_fn import shapes
 from llama_fn.generation import decode
 from llama_fn.model import cache as kv
-from llama_fn.model import transformer
+from llama_fn.model import extent, transformer
 from llama_fn.transforms import recorded as module
 from llama_fn.transforms.compiled import part
 from llama_fn.transforms.recorded import coarse, recorded
@@ -68,7 +68,7 @@ def graphs(monkeypatch):
     places, original = [], module._record
     monkeypatch.setattr(module, "_record", record)
     monkeypatch.setattr(module, "captured", captured)
-    for place in (shapes, module, kv):
+    for place in (shapes, module, extent):
         monkeypatch.setattr(place, "far", lambda x: True)
     monkeypatch.setattr(transformer, "reach", reached)
     for place in (shapes, module, transformer):
@@ -89,7 +89,7 @@ def params():
     return random_params(CONFIG, lf.random.key(0), torch.float32)
 
 
-@pytest.mark.parametrize("rows", [(), (3,)])
+@pytest.mark.parametrize("rows", [(), (5,)])
 @pytest.mark.parametrize("new", [1, 2])
 def test_a_replayed_step_is_the_step(graphs, params, rows, new):
     step, cache = recorded(donated), lf.init_cache(CONFIG, rows, max_len=300)
@@ -110,11 +110,11 @@ def test_a_replayed_step_is_the_step(graphs, params, rows, new):
 
 
 def test_rows_may_be_of_other_lengths_and_go_back(graphs, params):
-    step, tokens = recorded(donated), token_rows(CONFIG, 3, 40)
-    cache = lf.init_cache(CONFIG, (3,), max_len=64)
+    step, tokens = recorded(donated), token_rows(CONFIG, 5, 40)
+    cache = lf.init_cache(CONFIG, (5,), max_len=64)
     for t in range(20):
         _, cache = step(params, tokens[:, t:t + 1], cache)
-    lengths = [20, 3, 11]
+    lengths = [20, 3, 11, 18, 1]
     cache = cache._replace(length=torch.tensor(lengths))
     for more in range(5):
         logits, cache = step(params, tokens[:, 30 + more, None], cache)
@@ -123,7 +123,7 @@ def test_rows_may_be_of_other_lengths_and_go_back(graphs, params):
         assert (logits[row, -1] - alone[-1]).abs().max() < 1e-4
     assert graphs["replayed"] > 15
     with pytest.raises(ValueError, match="a cache's length must be at least 0, got -1"):
-        step(params, tokens[:, :1], cache._replace(length=torch.tensor([5, -1, 3])))
+        step(params, tokens[:, :1], cache._replace(length=torch.tensor([5, -1, 3, 4, 4])))
 
 
 def test_other_weights_are_never_taken_for_those_that_were_recorded(graphs, params):
@@ -163,18 +163,18 @@ def test_identities_that_come_again_are_told_apart(graphs, params, monkeypatch):
 
 def test_the_host_reads_a_length_once(graphs, params, monkeypatch):
     monkeypatch.setattr(kv, "PAGE", 64)
-    step, cache, reads = recorded(donated), lf.init_cache(CONFIG, (2,), max_len=200), []
+    step, cache, reads = recorded(donated), lf.init_cache(CONFIG, (5,), max_len=200), []
     aminmax = torch.Tensor.aminmax
     monkeypatch.setattr(torch.Tensor, "aminmax", lambda x, **kwargs: reads.append(x.shape) or aminmax(x, **kwargs))
     for t in range(6):
-        _, cache = step(params, torch.full((2, 1), t), cache)
+        _, cache = step(params, torch.full((5, 1), t), cache)
         if t == 0:
-            assert reads == [(2,), (2, 1)]  # the length, and the tokens of what runs as it is
+            assert reads == [(5,), (5, 1)]  # the length, and the tokens of what runs as it is
             reads.clear()
     assert reads == [] and graphs["replayed"] == 5
     cache.length.fill_(3)  # what was written to is read again
-    step(params, torch.full((2, 1), 7), cache)
-    assert reads == [(2,)]
+    step(params, torch.full((5, 1), 7), cache)
+    assert reads == [(5,)]
 
 
 def test_a_token_outside_the_vocabulary_is_nan_where_it_cannot_be_read(graphs, params):

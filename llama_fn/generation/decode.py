@@ -111,10 +111,8 @@ def draw(state: State, keys: Int[Tensor, "b 2"], sample: Sampler) -> Int[Tensor,
 @typed
 def advance(params: Params, state: State, token: Int[Tensor, "b"], run: Callable = forward) -> State:
     """The state after one more token a row, which `run`, that is `forward` or its like, takes through the model."""
-    row = torch.arange(len(token), device=token.device)
-    tokens = state.tokens.index_put((row, state.cache.length), token)
-    logits, cache = _forward(params, state.adapters, token[:, None], state.cache, run)
-    return State(cache, logits[:, 0], tokens, state.adapters)
+    logits, cache, tokens = _advanced(params, state.adapters, state.cache, state.tokens, token, run)
+    return State(cache, logits, tokens, state.adapters)
 
 
 def step(params: Params, state: State, token: Tensor, keys: Tensor, sample: Sampler,
@@ -145,9 +143,9 @@ def _compiled(pure: bool) -> Callable:
 
     def forward_and_draw(params: Params, cache: Cache, tokens: Tensor, token: Tensor, keys: Tensor, sample: Sampler,
                          **parts: Callable) -> tuple[Tensor, Cache, Tensor, Tensor]:
-        tokens = tokens.index_put((torch.arange(len(token), device=token.device), cache.length), token)
-        logits, cache = forward(params, token[:, None], cache, **parts)
-        return logits[:, 0], cache, tokens, own(logits[:, 0], cache.length, tokens, keys, sample)
+        run = functools.partial(forward, **parts)
+        logits, cache, tokens = _advanced(params, None, cache, tokens, token, run)
+        return logits, cache, tokens, own(logits, cache.length, tokens, keys, sample)
 
     run = jit_layers(forward_and_draw)
 
@@ -209,6 +207,13 @@ def select(state: State, rows: list[int]) -> State:
     """The state of some of the rows, in the order given; the same row twice is a fork."""
     rest = tree.map(lambda x: x[rows], state._replace(cache=None))
     return rest._replace(cache=kv.select(state.cache, rows))
+
+
+def _advanced(params: Params, adapters: Lora | None, cache: Cache, tokens: Tensor, token: Tensor,
+              run: Callable) -> tuple[Tensor, Cache, Tensor]:
+    tokens = tokens.index_put((torch.arange(len(token), device=token.device), cache.length), token)
+    logits, cache = _forward(params, adapters, token[:, None], cache, run)
+    return logits[:, 0], cache, tokens
 
 
 def _forward(params: Params, adapters: Lora | None, tokens: Tensor, cache: Cache,

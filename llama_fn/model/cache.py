@@ -1,6 +1,5 @@
 """The key/value cache: a value that goes in and comes out, never a state."""
 
-import weakref
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 
 from llama_fn.config import Config
-from llama_fn.shapes import concrete, far, traced, transforms, typed
+from llama_fn.model.extent import extent
+from llama_fn.shapes import concrete, transforms, typed
 
 PAGE = 64
 
@@ -130,57 +130,6 @@ def read(cache: KeysValues, positions: Tensor, slots: Tensor) -> KeysValues:
     without effect). Its axis s is shorter than the cache's, so this function is not `typed`.
     """
     return KeysValues(*(_clean(_first(leaf, slots.shape[0]), positions) for leaf in cache))
-
-
-class Extent(NamedTuple):
-    """The least and the most of a length's integers, and the length up to which slots are read, which may be more."""
-
-    least: int
-    most: int
-    reach: int
-
-
-_known: dict[int, tuple[weakref.ref, int, int, Extent]] = {}
-
-
-def extent(length: Tensor) -> Extent | None:
-    """What is known of a tensor's integers; None where they cannot be read. On a GPU they are read once for as long as
-    it lives, since the host has to wait for them, and a sum of `grown` is known without. (Who writes to it through
-    `.data` is not seen.)
-    """
-    if traced():
-        return None
-    if (known := remembered(length)) is not None:
-        return known
-    if not concrete(length) or not length.numel():
-        return None
-    least, most = (int(x) for x in length.aminmax())
-    return noted(length, Extent(least, most, most))
-
-
-def remembered(length: Tensor) -> Extent | None:
-    """What was noted of a tensor on a GPU, if it was not written to since."""
-    known = _known.get(id(length))
-    if known is None or known[0]() is not length or known[1:3] != (length._version, length.data_ptr()):
-        return None
-    return known[3]
-
-
-def noted(length: Tensor, known: Extent) -> Extent:
-    """Remember what is known of a tensor on a GPU; not of an inference tensor, which does not count its writes."""
-    if far(length) and not transforms() and not length.is_inference():
-        place = id(length)
-        end = weakref.ref(length, lambda _: _known.pop(place, None))
-        _known[place] = end, length._version, length.data_ptr(), known
-    return known
-
-
-def grown(length: Tensor, count: int) -> Tensor:
-    """`length` + `count`."""
-    longer = length + count
-    if (known := extent(length)) is not None:
-        noted(longer, Extent(*(n + count for n in known)))
-    return longer
 
 
 def reach(cache: Cache, new: int) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from llama_fn.config import Config
 from llama_fn.model.block import Block, block
-from llama_fn.model.cache import Cache, KeysValues, check_room, grown, reach
+from llama_fn.model.cache import Cache, KeysValues, check_room, reach
+from llama_fn.model.extent import grown
 from llama_fn.model.linear import Kind, linear
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotation

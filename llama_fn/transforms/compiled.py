@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph
 from torch.nn import Parameter
 
-from llama_fn.shapes import transforms
+from llama_fn.shapes import far, transforms
 
 OPTIONS = {"size_asserts": False}  # each call looks first whether its tensors fit
 # Inductor multiplies and adds apart. Headers compiled beforehand take six seconds, and two loops gain nothing by them.
@@ -49,8 +49,8 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
             places += [(len(tensors) + i, axis % x.ndim) for i, x in enumerate(own) if x.is_contiguous()]
         tensors += own
     loose = dict(places)
-    options = OPTIONS | (CUDA if tensors[0].is_cuda else {**CPU, **cpu})
-    if not tensors[0].is_cuda:  # g++ is asked which instructions there are, meanwhile: two seconds of a first start
+    options = OPTIONS | (CUDA if far(tensors[0]) else {**CPU, **cpu})
+    if not far(tensors[0]):  # g++ is asked which instructions there are, meanwhile: two seconds of a first start
         threading.Thread(target=pick_vec_isa).start()
 
     shapes, result = ShapeEnv(), None

@@ -69,4 +69,3 @@ def by_shape(f: Callable[P, R], donate: str | Sequence[str] = (),
         return f(*args)
 
     return called
-

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from llama_fn.model import cache as kv
-from llama_fn.model.cache import Cache, Extent
+from llama_fn.model.cache import Cache
+from llama_fn.model.extent import Extent, extent, noted, remembered
 from llama_fn.shapes import far, recording, traced, transforms
 from llama_fn.transforms.compiled import filled, part, plain
 
@@ -58,7 +59,7 @@ def recorded(f: Callable[P, R]) -> Callable[P, R]:
             bound = signature.bind(*args, **kwargs)
             args, kwargs = bound.args, bound.kwargs
         cache = _cache(args)
-        if cache is None or kwargs or not _ours(cache.length) or (length := kv.extent(cache.length)) is None:
+        if cache is None or kwargs or not _ours(cache.length) or (length := extent(cache.length)) is None:
             return f(*args, **kwargs)
         reached = coarse(length.most, cache.k[0].shape[-2])
         if (key := _key(args, reached)) is None or (key in known and known[key] is None):
@@ -121,17 +122,17 @@ def _copies(args: tuple, length: Extent, reached: int) -> tuple:
     """The arguments, integers of their own, of which slots up to `reached` are read."""
     copies = tuple(x._replace(length=x.length.clone()) if isinstance(x, Cache) else x.clone() if _integer(x) else x
                    for x in args)
-    kv.noted(_cache(copies).length, length._replace(reach=reached))
+    noted(_cache(copies).length, length._replace(reach=reached))
     return copies
 
 
 def _record(f: Callable, args: tuple, fixed: list[Tensor]) -> Recording | None:
     """A recording of `f`, which runs at the first replay and not now; None where its new length is not known."""
-    integers, before = _integers(args), kv.extent(_cache(args).length)
+    integers, before = _integers(args), extent(_cache(args).length)
     replay, result = captured(lambda: f(*args), fixed[0].device)
     part((result,), results := [], [])
     new = _cache(result if isinstance(result, tuple) and not isinstance(result, Cache) else (result,))
-    if new is None or (after := kv.remembered(new.length)) is None:
+    if new is None or (after := remembered(new.length)) is None:
         return None
     places = {id(x): i for i, x in enumerate(fixed)}
     return Recording(replay, [weakref.ref(x) for x in fixed], [x.data_ptr() for x in fixed], integers,
@@ -145,7 +146,7 @@ def _replayed(ready: Recording, args: tuple, length: Extent) -> Any:
     ready.replay()
     results = [ready.fixed[x]() if isinstance(x, int) else x.clone() for x in ready.results]
     least, most = length.least + ready.growth, length.most + ready.growth
-    kv.noted(results[ready.length], Extent(least, most, most))
+    noted(results[ready.length], Extent(least, most, most))
     return filled(ready.structure, iter(results))
 
 
