@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -152,9 +153,9 @@ def _replayed(ready: Recording, args: tuple, length: Extent) -> Any:
 
 def captured(f: Callable[[], R], device: torch.device) -> tuple[Callable[[], None], R]:
     """What does again all that `f` launches there, and the result, in memory of its own that this writes to."""
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), _pool(device)[0]
     try:
-        with torch.cuda.device(device), torch.cuda.graph(graph, pool=_pool(device)):
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
             result = f()
     except BaseException:
         _pool.cache_clear()  # torch holds it for being written to, from now on
@@ -163,9 +164,14 @@ def captured(f: Callable[[], R], device: torch.device) -> tuple[Callable[[], Non
 
 
 @functools.cache
-def _pool(device: torch.device) -> Any:
-    """Memory for what lies between: one replay is over before the next begins."""
-    return torch.cuda.graph_pool_handle()
+def _pool(device: torch.device) -> tuple[Any, Any]:
+    """Memory for what lies between: one replay is over before the next begins. An empty graph comes with it: torch
+    forgets the memory when no graph has it any more, and cannot be given it again.
+    """
+    empty, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    with warnings.catch_warnings(action="ignore"), torch.cuda.device(device), torch.cuda.graph(empty, pool=pool):
+        pass
+    return pool, empty
 
 
 def _cache(values: tuple) -> Cache | None:
