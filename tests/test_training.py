@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import llama_fn as lf
+from llama_fn.training import loop
 from llama_fn.training.curve import plot_losses
 from llama_fn.training.plan import Plan
 from llama_fn.training.run import run
@@ -23,7 +24,8 @@ def records(folder) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_resume_equals_not_stopping_bit_for_bit(tmp_path):
+def test_resume_equals_not_stopping_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "jit", lambda f, donate: f)  # what compiles is tested elsewhere, and takes 15 s each time
     whole = run(tmp_path / "whole", TINY, evaluate_every=2)
 
     def stop_after_three(record):
