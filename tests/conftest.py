@@ -12,6 +12,8 @@ from llama_fn.model import cache
 
 # A process started in the background of a script ignores Ctrl-C, and its children with it; ours are asked to stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # a GPU's kernels run on the CPU; triton looks when it is imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # or transformers asks the network for what a folder does not have
 
 # No deadline and no complaint about slow draws: a test machine may be busy, and time is no law.

@@ -15,9 +15,8 @@ from torch.func import grad, hessian, jacrev, jvp, vjp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fn as lf
-from llama_fn.model import cache as kv
 from llama_fn.model import sdpa
-from llama_fn.model.attention import attend, fused, one_query, sum_by_pages, written_out
+from llama_fn.model.attention import attend, fused, one_query, written_out
 
 K, G, T, H, S = 2, 3, 4, 6, 9  # key/value heads, query heads of each, queries, a head's width, slots
 KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
@@ -76,12 +75,6 @@ def test_one_query_computes_what_is_written_out(key, batch):
     queries, k, v, positions = heads(key, *batch, slots=S)
     queries, positions = queries[..., -1:, :], positions[..., -1:]
     assert close(one_query(queries, k, v, positions), written_out(queries, k, v, positions))
-
-
-@given(keys(), st.sampled_from([(), (5,), (5, 7)]), st.integers(1, 5))
-def test_pages_of_slots_are_summed_page_by_page(key, batch, pages):
-    x = lf.random.normal(key, (*batch, pages * kv.PAGE, 3), torch.float64)
-    assert close(sum_by_pages(x), x.sum(-2))
 
 
 def axes_of_arguments(*axes: int) -> st.SearchStrategy[tuple[int | None, ...]]:

@@ -17,9 +17,9 @@ from llama_fn import tree
 from llama_fn.model import cache as kv
 from llama_fn.model import sdpa
 from llama_fn.model.cache import Forked, KeysValues
-from llama_fn.model.linear import Kind, in_memory, linear
+from llama_fn.model.linear import Kind, in_memory, linear, linears
 from llama_fn.model.rope import Rotation, rotate
-from llama_fn.shapes import typed
+from llama_fn.shapes import transforms, typed
 
 
 class Attention(NamedTuple):
@@ -39,15 +39,15 @@ def attention(params: Attention, x: Float[Tensor, "*b t d"], rotation: Rotation,
 
     `positions` are the tokens' slots in the cache, `slots` those of it that are read; both None where there is none.
     """
-    queries = rotate(rearrange(linear(params.wq, x), "... t k g h -> ... t (k g) h"), rotation)
-    keys, values = rotate(linear(params.wk, x), rotation), linear(params.wv, x)
+    queries, keys, values = linears((params.wq, params.wk, params.wv), x)
+    queries = rotate(rearrange(queries, "... t k g h -> ... t (k g) h"), rotation)
+    keys = rotate(keys, rotation)
 
     queries = rearrange(queries, "... t (k g) h -> ... k g t h", k=keys.shape[-2])
     keys, values = (rearrange(leaf, "... t k h -> ... k t h") for leaf in (keys, values))
     if cache is not None:
         cache = kv.write(cache, keys, values, positions)
-        keys, values = kv.read(cache, positions, slots)
-    keys, values = (tree.map(lambda leaf: leaf.to(queries.dtype), part) for part in (keys, values))
+        keys, values = kv.read(cache, slots)
     heads = attend(queries, keys, values, positions)
     return linear(params.wo, rearrange(heads, "... k g t h -> ... t k g h"), inputs=3), cache
 
@@ -100,28 +100,40 @@ def one_query(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s 
     slots = torch.arange(keys.shape[-2], device=queries.device)
     scores = torch.stack([(q * k).sum(-1) for q in heads], -2) / math.sqrt(queries.shape[-1])
     weights = in_memory(scores.masked_fill(slots > positions[..., None, None], -math.inf).softmax(-1))
-    in_pages = queries.device.type != "cpu" and keys.shape[-2] % kv.PAGE == 0
-    out = torch.stack([sum_by_pages(x) if in_pages else x.sum(-2)
-                       for x in (w[..., None] * v for w in weights.unbind(-2))], -2)
+    out = torch.stack([(w[..., None] * v).sum(-2) for w in weights.unbind(-2)], -2)
     return out[..., None, :].to(queries.dtype)
 
 
-def sum_by_pages(x: Tensor) -> Tensor:
-    """The sum over the slots, of each page first: a GPU has more processors than there are heads."""
-    return in_memory(x.unflatten(-2, (-1, kv.PAGE)).sum(-2)).sum(-2)
+@typed
+def by_triton(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"], values: Float[Tensor, "*b k s h"],
+              positions: Int[Tensor, "*b t"]) -> Float[Tensor, "*b k g t h"]:
+    """`written_out` for one query a row on a GPU, by a kernel of `gpu`."""
+    from llama_fn.model import gpu  # noqa: F401  it imports triton, and defines the operator
+
+    keys, values = (leaf.reshape(-1, *leaf.shape[-3:]) for leaf in (keys, values))
+    heads = queries.reshape(-1, *queries.shape[-4:-2], queries.shape[-1])
+    return torch.ops.llama_fn.attention(heads, keys, values, positions.reshape(-1)).reshape(queries.shape)
 
 
 def attend(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> Tensor:
     """The fused kernel for values and first derivatives, mapped or not; the definition for what lies beyond; and for
-    one query in a compiled step, where the fused kernel reaches a tenth of the memory's speed (CPU), neither.
+    one query in a compiled step, where the fused kernel reaches a tenth of the memory's speed (CPU), kernels that reach
+    it.
     """
-    if isinstance(keys, Forked) or sdpa.forward_mode() or _twice():
-        kernel = written_out
-    elif torch.compiler.is_compiling() and positions is not None and queries.shape[-2] == 1:
-        kernel = one_query
-    else:
-        kernel = fused
+    one = torch.compiler.is_compiling() and positions is not None and queries.shape[-2] == 1
+    beyond = isinstance(keys, Forked) or sdpa.forward_mode() or _twice()
+    if one and not beyond and _for_triton(queries):
+        return by_triton(queries, keys, values, positions)
+    if positions is not None:
+        keys, values = kv.visible(keys, positions), kv.visible(values, positions)
+    keys, values = (tree.map(lambda leaf: leaf.to(queries.dtype), part) for part in (keys, values))
+    kernel = written_out if beyond else one_query if one else fused
     return kernel(queries, keys, values, positions)
+
+
+def _for_triton(queries: Tensor) -> bool:
+    return (queries.is_cuda and queries.dtype != torch.float64 and not torch.compiler.is_dynamo_compiling()
+            and not transforms() and not queries.requires_grad)
 
 
 def _twice() -> bool:

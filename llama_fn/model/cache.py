@@ -125,11 +125,20 @@ def write(cache: KeysValues, keys: Float[Tensor, "*b k t h"], values: Float[Tens
     return KeysValues(_put(cache.k, keys, positions), _put(cache.v, values, positions))
 
 
-def read(cache: KeysValues, positions: Tensor, slots: Tensor) -> KeysValues:
-    """What attention may see: of the first `slots`, all up to the last position, zeros beyond (a NaN there stays
-    without effect). Its axis s is shorter than the cache's, so this function is not `typed`.
+def read(cache: KeysValues, slots: Tensor) -> KeysValues:
+    """The first `slots`. Its axis s is shorter than the cache's, so this function is not `typed`."""
+    return KeysValues(*(_first(leaf, slots.shape[0]) for leaf in cache))
+
+
+def visible(leaf: Tensor | Forked, positions: Tensor) -> Tensor | Forked:
+    """The slots that attention may see: all up to the last position, zeros beyond (a NaN there stays without effect).
     """
-    return KeysValues(*(_clean(_first(leaf, slots.shape[0]), positions) for leaf in cache))
+    if isinstance(leaf, Forked):
+        # Where vmap took an axis off a row's own slots, what is shared has one of size 1 too many.
+        shared = leaf.shared if leaf.shared.ndim <= leaf.own.ndim else leaf.shared.reshape(leaf.shared.shape[-3:])
+        return Forked(shared, visible(leaf.own, positions - shared.shape[-2]))
+    slots = torch.arange(leaf.shape[-2], device=positions.device)
+    return leaf.masked_fill(rearrange(slots > positions[..., -1:], "... s -> ... 1 s 1"), 0)
 
 
 def reach(cache: Cache, new: int) -> Tensor:
@@ -181,15 +190,6 @@ def _first(leaf: Tensor | Forked, slots: int) -> Tensor | Forked:
     if isinstance(leaf, Forked):
         return leaf._replace(own=_first(leaf.own, slots - leaf.shared.shape[-2]))
     return leaf[..., :slots, :]
-
-
-def _clean(leaf: Tensor | Forked, positions: Tensor) -> Tensor | Forked:
-    if isinstance(leaf, Forked):
-        # Where vmap took an axis off a row's own slots, what is shared has one of size 1 too many.
-        shared = leaf.shared if leaf.shared.ndim <= leaf.own.ndim else leaf.shared.reshape(leaf.shared.shape[-3:])
-        return Forked(shared, _clean(leaf.own, positions - shared.shape[-2]))
-    slots = torch.arange(leaf.shape[-2], device=positions.device)
-    return leaf.masked_fill(rearrange(slots > positions[..., -1:], "... s -> ... 1 s 1"), 0)
 
 
 def _fits(shared: torch.Size, own: torch.Size) -> bool:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from llama_fn.model.linear import Kind, linear
+from llama_fn.model.linear import Kind, linear, linears
 from llama_fn.shapes import typed
 
 
@@ -21,4 +21,5 @@ class FeedForward(NamedTuple):
 @typed
 def feed_forward(params: FeedForward, x: Float[Tensor, "*b t d"]) -> Float[Tensor, "*b t d"]:
     """w_down (silu(w_gate x) * w_up x), for each token by itself."""
-    return linear(params.w_down, F.silu(linear(params.w_gate, x)) * linear(params.w_up, x))
+    gate, up = linears((params.w_gate, params.w_up), x)
+    return linear(params.w_down, F.silu(gate) * up)

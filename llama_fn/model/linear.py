@@ -49,21 +49,33 @@ def linear(weight: Float[Tensor, "..."] | Kind, x: Float[Tensor, "..."], inputs:
     if isinstance(weight, Tapped):
         plain, tap = weight.use()
         return linear_observed(linear(plain, x, inputs), x.flatten(-inputs), tap, len(plain.shape) - inputs)
-    outer = weight.shape[:-inputs]
-    matrix = weight.reshape(math.prod(outer), -1) if isinstance(weight, Tensor) else weight.flat()
-    x = x.flatten(-inputs)
-    return _kernel(matrix, x)(matrix, x).unflatten(-1, outer)
+    matrix, x = _matrix(weight, inputs), x.flatten(-inputs)
+    return _kernel(matrix, x)(matrix, x).unflatten(-1, weight.shape[:-inputs])
+
+
+def linears(weights: Sequence[Tensor | Kind], x: Float[Tensor, "..."]) -> list[Float[Tensor, "..."]]:
+    """`linear` of each. A GPU reads them as one: a small weight is read before the GPU is at its speed."""
+    if all(_for_triton(weight, x) for weight in weights) and len(set(map(type, weights))) == 1:
+        matrices = [_matrix(weight, 1) for weight in weights]
+        return [y.unflatten(-1, weight.shape[:-1]) for y, weight in zip(_together(matrices, x), weights, strict=True)]
+    return [linear(weight, x) for weight in weights]
+
+
+def _matrix(weight: Tensor | Quantized | Grouped, inputs: int) -> Matrix:
+    return weight.reshape(-1, math.prod(weight.shape[-inputs:])) if isinstance(weight, Tensor) else weight.flat()
 
 
 def _kernel(matrix: Matrix, x: Tensor) -> Callable[[Matrix, Tensor], Tensor]:
-    """Torch's product, but for rows of which nothing is mapped or differentiated: sums in a compiled step of one row,
-    or on the CPU of a few; and there, where torch has no good product, one of float32 pieces.
+    """Torch's product, but for rows of which nothing is mapped or differentiated: in a compiled step of a few, kernels
+    that read a weight once; and on the CPU, where torch has no good product, one of float32 pieces.
 
     Under a transform an axis may be hidden, and few rows be many.
     """
     rows, d = x.shape[:-1].numel(), x.shape[-1]
     if transforms() or x.requires_grad:
         return product
+    if _for_triton(matrix, x):
+        return by_triton
     if x.device.type != "cpu":
         return sum_of_products if torch.compiler.is_compiling() and rows == 1 else product
     if torch.compiler.is_compiling() and 0 < rows <= FEW and (isinstance(matrix, Tensor) or _whole_words(matrix)):
@@ -103,6 +115,35 @@ def sum_of_products(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "
     else:
         y = ((dequantized(weight, exact) if isinstance(weight, Grouped) else weight.to(exact)) * row).sum(-1)
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+@typed
+def by_triton(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+    """`written_out` for a few rows on a GPU, by a kernel of `gpu`, which reads a weight once and as it is."""
+    return _together([weight], x)[0]
+
+
+def _together(weights: Sequence[Matrix], x: Tensor) -> list[Tensor]:
+    from llama_fn.model import gpu  # it imports triton, which is only where there is a GPU
+
+    values = [weight.values if isinstance(weight, Quantized) else weight for weight in weights]
+    rows = gpu.ways(x.reshape(-1, x.shape[-1]), values[0].dtype)
+    parts = torch.ops.llama_fn.sums(values, rows, gpu.share(values, rows))  # "p b o"
+    ys = parts.sum(0).split([len(value) for value in values], -1)
+    ys = [y * weight.scale if isinstance(weight, Quantized) else y for y, weight in zip(ys, weights, strict=True)]
+    return [y.to(x.dtype).reshape(*x.shape[:-1], -1) for y in ys]
+
+
+def _for_triton(weight: Tensor | Kind, x: Tensor) -> bool:
+    """Whether `by_triton` takes these: in a compiled step, whose arguments the weights are, 16 bits times 16 bits or
+    times bytes, of as few rows as it is faster for than torch.
+    """
+    if not x.is_cuda or not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling():
+        return False
+    values, most = (weight.values, 64) if isinstance(weight, Quantized) else (weight, 16)
+    return (isinstance(values, Tensor) and values.is_contiguous() and values.dtype in (x.dtype, torch.int8)
+            and x.dtype in (torch.bfloat16, torch.float16) and 0 < x.shape[:-1].numel() <= most
+            and not transforms() and not x.requires_grad)
 
 
 @typed

@@ -1,0 +1,172 @@
+"""A GPU's kernels: each computes what is written out. Where there is no GPU, Triton's interpreter runs them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import keys, random_params
+from test_linear import plain, weight_of
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import llama_fn as lf
+from llama_fn.model import attention as attending
+from llama_fn.model import linear
+
+gpu = pytest.importorskip("llama_fn.model.gpu", reason="there is no triton for this system")
+
+
+def sums(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Of rows "b d", the operator's parts "p b o"."""
+    rows = gpu.ways(x, weights[0].dtype)
+    return torch.ops.llama_fn.sums(weights, rows, gpu.share(weights, rows))
+
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.float16  # the interpreter has no product of bfloat16 matrices
+if DEVICE == "cpu":
+    gpu.LIBRARY.impl("sums", gpu.sums, "CPU")
+    gpu.LIBRARY.impl("attention", gpu.attention, "CPU")
+
+
+class Calls(TorchDispatchMode):
+    """The names of this package's operators, as they are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        self.names += [f.overloadpacket.__name__] if f.namespace == "llama_fn" else []
+        return f(*args, **(kwargs or {}))
+
+
+@given(keys(), st.lists(st.integers(1, 80), min_size=1, max_size=3), st.integers(1, 700),
+       st.sampled_from([1, 2, 17, 33]), st.booleans())
+def test_sums_of_several_weights_are_products_summed_in_float32(key, outputs, d, rows, bytes_):
+    one, *others = lf.random.split(key, 1 + len(outputs))
+    x = lf.random.normal(one, (rows, d), torch.float64).to(HALF).to(DEVICE)
+    weights = [lf.random.normal(k, (o, d), torch.float64) for k, o in zip(others, outputs, strict=True)]
+    weights = [(40 * w).clamp(-128, 127).to(torch.int8) if bytes_ else w.to(HALF) for w in weights]
+    weights = [w.to(DEVICE) for w in weights]
+    y = sums(weights, x)
+    assert y.dtype == torch.float32 and y.shape[1:] == (rows, sum(outputs)) and y.isfinite().all()
+    whole = torch.cat(weights).double()
+    exact, terms = (linear.written_out(a, b) for a, b in ((whole, x.double()), (whole.abs(), x.double().abs())))
+    assert ((y.double().sum(0) - exact).abs() <= 2e-6 * terms).all()
+
+
+def test_every_byte_is_the_number_that_it_is():
+    numbers = torch.tensor([-128, -127, -65, -64, -2, -1, 0, 1, 2, 63, 64, 126, 127], dtype=torch.int8, device=DEVICE)
+    weight = torch.cat([torch.eye(4, dtype=torch.int8, device=DEVICE)[i] * numbers[:, None] for i in range(4)])
+    ones = torch.eye(4, dtype=HALF, device=DEVICE)
+    every = (numbers[None, :, None] * torch.eye(4, dtype=torch.int8, device=DEVICE)[:, None]).flatten(0, 1).float().mT
+    assert (sums([weight], ones).sum(0) == every).all()
+    for one, y in zip(ones, every, strict=True):
+        assert (sums([weight], one[None])[0, 0] == y).all()
+
+
+@given(keys(), st.sampled_from(["tensor", "int8"]), st.sampled_from([(), (1,), (2, 3)]), st.integers(1, 20))
+def test_by_triton_a_map_is_what_is_written_out_and_rounds_once(key, kind, batch, d):
+    weight = lf.tree.map(lambda x: x.to(DEVICE), weight_of(kind, key, (7,), (4 * d,), HALF))
+    x = lf.random.normal(key, (*batch, 4 * d), torch.float64).to(HALF).to(DEVICE)
+    y = linear.by_triton(weight, x)
+    exact = linear.written_out(plain(weight), x.double())
+    assert y.dtype == HALF and y.shape == exact.shape
+    assert ((y - exact).abs() <= 2**-10 * exact.abs() + 1e-5 * linear.written_out(plain(weight).abs(), x.double().abs())
+            ).all()
+
+
+@pytest.mark.parametrize(("g", "many"), [(1, False), (3, False), (3, True)])
+@given(key=keys(), batch=st.sampled_from([(), (2,), (1, 2)]), h=st.sampled_from([6, 8]),
+       slots=st.sampled_from([530, 70, 33, 32, 31, 1]), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_attention_is_what_is_written_out_and_reads_no_slot_beyond(key, batch, g, h, slots, dtype, many):
+    a, b, c, d = lf.random.split(key, 4)
+    queries = 2 * lf.random.normal(a, (*batch, 2, g, 1, h), torch.float32).to(DEVICE)
+    room = [2 * lf.random.normal(n, (*batch, 2, slots + 5, h), torch.float32).to(dtype).to(DEVICE) for n in (b, c)]
+    room[0][..., slots * 97 // 100:, :] += (2 * queries[..., 0, :, :]).to(dtype)  # the largest scores come late
+    positions = (slots - 1 - (lf.random.bits(d, (*batch, 1)) * min(slots, 40) >> 32)).to(DEVICE)
+    beyond = torch.arange(slots + 5, device=DEVICE) > positions[..., None]  # "*b 1 s"
+    with_nan = [x.masked_fill(beyond[..., None], math.nan)[..., :slots, :] for x in room]
+    keys, values = (x.masked_fill(beyond[..., None], 0)[..., :slots, :].double() for x in room)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "MANY", 0 if many else gpu.MANY)
+        y = attending.by_triton(queries, *with_nan, positions)
+    exact = attending.written_out(queries.double(), keys, values, positions)
+    assert y.dtype == queries.dtype and (y - exact).abs().max() <= 1e-5 * max(1, exact.abs().max())
+
+
+@pytest.mark.parametrize(("bits", "batch"), [(None, (3,)), ("int8", ()), ("int4", (2,))])
+def test_a_step_by_these_kernels_is_the_step(bits, batch):
+    config = lf.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=37, hidden_dim=70, max_seq_len=64)
+    params = lf.tree.map(lambda x: x.to(DEVICE), random_params(config, lf.random.key(0), torch.float32))
+    params = lf.quantize(params, bits) if bits else params
+    tokens = torch.arange(5, device=DEVICE).expand(*batch, 5) + 7 * torch.arange(batch[0] if batch else 1)[:, None]
+    tokens = tokens.reshape(*batch, 5)
+    cache = lf.init_cache(config, batch, max_len=9, device=DEVICE)
+    whole, _ = lf.forward(params, tokens, cache)
+    _, cache = lf.forward(params, tokens[..., :4], cache)
+    calls = Calls()
+    with pytest.MonkeyPatch.context() as patch, calls:
+        patch.setattr(torch.compiler, "_is_compiling_flag", True)
+        patch.setattr(linear, "_for_triton", lambda weight, x: not isinstance(weight, linear.Grouped))
+        patch.setattr(attending, "_for_triton", lambda queries: True)
+        logits, after = lf.forward(params, tokens[..., 4:], cache)
+    assert calls.names == 2 * ["sums", "attention", "sums", "sums", "sums"] + ["sums"] if bits != "int4" else (
+        calls.names == 2 * ["attention"])
+    assert (logits[..., 0, :] - whole[..., 4, :]).abs().max() <= 2e-4 * whole.abs().max()
+    assert (after.length == 5).all()
+
+
+@pytest.mark.parametrize(("dtype", "rows", "d", "parts"), [
+    (HALF, 1, 3000, 1), (HALF, 5, 300, 3), (HALF, 5, 3000, 24), (torch.int8, 5, 3000, 12), (torch.int8, 40, 3000, 24),
+    (torch.int8, 5, 301, 3),
+])
+def test_inputs_are_shared_among_programs_and_tracing_knows(dtype, rows, d, parts):
+    weights = [torch.ones(o, d, dtype=dtype, device=DEVICE) for o in (5, 70)]
+    x = torch.ones(rows, d, dtype=HALF, device=DEVICE)
+    y = sums(weights, x)
+    assert y.shape == (parts, rows, 75) and (y.sum(0) == d).all()
+    imagined = sums([weight.to("meta") for weight in weights], x.to("meta"))
+    assert (imagined.shape, imagined.dtype) == (y.shape, y.dtype)
+
+
+def test_a_weight_that_begins_within_a_word_is_read_all_the_same():
+    x = torch.ones(3, 64, dtype=HALF, device=DEVICE)
+    weight = (torch.arange(64 * 9 + 1, device=DEVICE) % 100).to(torch.int8)[1:].reshape(9, 64)
+    for rows in (1, 3):
+        assert (sums([weight], x[:rows]).sum(0) == weight.float().sum(-1)).all()
+
+
+@pytest.mark.parametrize(("kind", "dtype", "rows", "kernel"), [
+    ("tensor", torch.bfloat16, 1, "by_triton"),
+    ("tensor", torch.bfloat16, 16, "by_triton"),
+    ("tensor", torch.bfloat16, 17, "product"),
+    ("tensor", torch.float16, 2, "by_triton"),
+    ("tensor", torch.float32, 1, "sum_of_products"),
+    ("tensor", torch.float32, 2, "product"),
+    ("int8", torch.bfloat16, 64, "by_triton"),
+    ("int8", torch.bfloat16, 65, "product"),
+    ("int8", torch.float32, 1, "sum_of_products"),
+    ("int4", torch.bfloat16, 1, "sum_of_products"),
+    ("int4", torch.bfloat16, 2, "product"),
+])
+def test_these_kernels_are_chosen_in_a_compiled_step_on_a_gpu(monkeypatch, kind, dtype, rows, kernel):
+    weight, seen = weight_of(kind, lf.random.key(0), (3,), (64,), dtype), []
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(rows, 64, dtype=dtype, device="cuda")
+        assert linear._kernel(weight, x).__name__ == "product"
+        monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+        assert linear._kernel(weight, x).__name__ == kernel
+        if kind == "tensor":
+            assert linear._kernel(weight.repeat(1, 2)[:, ::2], x).__name__ != "by_triton"  # it would be copied
+        heads = torch.empty(2, 3, 1, 4, dtype=dtype, device="cuda")
+        assert attending._for_triton(heads) and not attending._for_triton(heads.double())
+        torch.vmap(lambda row: seen.append(linear._for_triton(weight, row)) or row)(x)
+        torch.vmap(lambda one: seen.append(attending._for_triton(one)) or one)(heads)
+        assert linear._kernel(weight, x.requires_grad_()).__name__ == "product"
+        assert not attending._for_triton(x)
+    assert seen == [False, False]
