@@ -15,6 +15,7 @@ import llama_fn as lf
 from llama_fn.cli.bench_transforms import peak_bytes
 from llama_fn.generation import decode
 from llama_fn.model import linear
+from llama_fn.model.sums import sums
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
 from llama_fn.transforms import layers
@@ -149,7 +150,7 @@ def test_a_compiled_layer_is_one_function_of_loops_alone(monkeypatch, bits):
 
 @pytest.mark.slow
 def test_a_weight_that_begins_within_a_word_is_compiled_apart(compilations):
-    product = layers.by_shape(linear.sums)
+    product = layers.by_shape(sums)
     memory = lf.random.normal(lf.random.key(0), (1 + 5 * 64,), torch.float32).bfloat16()
     x = lf.random.normal(lf.random.key(1), (1, 64), torch.float32).bfloat16()
     for begin in (0, 1, 0):
@@ -160,7 +161,7 @@ def test_a_weight_that_begins_within_a_word_is_compiled_apart(compilations):
 
 @pytest.mark.slow
 def test_a_weight_seen_as_words_is_not_kept_and_its_new_memory_is_seen():
-    product = layers.by_shape(linear.sums)
+    product = layers.by_shape(sums)
     one, two = (lf.random.normal(lf.random.key(i), (5, 64), torch.float32).bfloat16() for i in range(2))
     x, weight = torch.ones(1, 64, dtype=torch.bfloat16), one.clone()
     before = product(weight, x)

@@ -14,6 +14,7 @@ from strategies import keys
 import llama_fn as lf
 from llama_fn.model import linear
 from llama_fn.model.quantized import dequantized, grouped, quantized
+from llama_fn.model.sums import sums
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 KINDS = ("tensor", "int8", "int4")
@@ -78,7 +79,7 @@ def test_sums_compute_what_is_written_out_and_round_once(drawn, rows, key):
     weight, x = drawn
     for batch in ((), (rows,), (1, rows)):
         some = lf.random.normal(key, (*batch, x.shape[-1]), torch.float64).to(x.dtype)
-        assert near(linear.sums(weight, some), weight, some)
+        assert near(sums(weight, some), weight, some)
 
 
 @given(maps(), st.sampled_from([(), (1,), (1, 1)]), keys())
@@ -102,7 +103,7 @@ def test_no_rows_have_no_outputs(monkeypatch, kind, compiling):
 def test_sums_of_many_inputs_go_part_by_part(rows, inputs):
     one, two = lf.random.split(lf.random.key(inputs))
     weight, x = lf.random.normal(one, (5, inputs), torch.float64), lf.random.normal(two, (rows, inputs), torch.float64)
-    assert near(linear.sums(weight, x), weight, x)
+    assert near(sums(weight, x), weight, x)
 
 
 @pytest.mark.slow
@@ -113,7 +114,7 @@ def test_compiled_sums_are_those(rows, kind, dtype):
     torch.compiler.reset()  # or torch counts them all as one function's recompilations
     one, two = lf.random.split(lf.random.key(rows))
     weight, x = weight_of(kind, one, (37,), (192,), dtype), lf.random.normal(two, (rows, 192)).to(dtype)
-    assert near(torch.compile(linear.sums, fullgraph=True, dynamic=False)(weight, x), weight, x)
+    assert near(torch.compile(sums, fullgraph=True, dynamic=False)(weight, x), weight, x)
 
 
 # --- the whole map, with the axes of heads

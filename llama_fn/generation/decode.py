@@ -12,7 +12,7 @@ from llama_fn import random, tree
 from llama_fn.generation.sampling import Sampler, is_pure
 from llama_fn.model import cache as kv
 from llama_fn.model.cache import Cache, init_cache
-from llama_fn.model.linear import FEW
+from llama_fn.model.sums import FEW
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.shapes import typed
 from llama_fn.transforms import lora

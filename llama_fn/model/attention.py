@@ -17,8 +17,9 @@ from llama_fn import tree
 from llama_fn.model import cache as kv
 from llama_fn.model import sdpa
 from llama_fn.model.cache import Forked, KeysValues
-from llama_fn.model.linear import Kind, in_memory, linear, linears
+from llama_fn.model.linear import Kind, linear, linears
 from llama_fn.model.rope import Rotation, rotate
+from llama_fn.model.sums import in_memory
 from llama_fn.shapes import transforms, typed
 
 
@@ -108,7 +109,7 @@ def one_query(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s 
 def by_triton(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"], values: Float[Tensor, "*b k s h"],
               positions: Int[Tensor, "*b t"]) -> Float[Tensor, "*b k g t h"]:
     """`written_out` for one query a row on a GPU, by a kernel of `gpu`."""
-    from llama_fn.model import gpu  # noqa: F401  it imports triton, and defines the operator
+    from llama_fn.model import gpu_attention  # noqa: F401  it imports triton, and defines the operator
 
     keys, values = (leaf.reshape(-1, *leaf.shape[-3:]) for leaf in (keys, values))
     heads = queries.reshape(-1, *queries.shape[-4:-2], queries.shape[-1])

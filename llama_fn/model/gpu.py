@@ -1,235 +1,29 @@
-"""Kernels for a step on a GPU, where torch has none that reads memory as fast: few rows times matrices, and attention
-of one query a row. They are operators of torch's, so that a compiled graph can hold them.
+"""What a GPU's kernels have in common. They are operators of torch's, so that a compiled graph can hold them.
 
 On Hopper a kernel is there before the one before it has ended (programmatic launch), waits for it before it reads or
-writes what is not older than the step, and lets the next one come when it has read all that it reads. A row's weights
-are older, so that their loads begin at once: what the small kernels between take is hidden by that. Sizes of blocks are
-the fastest of some ten that were measured (H200).
+writes what is not older than the step, and lets the next one come when it has read all that it reads.
 """
 
-import torch
-import triton
-import triton.language as tl
-from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from collections.abc import Callable
 
-MOST = 3  # weights that one kernel takes
-MANY = 2**17  # slots of all heads, of which a program attends to 128 of each and not to 32
+import torch
+from torch import Tensor
+
 LIBRARY = torch.library.Library("llama_fn", "DEF")
 
 
-def sums(weights: list[Tensor], x: Tensor, share: int) -> Tensor:
-    """Products summed in float32, of up to `MOST` weights "o d" of one dtype and the rows "b w d/w" that `ways` has
-    laid out: "p b o", the outputs of all weights side by side. The sum over p is missing: of several rows, a program
-    sums a `share` of the inputs. Weights must be older than the step, and in one piece.
-    """
-    rows, ways, d = x.shape
-    early = _early(x)
-    if any(weight.data_ptr() % 16 for weight in weights):  # it begins where no word does
-        weights, early = [weight.clone() for weight in weights], False
-    words = [weight.view(torch.int32) if ways > 1 else weight for weight in weights]
-    words += words[-1:] * (MOST - len(words))
-    outputs = [len(weight) for weight in weights] + [0] * (MOST - len(weights))
-    y = empty_sums(weights, x, share)
-    if rows == 1:
-        count, block, warps = (4, 256, 2) if ways > 1 else (2, 2048, 8) if d % 2048 == 0 else (1, 4096, 4)
-        _one_row[sum(triton.cdiv(o, count) for o in outputs),](
-            *words, *outputs, x, y, d, ways, count, block, early, num_warps=warps, **_launch(early))
-    else:
-        count, block = (64 if rows <= 16 else 128), _block_of(rows, ways)
-        _few_rows[sum(triton.cdiv(o, count) for o in outputs), len(y)](
-            *words, *outputs, x, y, rows, d, share, ways, max(16, triton.next_power_of_2(rows)), count, block,
-            4 if ways == 1 else 3, early, num_warps=4, **_launch(early))
-    return y
-
-
-def empty_sums(weights: list[Tensor], x: Tensor, share: int) -> Tensor:
-    """Where `sums` go."""
-    rows, _, d = x.shape
-    return x.new_empty((triton.cdiv(d, share), rows, sum(len(weight) for weight in weights)), dtype=torch.float32)
-
-
-def share(weights: list[Tensor], x: Tensor) -> int:
-    """How many of the inputs, in whole blocks, a program should sum. (It is an argument of `sums` so that it stands in
-    a compiled graph: torch's cache between processes does not look at sizes within one.)
-    """
-    rows, ways, d = x.shape
-    parts = 1 if rows == 1 else max(1, round(2**15 / sum(len(weight) for weight in weights)))  # 512 programs
-    block = _block_of(rows, ways)
-    return triton.cdiv(triton.cdiv(d, parts), block) * block
-
-
-def ways(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows "b d" as `sums` takes them, "b w d/w": four bytes are read as a word; byte i of word j is input 4 j + i."""
-    count = 4 if dtype == torch.int8 and x.shape[-1] % 4 == 0 else 1
-    return x.unflatten(-1, (-1, count)).mT.contiguous()
-
-
-def _block_of(rows: int, ways: int) -> int:
-    return 128 if ways == 1 else 64 if rows <= 16 else 32
-
-
-@triton.jit
-def _mine(w0, w1, w2, o0, o1, o2, OUTPUTS: tl.constexpr):
-    """Of this program: its weight, how many outputs that has, which of them are its own, and where they go."""
-    program, weight, outputs, first = tl.program_id(0), w0, o0, 0
-    if program >= tl.cdiv(o0, OUTPUTS):
-        program, weight, outputs, first = program - tl.cdiv(o0, OUTPUTS), w1, o1, o0
-        if program >= tl.cdiv(o1, OUTPUTS):
-            program, weight, outputs, first = program - tl.cdiv(o1, OUTPUTS), w2, o2, o0 + o1
-    return weight, outputs, program * OUTPUTS + tl.arange(0, OUTPUTS), first
-
-
-@triton.jit
-def _number(words, i: tl.constexpr, ways: tl.constexpr):
-    """The words as floats; of four in each, number i: as the last byte of 2**23 + 128, which is taken off again (to
-    convert a byte takes four times as long)."""
-    if ways == 1:
-        number = words.to(tl.float32)
-    else:
-        number = (((words ^ -2139062144) >> 8 * i) & 255 | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
-    return number
-
-
-@triton.jit
-def _one_row(w0, w1, w2, o0, o1, o2, x, y, d: tl.constexpr, ways: tl.constexpr, OUTPUTS: tl.constexpr,
-             BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    weight, outputs, o, first = _mine(w0, w1, w2, o0, o1, o2, OUTPUTS)
-    k = tl.arange(0, BLOCK)
-    at, there = weight + o[:, None].to(tl.int64) * d + k[None, :], (o < outputs)[:, None]
-    words = tl.load(at, mask=there & (k < d)[None, :], other=0, eviction_policy="evict_first")
-    if EARLY:
-        gdc_wait()  # for x; the weight is older
-    total = tl.zeros([OUTPUTS, BLOCK], tl.float32)
-    for start in range(0, d, BLOCK):
-        following = words
-        if start + BLOCK < d:
-            following = tl.load(at + start + BLOCK, mask=there & (start + BLOCK + k < d)[None, :], other=0,
-                                eviction_policy="evict_first")
-        for i in tl.static_range(ways):
-            row = tl.load(x + i * d + start + k, mask=start + k < d, other=0).to(tl.float32)
-            total += _number(words, i, ways) * row[None, :]
-        words = following
-    if EARLY:
-        gdc_launch_dependents()
-    tl.store(y + first + o, tl.sum(total, 1), mask=o < outputs)
-
-
-@triton.jit
-def _few_rows(w0, w1, w2, o0, o1, o2, x, y, rows, d: tl.constexpr, share: tl.constexpr, ways: tl.constexpr,
-              ROWS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-              EARLY: tl.constexpr):
-    weight, outputs, o, first = _mine(w0, w1, w2, o0, o1, o2, OUTPUTS)
-    r, k, begin = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.program_id(1) * share
-    at = weight + o[:, None].to(tl.int64) * d + begin
-    if EARLY:
-        gdc_wait()
-    total = tl.zeros([OUTPUTS, ROWS], tl.float32)
-    for start in tl.range(0, share, BLOCK, num_stages=STAGES):
-        inside = begin + start + k < d
-        words = tl.load(at + start + k[None, :], mask=(o < outputs)[:, None] & inside[None, :], other=0)
-        for i in tl.static_range(ways):
-            row = tl.load(x + (r[None, :] * ways + i) * d + begin + start + k[:, None],
-                          mask=(r < rows)[None, :] & inside[:, None], other=0)
-            total = tl.dot(_number(words, i, ways).to(row.dtype), row, total)
-    if EARLY:
-        gdc_launch_dependents()
-    place = (tl.program_id(1).to(tl.int64) * rows + r[None, :]) * (o0 + o1 + o2) + first + o[:, None]
-    tl.store(y + place, total, mask=(r < rows)[None, :] & (o < outputs)[:, None])
-
-
-def attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """Of queries "b k g h" over the slots up to `positions` "b" of keys and values "b k s h": heads "b k g h". Slots
-    beyond are not read. Blocks of slots are attended to by themselves; the heads are the mean of what they say,
-    weighted by their sums of exp(scores) (flash decoding: Dao et al. 2023).
-    """
-    b, k, g, h = queries.shape
-    queries, positions = queries.contiguous(), positions.contiguous()
-    keys, values = (leaf if leaf.stride(-1) == 1 else leaf.contiguous() for leaf in (keys, values))
-    many = g > 1 and b * k * keys.shape[2] > MANY  # what a group writes of each block counts beside the block, too
-    block, blocks, early = 128 if many else 32, triton.cdiv(keys.shape[2], 128 if many else 32), _early(queries)
-    parts = queries.new_empty((b * k * g, blocks, h), dtype=torch.float32)
-    logarithms = queries.new_empty((b * k * g, blocks), dtype=torch.float32)
-    heads = empty_attention(queries, keys, values, positions)
-    width, options = triton.next_power_of_2(h), _launch(early)
-    _block[b * k, blocks](queries, keys, values, positions, parts, logarithms, keys.shape[2], *keys.stride()[:3],
-                          *values.stride()[:3], k, g, h, width, block, h ** -0.5, early, num_warps=4 if many else 2,
-                          **options)
-    _mean[b * k * g,](parts, logarithms, heads, blocks, h, width, 16, early, num_warps=2, **options)
-    return heads
-
-
-def empty_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """Where the heads go."""
-    return queries.new_empty(queries.shape)
-
-
-@triton.jit
-def _block(queries, keys, values, positions, parts, logarithms, slots, k_row, k_head, k_slot, v_row, v_head, v_slot,
-           k: tl.constexpr, g: tl.constexpr, h: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-           factor: tl.constexpr, EARLY: tl.constexpr):
-    row, head = (tl.program_id(0) // k).to(tl.int64), (tl.program_id(0) % k).to(tl.int64)
-    slot, width = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64), tl.arange(0, WIDTH)
-    if EARLY:
-        gdc_wait()
-    seen = (slot <= tl.load(positions + row)) & (slot < slots)
-    inside = seen[:, None] & (width < h)[None, :]
-    keys += row * k_row + head * k_head
-    values += row * v_row + head * v_head
-    key = tl.load(keys + slot[:, None] * k_slot + width[None, :], mask=inside, other=0)
-    value = tl.load(values + slot[:, None] * v_slot + width[None, :], mask=inside, other=0)
-    for i in tl.static_range(g):
-        n = tl.program_id(0) * g + i
-        query = tl.load(queries + n * h + width, mask=width < h, other=0).to(tl.float32)
-        scores = tl.where(seen, tl.sum(key.to(tl.float32) * query[None, :], 1) * factor, -float("inf"))
-        most = tl.maximum(tl.max(scores, 0), -1e30)  # where no slot is seen
-        weights = tl.exp(scores - most)
-        total = tl.maximum(tl.sum(weights, 0), 1e-30)
-        part = tl.sum(value.to(tl.float32) * weights[:, None], 0) / total
-        place = n.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(parts + place * h + width, part, mask=width < h)
-        tl.store(logarithms + place, most + tl.log(total))
-    if EARLY:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def _mean(parts, logarithms, heads, blocks, h: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-          EARLY: tl.constexpr):
-    n, width, block = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
-    if EARLY:
-        gdc_wait()
-    most = tl.load(logarithms + n * blocks)  # the first slot is always seen
-    total, out = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK, WIDTH], tl.float32)
-    start = 0
-    while start < blocks:
-        there = start + block < blocks
-        logarithm = tl.load(logarithms + n * blocks + start + block, mask=there, other=-float("inf"))
-        larger = tl.maximum(most, tl.max(logarithm, 0))
-        share, before = tl.exp(logarithm - larger), tl.exp(most - larger)
-        part = tl.load(parts + (n * blocks + start + block[:, None]) * h + width[None, :], other=0,
-                       mask=there[:, None] & (width < h)[None, :])
-        total, out, most = total * before + share, out * before + part * share[:, None], larger
-        start += BLOCK
-    if EARLY:
-        gdc_launch_dependents()
-    tl.store(heads + n * h + width, tl.sum(out, 0) / tl.sum(total, 0), mask=width < h)
-
-
-def _early(x: Tensor) -> bool:
+def early(x: Tensor) -> bool:
     """Whether this GPU can begin a kernel before the one before it has ended."""
     return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
-def _launch(early: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if early else {}  # not every GPU's compiler knows the word
+def launch(ahead: bool) -> dict[str, bool]:
+    """How a kernel is launched that may."""
+    return {"launch_pdl": True} if ahead else {}  # not every GPU's compiler knows the word
 
 
-def _define(schema: str, kernel: object, empty: object) -> None:
+def define(schema: str, kernel: Callable, empty: Callable) -> None:
+    """Make an operator of a kernel, and of what says where its result goes."""
     LIBRARY.define(schema)
     LIBRARY.impl(schema.partition("(")[0], kernel, "CUDA")
     LIBRARY.impl(schema.partition("(")[0], empty, "Meta")
-
-
-_define("sums(Tensor[] weights, Tensor x, int share) -> Tensor", sums, empty_sums)
-_define("attention(Tensor queries, Tensor keys, Tensor values, Tensor positions) -> Tensor", attention, empty_attention)
