@@ -1,7 +1,7 @@
 """Few rows times matrices on a GPU, which torch has no kernel for that reads them, bytes too, at the memory's speed.
 
 A row's weights are older than the step, so that their loads begin before the kernel before has ended: what the small
-kernels between take is hidden by that. Sizes of blocks are the fastest of some ten that were measured (H200).
+kernels between take is hidden by that. Sizes of blocks are the fastest of some ten that were measured (H100, H200).
 """
 
 import torch
@@ -16,54 +16,56 @@ MOST = 3  # weights that one kernel takes
 
 
 def sums(weights: list[Tensor], x: Tensor, share: int) -> Tensor:
-    """Products summed in float32, of up to `MOST` weights "o d" of one dtype and the rows "b w d/w" that `ways` has
-    laid out: "p b o", the outputs of all weights side by side. The sum over p is missing: of several rows, a program
-    sums a `share` of the inputs. Weights must be older than the step, and in one piece.
+    """Products summed in float32, of up to `MOST` weights "o d" of one dtype and rows "b d": "p b o", the outputs of
+    all weights side by side. The sum over p is missing: of several rows, a program sums a `share` of the inputs.
+    Weights must be older than the step, and in one piece.
     """
-    rows, ways, d = x.shape
-    ahead = early(x)
+    ways, ahead, x = _ways(weights, x), early(x), x.contiguous()
+    x = x.clone() if x.data_ptr() % 16 else x
     if any(weight.data_ptr() % 16 for weight in weights):  # it begins where no word does
         weights, ahead = [weight.clone() for weight in weights], False
     words = [weight.view(torch.int32) if ways > 1 else weight for weight in weights]
     words += words[-1:] * (MOST - len(words))
     outputs = [len(weight) for weight in weights] + [0] * (MOST - len(weights))
-    y = empty_sums(weights, x, share)
+    y, (rows, d) = empty_sums(weights, x, share), (len(x), words[0].shape[1])
     if rows == 1:
-        count, block, warps = (4, 256, 2) if ways > 1 else (2, 2048, 8) if d % 2048 == 0 else (1, 4096, 4)
+        count, block, warps = (2, 256, 4) if ways > 1 else (2, 2048, 8) if d % 2048 == 0 else (1, 4096, 4)
         _one_row[sum(triton.cdiv(o, count) for o in outputs),](
-            *words, *outputs, x, y, d, ways, count, block, ahead, num_warps=warps, **launch(ahead))
+            *words, *outputs, x, y, ZERO, d, ways, count, block, ahead, num_warps=warps, **launch(ahead))
     else:
-        count, block = (64 if rows <= 16 else 128), _block_of(rows, ways)
+        count, block = _block_of(rows, ways)
         _few_rows[sum(triton.cdiv(o, count) for o in outputs), len(y)](
-            *words, *outputs, x, y, rows, d, share, ways, max(16, triton.next_power_of_2(rows)), count, block,
-            4 if ways == 1 else 3, ahead, num_warps=4, **launch(ahead))
+            *words, *outputs, x, y, rows, d, share // ways, ways, max(16, triton.next_power_of_2(rows)), count,
+            block, 4, ahead, num_warps=4, **launch(ahead))
     return y
 
 
 def empty_sums(weights: list[Tensor], x: Tensor, share: int) -> Tensor:
     """Where `sums` go."""
-    rows, _, d = x.shape
+    rows, d = x.shape
     return x.new_empty((triton.cdiv(d, share), rows, sum(len(weight) for weight in weights)), dtype=torch.float32)
 
 
 def share(weights: list[Tensor], x: Tensor) -> int:
-    """How many of the inputs, in whole blocks, a program should sum. (It is an argument of `sums` so that it stands in
-    a compiled graph: torch's cache between processes does not look at sizes within one.)
+    """How many of the inputs, in whole blocks, a program should sum, so that there are some hundred programs. (It is an
+    argument of `sums` so that it stands in a compiled graph: torch's cache between processes does not look at sizes
+    within one.)
     """
-    rows, ways, d = x.shape
-    parts = 1 if rows == 1 else max(1, round(2**15 / sum(len(weight) for weight in weights)))  # 512 programs
-    block = _block_of(rows, ways)
-    return triton.cdiv(triton.cdiv(d, parts), block) * block
+    rows, d, ways = *x.shape, _ways(weights, x)
+    count, block = _block_of(rows, ways)
+    programs = 256 if ways == 1 or rows > 16 else 512
+    parts = 1 if rows == 1 else max(1, round(programs * count / sum(len(weight) for weight in weights)))
+    return triton.cdiv(triton.cdiv(d, parts), ways * block) * ways * block
 
 
-def ways(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows "b d" as `sums` takes them, "b w d/w": four bytes are read as a word; byte i of word j is input 4 j + i."""
-    count = 4 if dtype == torch.int8 and x.shape[-1] % 4 == 0 else 1
-    return x.unflatten(-1, (-1, count)).mT.contiguous()
+def _ways(weights: list[Tensor], x: Tensor) -> int:
+    """How many numbers are read at once: four bytes as a word, and the inputs that they meet as another."""
+    return 4 if weights[0].dtype == torch.int8 and x.itemsize == 2 and x.shape[-1] % 4 == 0 else 1
 
 
-def _block_of(rows: int, ways: int) -> int:
-    return 128 if ways == 1 else 64 if rows <= 16 else 32
+def _block_of(rows: int, ways: int) -> tuple[int, int]:
+    """Of several rows, the outputs and the inputs (in words) that a program multiplies at once."""
+    return (64 if rows <= 16 else 128), (128 if ways == 1 else 32)
 
 
 @triton.jit
@@ -78,34 +80,69 @@ def _mine(w0, w1, w2, o0, o1, o2, OUTPUTS: tl.constexpr):
 
 
 @triton.jit
-def _number(words, i: tl.constexpr, ways: tl.constexpr):
-    """The words as floats; of four in each, number i: as the last byte of 2**23 + 128, which is taken off again (to
-    convert a byte takes four times as long)."""
-    if ways == 1:
-        number = words.to(tl.float32)
-    else:
-        number = (((words ^ -2139062144) >> 8 * i) & 255 | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
-    return number
+def _byte(words, i: tl.constexpr):
+    """Byte i of each word as a float: as the last bits of 2**23 + 128, which is taken off again. (To convert a byte
+    takes four times as long.)
+    """
+    return (((words ^ -2139062144) >> 8 * i) & 255 | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
 
 
 @triton.jit
-def _one_row(w0, w1, w2, o0, o1, o2, x, y, d: tl.constexpr, ways: tl.constexpr, OUTPUTS: tl.constexpr,
+def _lying(words, i: tl.constexpr, zero):
+    """The same in fewer operations, the odd bytes 256**i times, as they lie there. The highest can be converted. With
+    the others goes `zero`, a float's bits, which would take one operation more if the compiler knew them.
+    """
+    if i == 3:
+        number = (words & -16777216).to(tl.float32)
+    elif i == 1:
+        number = ((words & 65280) ^ (zero + 32640)).to(tl.float32, bitcast=True) - 8421376.0
+    else:
+        number = ((words >> 8 * i & 255) ^ zero).to(tl.float32, bitcast=True) - 8388736.0
+    return number
+
+
+ZERO = 0x4B000080  # 2**23 + 128
+
+
+@triton.jit
+def _place(i: tl.constexpr):
+    """What makes good how many times byte i counts in `_lying`."""
+    return 5.9604644775390625e-08 if i == 3 else 0.00390625 if i == 1 else 1.0
+
+
+@triton.jit
+def _number(quads, i: tl.constexpr, dtype: tl.constexpr):
+    """Number i of each four of 16 bits."""
+    return (quads >> 16 * i).to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _one_row(w0, w1, w2, o0, o1, o2, x, y, zero, d: tl.constexpr, ways: tl.constexpr, OUTPUTS: tl.constexpr,
              BLOCK: tl.constexpr, EARLY: tl.constexpr):
     weight, outputs, o, first = _mine(w0, w1, w2, o0, o1, o2, OUTPUTS)
-    k = tl.arange(0, BLOCK)
-    at, there = weight + o[:, None].to(tl.int64) * d + k[None, :], (o < outputs)[:, None]
+    k, there = tl.arange(0, BLOCK), (o < outputs)[:, None]
+    at = weight + o[:, None].to(tl.int64) * d + k[None, :]
+    if ways == 4:
+        at = tl.max_contiguous(at, [1, 2])  # two words a thread, as many as it reads fours of inputs
     words = tl.load(at, mask=there & (k < d)[None, :], other=0, eviction_policy="evict_first")
     if EARLY:
         gdc_wait()  # for x; the weight is older
     total = tl.zeros([OUTPUTS, BLOCK], tl.float32)
     for start in range(0, d, BLOCK):
-        following = words
+        following, inside = words, start + k < d
         if start + BLOCK < d:
-            following = tl.load(at + start + BLOCK, mask=there & (start + BLOCK + k < d)[None, :], other=0,
+            beyond = at + start + BLOCK
+            if ways == 4:
+                beyond = tl.max_contiguous(beyond, [1, 2])
+            following = tl.load(beyond, mask=there & (start + BLOCK + k < d)[None, :], other=0,
                                 eviction_policy="evict_first")
-        for i in tl.static_range(ways):
-            row = tl.load(x + i * d + start + k, mask=start + k < d, other=0).to(tl.float32)
-            total += _number(words, i, ways) * row[None, :]
+        if ways == 1:
+            total += words.to(tl.float32) * tl.load(x + start + k, mask=inside, other=0).to(tl.float32)[None, :]
+        else:
+            fours = tl.load(x.to(tl.pointer_type(tl.int64)) + start + k, mask=inside, other=0)
+            for i in tl.static_range(4):
+                row = _number(fours, i, x.dtype.element_ty).to(tl.float32) * _place(i)
+                total += _lying(words, i, zero) * row[None, :]
         words = following
     if EARLY:
         gdc_launch_dependents()
@@ -125,10 +162,15 @@ def _few_rows(w0, w1, w2, o0, o1, o2, x, y, rows, d: tl.constexpr, share: tl.con
     for start in tl.range(0, share, BLOCK, num_stages=STAGES):
         inside = begin + start + k < d
         words = tl.load(at + start + k[None, :], mask=(o < outputs)[:, None] & inside[None, :], other=0)
-        for i in tl.static_range(ways):
-            row = tl.load(x + (r[None, :] * ways + i) * d + begin + start + k[:, None],
-                          mask=(r < rows)[None, :] & inside[:, None], other=0)
-            total = tl.dot(_number(words, i, ways).to(row.dtype), row, total)
+        place, there = r[None, :] * d + begin + start + k[:, None], (r < rows)[None, :] & inside[:, None]
+        if ways == 1:
+            row = tl.load(x + place, mask=there, other=0)
+            total = tl.dot(words.to(row.dtype), row, total)
+        else:
+            fours = tl.load(x.to(tl.pointer_type(tl.int64)) + place, mask=there, other=0)
+            for i in tl.static_range(4):
+                row = _number(fours, i, x.dtype.element_ty)
+                total = tl.dot(_byte(words, i).to(row.dtype), row, total)
     if EARLY:
         gdc_launch_dependents()
     place = (tl.program_id(1).to(tl.int64) * rows + r[None, :]) * (o0 + o1 + o2) + first + o[:, None]

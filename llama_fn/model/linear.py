@@ -125,7 +125,7 @@ def _together(weights: Sequence[Matrix], x: Tensor) -> list[Tensor]:
     from llama_fn.model import gpu_sums as gpu  # it imports triton, which is only where there is a GPU
 
     values = [weight.values if isinstance(weight, Quantized) else weight for weight in weights]
-    rows = gpu.ways(x.reshape(-1, x.shape[-1]), values[0].dtype)
+    rows = x.reshape(-1, x.shape[-1])
     parts = torch.ops.llama_fn.sums(values, rows, gpu.share(values, rows))  # "p b o"
     ys = parts.sum(0).split([len(value) for value in values], -1)
     ys = [y * weight.scale if isinstance(weight, Quantized) else y for y, weight in zip(ys, weights, strict=True)]
