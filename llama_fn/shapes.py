@@ -93,12 +93,15 @@ def _facts(*values: Any) -> tuple | None:
 
 def _told(values: tuple, facts: list[Any]) -> bool:
     for x in values:
-        if isinstance(x, Tensor):
-            facts.extend((x.shape, x.dtype))
-        elif isinstance(x, tuple | dict):
-            facts.extend((type(x), len(x)))
+        kind = type(x)
+        if kind is Tensor:
+            facts += x.shape, x.dtype
+        elif issubclass(kind, tuple | dict):
+            facts += kind, len(x)
             if not _told(x if isinstance(x, tuple) else tuple(x.items()), facts):
                 return False
+        elif isinstance(x, Tensor):
+            facts += x.shape, x.dtype
         elif isinstance(x, types.FunctionType):
             facts.append(types.FunctionType)  # a check sees no more of it
         elif x is None or isinstance(x, PLAIN) or tree.is_constant(x):

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fn as lf
 from llama_fn.model import attention as attending
-from llama_fn.model import linear
+from llama_fn.model import linear, operators
 
 pytest.importorskip("triton", reason="there is no triton for this system")
-from llama_fn.model import gpu, gpu_attention, gpu_sums
+from llama_fn.model import gpu_attention, gpu_sums
 
 
 def sums(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -27,8 +27,8 @@ def sums(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.float16  # the interpreter has no product of bfloat16 matrices
 if DEVICE == "cpu":
-    gpu.LIBRARY.impl("sums", gpu_sums.sums, "CPU")
-    gpu.LIBRARY.impl("attention", gpu_attention.attention, "CPU")
+    operators.LIBRARY.impl("sums", gpu_sums.sums, "CPU")
+    operators.LIBRARY.impl("attention", gpu_attention.attention, "CPU")
 
 
 class Calls(TorchDispatchMode):

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import llama_fn as lf
 from llama_fn.cli.bench_transforms import peak_bytes
 from llama_fn.generation import decode
-from llama_fn.model import linear
+from llama_fn.model import integers, linear
 from llama_fn.model.sums import sums
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
@@ -129,7 +129,7 @@ def test_layers_of_integers_are_compiled_too(compilations, bits):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, "int8", "int4"])
-def test_a_compiled_layer_is_one_function_of_loops_alone(monkeypatch, bits):
+def test_a_compiled_layer_is_one_function_of_loops_between_products_of_integers(monkeypatch, bits):
     from torch._inductor import compile_fx
 
     sources, inner = [], compile_fx.compile_fx_inner
@@ -144,7 +144,9 @@ def test_a_compiled_layer_is_one_function_of_loops_alone(monkeypatch, bits):
     params = random_params(config, lf.random.key(0), torch.bfloat16)
     params = params if bits is None else lf.quantize(params, bits)
     lf.jit_layers()(params, token_rows(config, 1), lf.init_cache(config, max_len=9, dtype=torch.bfloat16))
-    assert [source.count("cpp_pybinding(") for source in sources] == [1, 1]  # the block, and the head
+    called = [source.count("torch.ops.llama_fn.integers.default(") for source in sources]
+    assert called == ([0, 0] if bits is None or not integers._here() else [4, 1])  # the block, and the head
+    assert [source.count("cpp_pybinding(") for source in sources] == [n + 1 for n in called]
     assert not any("aten.view" in source for source in sources)  # nor does torch look at bytes as words
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import keys
 
 import llama_fn as lf
-from llama_fn.model import linear
+from llama_fn.model import integers, linear
 from llama_fn.model.quantized import dequantized, grouped, quantized
 from llama_fn.model.sums import sums
 
@@ -145,8 +145,10 @@ def chosen(kind: str, dtype: torch.dtype, rows: int, d: int = 64, device: str = 
     ("tensor", torch.bfloat16, 8, 63, "product", "sums"),
     ("tensor", torch.bfloat16, 9, 63, "in_pieces", "in_pieces"),
     ("tensor", torch.float32, 9, 63, "product", "product"),
-    ("int8", torch.bfloat16, 1, 64, "product", "sums"),
-    ("int8", torch.bfloat16, 2, 64, "packed", "sums"),
+    ("int8", torch.bfloat16, 1, 64, "product", "by_integers"),
+    ("int8", torch.bfloat16, 2, 64, "packed", "by_integers"),
+    ("int8", torch.float16, 8, 64, "product", "by_integers"),
+    ("int8", torch.bfloat16, 8, 96, "packed", "sums"),  # no whole groups of inputs
     ("int8", torch.bfloat16, 9, 64, "packed", "packed"),
     ("int8", torch.bfloat16, 64, 64, "packed", "packed"),
     ("int8", torch.bfloat16, 65, 64, "in_pieces", "in_pieces"),
@@ -154,27 +156,31 @@ def chosen(kind: str, dtype: torch.dtype, rows: int, d: int = 64, device: str = 
     ("int8", torch.bfloat16, 8, 63, "product", "product"),  # no whole words
     ("int8", torch.float32, 1, 64, "product", "sums"),
     ("int8", torch.float32, 9, 64, "product", "product"),
-    ("int4", torch.bfloat16, 1, 128, "in_pieces", "sums"),
+    ("int4", torch.bfloat16, 1, 128, "in_pieces", "by_integers"),
     ("int4", torch.float32, 8, 128, "in_pieces", "sums"),
     ("int4", torch.float32, 8, 96, "in_pieces", "in_pieces"),  # no whole groups
     ("int4", torch.float32, 9, 128, "in_pieces", "in_pieces"),
 ])
 def test_the_kernel_is_chosen_by_kind_rows_and_mode(monkeypatch, kind, dtype, rows, d, eager, compiled):
     monkeypatch.setattr(linear, "HAS_BFLOAT16", False)
+    monkeypatch.setattr(integers, "_here", lambda: True)
     assert chosen(kind, dtype, rows, d) == eager
     assert chosen(kind, dtype, rows, d, "meta") == "product"
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     assert chosen(kind, dtype, rows, d) == compiled
     assert chosen(kind, dtype, rows, d, "meta") == ("sum_of_products" if rows == 1 else "product")
+    monkeypatch.setattr(integers, "_here", lambda: False)  # a processor without AVX2
+    assert chosen(kind, dtype, rows, d) == compiled.replace("by_integers", "sums")
     monkeypatch.setattr(linear, "HAS_BFLOAT16", True)  # a good product of bfloat16 is torch's
     if kind != "int4" and compiled == "in_pieces":
         assert chosen(kind, dtype, rows, d) == "product"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_mapped_or_differentiated_goes_through_torchs_product(monkeypatch, kind):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_mapped_or_differentiated_goes_through_torchs_product(monkeypatch, kind, dtype):
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
-    weight, x, seen = weight_of(kind, lf.random.key(0), (3,), (64,), torch.float32), torch.ones(4, 64), []
+    weight, x, seen = weight_of(kind, lf.random.key(0), (3,), (64,), dtype), torch.ones(4, 64, dtype=dtype), []
 
     def f(row: torch.Tensor) -> torch.Tensor:
         seen.append(linear._kernel(weight, row).__name__)

@@ -1,15 +1,11 @@
-"""What a GPU's kernels have in common. They are operators of torch's, so that a compiled graph can hold them.
+"""What a GPU's kernels have in common.
 
 On Hopper a kernel is there before the one before it has ended (programmatic launch), waits for it before it reads or
 writes what is not older than the step, and lets the next one come when it has read all that it reads.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-
-LIBRARY = torch.library.Library("llama_fn", "DEF")
 
 
 def early(x: Tensor) -> bool:
@@ -20,10 +16,3 @@ def early(x: Tensor) -> bool:
 def launch(ahead: bool) -> dict[str, bool]:
     """How a kernel is launched that may."""
     return {"launch_pdl": True} if ahead else {}  # not every GPU's compiler knows the word
-
-
-def define(schema: str, kernel: Callable, empty: Callable) -> None:
-    """Make an operator of a kernel, and of what says where its result goes."""
-    LIBRARY.define(schema)
-    LIBRARY.impl(schema.partition("(")[0], kernel, "CUDA")
-    LIBRARY.impl(schema.partition("(")[0], empty, "Meta")

@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama_fn.model.gpu import define, early, launch
+from llama_fn.model.gpu import early, launch
+from llama_fn.model.operators import define
 
 MANY = 2**17  # slots of all heads, of which a program attends to 128 of each and not to 32
 
@@ -90,4 +91,5 @@ def _mean(parts, logarithms, heads, blocks, h: tl.constexpr, WIDTH: tl.constexpr
     tl.store(heads + n * h + width, tl.sum(out, 0) / tl.sum(total, 0), mask=width < h)
 
 
-define("attention(Tensor queries, Tensor keys, Tensor values, Tensor positions) -> Tensor", attention, empty_attention)
+define("attention(Tensor queries, Tensor keys, Tensor values, Tensor positions) -> Tensor", attention, empty_attention,
+       "CUDA")

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama_fn.model.gpu import define, early, launch
+from llama_fn.model.gpu import early, launch
+from llama_fn.model.operators import define
 
 MOST = 3  # weights that one kernel takes
 
@@ -177,4 +178,4 @@ def _few_rows(w0, w1, w2, o0, o1, o2, x, y, rows, d: tl.constexpr, share: tl.con
     tl.store(y + place, total, mask=(r < rows)[None, :] & (o < outputs)[:, None])
 
 
-define("sums(Tensor[] weights, Tensor x, int share) -> Tensor", sums, empty_sums)
+define("sums(Tensor[] weights, Tensor x, int share) -> Tensor", sums, empty_sums, "CUDA")

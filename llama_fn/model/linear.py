@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama_fn import tree
+from llama_fn.model import integers
 from llama_fn.model.quantized import Grouped, Quantized, dequantized
 from llama_fn.model.sums import FEW, Matrix, in_memory, sums, whole_words
 from llama_fn.model.tapped import Tapped, linear_observed
@@ -52,10 +53,13 @@ def linear(weight: Float[Tensor, "..."] | Kind, x: Float[Tensor, "..."], inputs:
 
 
 def linears(weights: Sequence[Tensor | Kind], x: Float[Tensor, "..."]) -> list[Float[Tensor, "..."]]:
-    """`linear` of each. A GPU reads them as one: a small weight is read before the GPU is at its speed."""
-    if all(_for_triton(weight, x) for weight in weights) and len(set(map(type, weights))) == 1:
-        matrices = [_matrix(weight, 1) for weight in weights]
-        return [y.unflatten(-1, weight.shape[:-1]) for y, weight in zip(_together(matrices, x), weights, strict=True)]
+    """`linear` of each; where a kernel takes several at once, by that: a GPU is not at its speed before a small weight
+    is read, and a kernel of integers is called less often.
+    """
+    for chosen, kernel in ((_for_triton, _by_triton), (_for_integers, _by_integers)):
+        if all(chosen(weight, x) for weight in weights) and len(set(map(type, weights))) == 1:
+            ys = kernel(weights, x)
+            return [y.unflatten(-1, weight.shape[:-1]) for y, weight in zip(ys, weights, strict=True)]
     return [linear(weight, x) for weight in weights]
 
 
@@ -74,6 +78,8 @@ def _kernel(matrix: Matrix, x: Tensor) -> Callable[[Matrix, Tensor], Tensor]:
         return product
     if _for_triton(matrix, x):
         return by_triton
+    if _for_integers(matrix, x):
+        return by_integers
     if x.device.type != "cpu":
         return sum_of_products if torch.compiler.is_compiling() and rows == 1 else product
     if torch.compiler.is_compiling() and 0 < rows <= FEW and (isinstance(matrix, Tensor) or whole_words(matrix)):
@@ -118,12 +124,13 @@ def sum_of_products(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "
 @typed
 def by_triton(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
     """`written_out` for a few rows on a GPU, by a kernel of `gpu`, which reads a weight once and as it is."""
-    return _together([weight], x)[0]
+    return _by_triton([weight], x)[0]
 
 
-def _together(weights: Sequence[Matrix], x: Tensor) -> list[Tensor]:
+def _by_triton(weights: Sequence[Tensor | Quantized], x: Tensor) -> list[Tensor]:
     from llama_fn.model import gpu_sums as gpu  # it imports triton, which is only where there is a GPU
 
+    weights = [_matrix(weight, 1) for weight in weights]
     values = [weight.values if isinstance(weight, Quantized) else weight for weight in weights]
     rows = x.reshape(-1, x.shape[-1])
     parts = torch.ops.llama_fn.sums(values, rows, gpu.share(values, rows))  # "p b o"
@@ -141,6 +148,23 @@ def _for_triton(weight: Tensor | Kind, x: Tensor) -> bool:
     values, most = (weight.values, 64) if isinstance(weight, Quantized) else (weight, 16)
     return (isinstance(values, Tensor) and values.is_contiguous() and values.dtype in (x.dtype, torch.int8)
             and x.dtype in (torch.bfloat16, torch.float16) and 0 < x.shape[:-1].numel() <= most
+            and not transforms() and not x.requires_grad)
+
+
+@typed
+def by_integers(weight: Quantized | Grouped, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+    """`written_out` for a few rows on the CPU, of inputs that are integers of 16 bits, too (see `integers`)."""
+    return _by_integers([weight], x)[0]
+
+
+def _by_integers(weights: Sequence[Quantized | Grouped], x: Tensor) -> list[Tensor]:
+    ys = integers.sums(weights, x.reshape(-1, x.shape[-1]))
+    return [y.to(x.dtype).reshape(*x.shape[:-1], -1) for y in ys]
+
+
+def _for_integers(weight: Tensor | Kind, x: Tensor) -> bool:
+    """Whether `by_integers` takes these: in a compiled step, since a compiler makes it."""
+    return (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling() and integers.takes(weight, x)
             and not transforms() and not x.requires_grad)
 
 

@@ -166,13 +166,16 @@ def _compiling() -> Iterator[None]:
 def part(values: tuple, tensors: list[Tensor], rest: list[Any]) -> None:
     """Append the tensors in values to the one list, and all else that a function of them can see to the other."""
     for x in values:
-        if isinstance(x, Tensor):
+        kind = type(x)  # to ask of what is no tensor whether it is one takes 0.3 us
+        if kind is Tensor:
             tensors.append(x)
-        elif isinstance(x, tuple):
-            rest.extend((type(x), len(x)))
+        elif issubclass(kind, tuple):
+            rest += kind, len(x)
             part(x, tensors, rest)
+        elif isinstance(x, Tensor):
+            tensors.append(x)
         else:
-            rest.extend((type(x), x))
+            rest += kind, x
 
 
 def plain(tensors: list[Tensor]) -> bool:

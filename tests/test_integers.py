@@ -1,0 +1,104 @@
+"""The kernel of integers: it computes what is written out, but for what inputs of 16 bits lose.
+
+Where the processor has no AVX2 it is not chosen, and of it there is nothing to see.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import keys, random_params
+from test_gpu import Calls
+from test_linear import plain, weight_of
+
+import llama_fn as lf
+from llama_fn.model import integers, linear
+
+pytestmark = pytest.mark.skipif(not integers._here(), reason="this processor has no AVX2")
+KINDS = st.sampled_from(["int8", "int4"])
+
+
+def weights_of(kind: str, key: torch.Tensor, outputs: list[int], d: int) -> list:
+    return [weight_of(kind, k, (o,), (d,), torch.float32) for k, o in zip(lf.random.split(key, len(outputs)), outputs,
+                                                                          strict=True)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@given(key=keys(), kind=KINDS, outputs=st.lists(st.integers(1, 40), min_size=1, max_size=3), groups=st.integers(1, 21),
+       rows=st.integers(1, 8))
+def test_integers_sum_what_is_written_out(threads, key, kind, outputs, groups, rows):
+    one, two, three = lf.random.split(key, 3)
+    weights = weights_of(kind, one, outputs, 64 * groups)
+    x = lf.random.normal(two, (rows, 64 * groups), torch.float32)
+    x = x * torch.exp(3 * lf.random.normal(three, (rows, groups), torch.float32)).repeat_interleave(64, -1)
+    largest = x.abs().unflatten(-1, (groups, 64)).amax(-1).repeat_interleave(64, -1).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        ys = integers.sums(weights, x)
+    for weight, y in zip(weights, ys, strict=True):
+        w = plain(weight)
+        lost = linear.written_out(w.abs() + plain(weight._replace(values=weight.values * 0)).abs(), largest) * 2**-16
+        terms = linear.written_out(w.abs(), x.double().abs())
+        assert y.dtype == torch.float32 and y.shape == (rows, len(w))
+        assert ((y - linear.written_out(w, x.double())).abs() <= lost + 2e-6 * terms).all()
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_the_largest_integers_do_not_overflow(rows):
+    signs = torch.where(torch.arange(192) % 2 == 0, -1.0, 1.0)
+    bytes_, nibbles = (weight_of(kind, lf.random.key(0), (1,), (192,), torch.float32) for kind in ("int8", "int4"))
+    bytes_ = bytes_._replace(values=(127 * signs[None]).to(torch.int8))
+    nibbles = nibbles._replace(values=torch.full_like(nibbles.values, 255))
+    three, same = 3 * signs, torch.full((192,), 3.0)
+    for weight, x in ((bytes_, three), (bytes_, -three), (nibbles, same), (nibbles, -same)):
+        y, exact = integers.sums([weight], x.expand(rows, 192))[0], linear.written_out(plain(weight), x.double())
+        assert ((y - exact).abs() <= 1e-6 * linear.written_out(plain(weight).abs(), x.double().abs())).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_stays_none_in_its_row_alone(kind, bad):
+    weights, x = weights_of(kind, lf.random.key(1), [7, 2], 640), lf.random.normal(lf.random.key(2), (5, 640))
+    x[3, 301], x[4] = bad, 0
+    for y, alone in zip(integers.sums(weights, x), integers.sums(weights, x[:1]), strict=True):
+        assert not y[3].isfinite().any() and (y[4] == 0).all()
+        assert (y[0] - alone[0]).abs().max() <= 1e-5 * y[0].abs().max()
+
+
+@given(keys(), KINDS, st.sampled_from([(), (1,), (2, 3), (1, 8)]), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_by_integers_a_map_is_what_is_written_out_and_rounds_once(key, kind, batch, dtype):
+    weight = weight_of(kind, key, (7,), (192,), dtype)
+    x = lf.random.normal(key, (*batch, 192), torch.float64).to(dtype)
+    y, exact = linear.by_integers(weight, x), linear.written_out(plain(weight), x.double())
+    terms = linear.written_out(plain(weight).abs(), x.double().abs())
+    unit = {torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    assert y.dtype == dtype and y.shape == exact.shape
+    assert ((y - exact).abs() <= unit * exact.abs() + 1e-4 * terms).all()
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 4)])
+def test_a_step_by_this_kernel_is_the_step(bits, batch):
+    config = lf.Config(dim=128, n_layers=1, n_heads=8, n_kv_heads=4, vocab_size=37, hidden_dim=192, max_seq_len=64)
+    params = lf.tree.map(lambda x: x.half(), random_params(config, lf.random.key(0), torch.float32))
+    params = lf.quantize(params, bits)
+    tokens = lf.random.bits(lf.random.key(1), (*batch, 5)) * 37 >> 32
+    cache = lf.init_cache(config, batch, max_len=9, dtype=torch.float16)
+    whole, _ = lf.forward(params, tokens, cache)
+    _, cache = lf.forward(params, tokens[..., :4], cache)
+    calls = Calls()
+    with pytest.MonkeyPatch.context() as patch, calls:
+        patch.setattr(torch.compiler, "_is_compiling_flag", True)
+        logits, after = lf.forward(params, tokens[..., 4:], cache)
+    assert calls.names == ["integers"] * 5  # queries, keys and values are one, and so are gate and up
+    assert (logits[..., 0, :] - whole[..., 4, :]).abs().max() <= 1e-2 * whole.abs().max()
+    assert (after.length == 5).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_tracing_knows_its_shape(kind):
+    weights, x = weights_of(kind, lf.random.key(3), [7, 2, 5], 128), torch.ones(3, 128)
+    imagined = integers.sums(lf.tree.map(lambda leaf: leaf.to("meta"), weights), x.to("meta"))
+    assert [(y.shape, y.dtype) for y in imagined] == [(y.shape, y.dtype) for y in integers.sums(weights, x)]
