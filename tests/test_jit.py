@@ -128,8 +128,9 @@ def test_layers_of_integers_are_compiled_too(compilations, bits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [None, "int8", "int4"])
-def test_a_compiled_layer_is_one_function_of_loops_between_products_of_integers(monkeypatch, bits):
+@pytest.mark.parametrize(("bits", "dtype"), [
+    (None, torch.bfloat16), ("int8", torch.float32), ("int4", torch.float32), ("int4", torch.bfloat16)])
+def test_a_compiled_layer_is_one_function_of_loops_between_products_of_integers(monkeypatch, bits, dtype):
     from torch._inductor import compile_fx
 
     sources, inner = [], compile_fx.compile_fx_inner
@@ -141,11 +142,12 @@ def test_a_compiled_layer_is_one_function_of_loops_between_products_of_integers(
 
     monkeypatch.setattr(compile_fx, "compile_fx_inner", noted)
     config = lf.Config(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=77, hidden_dim=192, max_seq_len=64)
-    params = random_params(config, lf.random.key(0), torch.bfloat16)
+    params = random_params(config, lf.random.key(0), dtype)
     params = params if bits is None else lf.quantize(params, bits)
-    lf.jit_layers()(params, token_rows(config, 1), lf.init_cache(config, max_len=9, dtype=torch.bfloat16))
+    lf.jit_layers()(params, token_rows(config, 1), lf.init_cache(config, max_len=9, dtype=dtype))
     called = [source.count("torch.ops.llama_fn.integers.default(") for source in sources]
-    assert called == ([0, 0] if bits is None or not integers._here() else [4, 1])  # the block, and the head
+    inside = bits is not None and dtype == torch.bfloat16 and integers._here()
+    assert called == ([4, 1] if inside else [0, 0])  # the block, and the head
     assert [source.count("cpp_pybinding(") for source in sources] == [n + 1 for n in called]
     assert not any("aten.view" in source for source in sources)  # nor does torch look at bytes as words
 

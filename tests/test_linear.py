@@ -176,6 +176,17 @@ def test_the_kernel_is_chosen_by_kind_rows_and_mode(monkeypatch, kind, dtype, ro
         assert chosen(kind, dtype, rows, d) == "product"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scales_that_were_cast_are_not_read_as_words(monkeypatch, dtype):
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    weight, x = weight_of("int4", lf.random.key(0), (3,), (64,), dtype), torch.ones(2, 64, dtype=dtype)
+    for scale in (weight.scale.to(torch.float16), weight.scale.float(), weight.scale.mT.contiguous().mT):
+        other = weight._replace(scale=scale)
+        terms = linear.written_out(plain(other).abs(), x.double().abs())
+        error = linear.linear(other, x) - linear.written_out(plain(other), x.double())
+        assert (error.abs() <= {torch.float32: 1e-5, torch.float16: 2e-3}[dtype] * terms).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_mapped_or_differentiated_goes_through_torchs_product(monkeypatch, kind, dtype):

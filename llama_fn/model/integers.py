@@ -6,15 +6,17 @@ Torch has no such kernel there (its own of four bits reads 7 GB/s of 30), and in
 import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from llama_fn.model.operators import LIBRARY
-from llama_fn.model.quantized import GROUP, Grouped, Quantized
+from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
 
 ROWS = 8  # that it takes at most
 
@@ -22,15 +24,17 @@ ROWS = 8  # that it takes at most
 def takes(weight: Any, x: Tensor) -> bool:
     """Whether `sums` computes this, but for what inputs lose, which must be few bits already."""
     return (isinstance(weight, Quantized | Grouped) and x.dtype in (torch.bfloat16, torch.float16)
-            and x.device.type == "cpu" and 0 < x.shape[:-1].numel() <= ROWS
-            and weight.values.is_contiguous() and weight.shape[-1] % GROUP == 0 and _here())
+            and x.device.type == "cpu" and 0 < x.shape[:-1].numel() <= ROWS and weight.shape[-1] % GROUP == 0
+            and weight.values.is_contiguous() and as_made(weight) and _here())
 
 
 def sums(weights: Sequence[Quantized | Grouped], x: Tensor) -> list[Tensor]:
     """Of weights "... d" of one kind and rows "r d", in float32, the outputs "r o". An input is off by at most 2^-16 of
     the largest of its 64.
     """
-    _library()
+    load = _compiled()
+    if not isinstance(x, FakeTensor):
+        load()
     scales = [w.scale for w in weights if isinstance(w, Grouped)]
     rows = torch.ops.llama_fn.integers([w.values for w in weights], scales, x.float().contiguous(),
                                        torch.get_num_threads())
@@ -47,13 +51,21 @@ def _here() -> bool:
     return sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
+def ready() -> None:
+    """Wait for the kernel, if something traced has it."""
+    if _compiled.cache_info().currsize:
+        _compiled()()
+
+
 @functools.cache
-def _library() -> object:
-    """The kernel, compiled as inductor's loops are, and kept between processes with them."""
+def _compiled() -> Callable[[], object]:
+    """What loads the kernel. It is compiled as inductor's loops are, and kept between processes with them; meanwhile
+    the rest is traced, since that takes four seconds.
+    """
     from torch._inductor.codecache import CppCodeCache
 
     source = Path(__file__).with_suffix(".cpp").read_text()
-    return CppCodeCache.load(source, extra_flags=("-mavx2", "-mfma"))
+    return CppCodeCache.load_async(source, extra_flags=("-mavx2", "-mfma"), submit_fn=ThreadPoolExecutor(1).submit)
 
 
 SCHEMA = "integers(Tensor[] values, Tensor[] scales, Tensor x, int threads) -> Tensor"

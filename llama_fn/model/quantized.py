@@ -81,6 +81,11 @@ def grouped(weight: Float[Tensor, "..."], outer: int) -> Grouped:
     return Grouped(n[..., ::2] | n[..., 1::2] << 4, scale)
 
 
+def as_made(weight: Quantized | Grouped) -> bool:
+    """Whether kernels that read a group's two numbers as one word may: not of a tree that was cast to another dtype."""
+    return isinstance(weight, Quantized) or (weight.scale.dtype == torch.bfloat16 and weight.scale.is_contiguous())
+
+
 @typed
 def dequantized(weight: Quantized | Grouped, dtype: torch.dtype = torch.float32) -> Float[Tensor, "..."]:
     """The W that a quantized weight stands for."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from llama_fn.model.quantized import GROUP, Grouped, Quantized
+from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
 from llama_fn.shapes import typed
 
 Matrix = Float[Tensor, "o d"] | Quantized | Grouped
@@ -105,10 +105,10 @@ def _nibble_sums(weight: Grouped, rows: Tensor) -> Tensor:
 
 
 def whole_words(matrix: Matrix) -> bool:
-    """Whether a row of the weight is whole words, and in four bits whole groups."""
+    """Whether a row of the weight is whole words, and in four bits whole groups, with scales as they were made."""
     values = matrix if isinstance(matrix, Tensor) else matrix.values
     whole = GROUP // 2 if isinstance(matrix, Grouped) else 4 // values.itemsize
-    return (values.is_contiguous() and values.shape[-1] % whole == 0
+    return (values.is_contiguous() and values.shape[-1] % whole == 0 and (isinstance(matrix, Tensor) or as_made(matrix))
             and (torch.compiler.is_dynamo_compiling() or values.storage_offset() % whole == 0))  # unknown to dynamo
 
 
