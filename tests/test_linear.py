@@ -176,6 +176,14 @@ def test_the_kernel_is_chosen_by_kind_rows_and_mode(monkeypatch, kind, dtype, ro
         assert chosen(kind, dtype, rows, d) == "product"
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_integers_that_were_cast_are_not_read_as_bytes(kind):
+    weight, x = weight_of(kind, lf.random.key(0), (3,), (64,), torch.float16), torch.ones(2, 64, dtype=torch.float16)
+    assert integers.takes(weight, x) == integers._here()
+    for dtype in (torch.float16, torch.int16):
+        assert not integers.takes(weight._replace(values=weight.values.to(dtype)), x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_scales_that_were_cast_are_not_read_as_words(monkeypatch, dtype):
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
@@ -202,3 +210,16 @@ def test_what_is_mapped_or_differentiated_goes_through_torchs_product(monkeypatc
     torch.func.jvp(f, (x,), (x,))
     f(x.clone().requires_grad_())
     assert seen == ["product"] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_an_exported_program_has_torchs_operators_alone(kind):
+    class Map(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return linear.linear(weight, x)
+
+    weight, x = weight_of(kind, lf.random.key(0), (3,), (64,), torch.bfloat16), torch.ones(2, 64, dtype=torch.bfloat16)
+    program = torch.export.export(Map(), (x,), strict=False)
+    assert not any("llama_fn" in str(node.target) for node in program.graph.nodes)
+    assert near(program.module()(x), weight, x, roundings=2)

@@ -147,6 +147,7 @@ torch::stable::Tensor integers(std::vector<torch::stable::Tensor> values, std::v
                                torch::stable::Tensor x, int64_t threads) {
     const bool nibbles = !scales.empty();
     const int64_t rows = x.size(0), d = x.size(1), count = values.size();
+    STD_TORCH_CHECK(0 < rows && rows <= 8 && 0 < d && d % GROUP == 0, "integers: 1 to 8 rows of whole groups");
     std::vector<int64_t> sizes;
     for (const auto& value : values) sizes.push_back(value.numel() * (nibbles ? 2 : 1) / d);
     const int64_t total = std::accumulate(sizes.begin(), sizes.end(), int64_t(0));

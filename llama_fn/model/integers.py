@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph
 
 from llama_fn.model.operators import LIBRARY
 from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
@@ -23,9 +24,9 @@ ROWS = 8  # that it takes at most
 
 def takes(weight: Any, x: Tensor) -> bool:
     """Whether `sums` computes this, but for what inputs lose, which must be few bits already."""
-    return (isinstance(weight, Quantized | Grouped) and x.dtype in (torch.bfloat16, torch.float16)
-            and x.device.type == "cpu" and 0 < x.shape[:-1].numel() <= ROWS and weight.shape[-1] % GROUP == 0
-            and weight.values.is_contiguous() and as_made(weight) and _here())
+    return (isinstance(weight, Quantized | Grouped) and weight.values.is_contiguous() and as_made(weight)
+            and x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu" and x.numel() > 0
+            and x.shape[:-1].numel() <= ROWS and x.shape[-1] % GROUP == 0 and _here())
 
 
 def sums(weights: Sequence[Quantized | Grouped], x: Tensor) -> list[Tensor]:
@@ -51,9 +52,9 @@ def _here() -> bool:
     return sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
-def ready() -> None:
-    """Wait for the kernel, if something traced has it."""
-    if _compiled.cache_info().currsize:
+def ready(graph: Graph) -> None:
+    """Wait for the kernel, if a graph has it."""
+    if graph.find_nodes(op="call_function", target=torch.ops.llama_fn.integers.default):
         _compiled()()
 
 

@@ -84,7 +84,8 @@ def _kernel(matrix: Matrix, x: Tensor) -> Callable[[Matrix, Tensor], Tensor]:
         return sum_of_products if torch.compiler.is_compiling() and rows == 1 else product
     if torch.compiler.is_compiling() and 0 < rows <= FEW and (isinstance(matrix, Tensor) or whole_words(matrix)):
         return sums
-    if isinstance(matrix, Quantized) and x.dtype == torch.bfloat16 and 1 < rows <= 64 and d % 16 == 0:
+    if (isinstance(matrix, Quantized) and matrix.values.is_contiguous() and x.dtype == torch.bfloat16
+            and 1 < rows <= 64 and d % 16 == 0):
         return packed  # of widths that 16 does not divide, it reads beyond the end and is wrong (torch 2.13)
     if isinstance(matrix, Grouped) or (rows > FEW and x.dtype == torch.bfloat16 and not HAS_BFLOAT16):
         return in_pieces
@@ -164,8 +165,9 @@ def _by_integers(weights: Sequence[Quantized | Grouped], x: Tensor) -> list[Tens
 
 def _for_integers(weight: Tensor | Kind, x: Tensor) -> bool:
     """Whether `by_integers` takes these: in a compiled step, since a compiler makes it."""
-    return (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling() and integers.takes(weight, x)
-            and not transforms() and not x.requires_grad)
+    return (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+            and not torch.compiler.is_exporting() and integers.takes(weight, x) and not transforms()
+            and not x.requires_grad)
 
 
 @typed

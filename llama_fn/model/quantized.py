@@ -82,8 +82,13 @@ def grouped(weight: Float[Tensor, "..."], outer: int) -> Grouped:
 
 
 def as_made(weight: Quantized | Grouped) -> bool:
-    """Whether kernels that read a group's two numbers as one word may: not of a tree that was cast to another dtype."""
-    return isinstance(weight, Quantized) or (weight.scale.dtype == torch.bfloat16 and weight.scale.is_contiguous())
+    """Whether kernels may read its memory: integers, and in four bits a group's two numbers as one word. Of a tree that
+    was cast to another dtype they may not.
+    """
+    if isinstance(weight, Quantized):
+        return weight.values.dtype == torch.int8
+    return (weight.values.dtype == torch.uint8 and weight.scale.dtype == torch.bfloat16
+            and weight.scale.is_contiguous())
 
 
 @typed

@@ -78,7 +78,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
     with torch.no_grad(), V.set_fake_mode(imagined), config.patch(options), \
             torch._guards.tracing(torch._guards.TracingContext(imagined)):
         run = compile_fx_inner(graph, inputs, is_inference=True)
-    integers.ready()
+    integers.ready(graph.graph)
 
     # What was asked of a size may have decided it.
     alike = _alike(tensors, {i: axis for i, axis in loose.items() if not is_concrete_int(fakes[i].shape[axis])})
