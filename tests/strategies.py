@@ -1,4 +1,4 @@
-"""Hypothesis strategies: what the laws are tried on."""
+"""Hypothesis strategies, what the laws are tried on; and what notes the operators that are called."""
 
 import dataclasses
 import math
@@ -6,6 +6,7 @@ import zlib
 
 import torch
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fn as lf
 
@@ -71,3 +72,15 @@ def models(draw, dtype: torch.dtype = torch.float64, **limits) -> lf.Params:
 def token_rows(config: lf.Config, *shape: int, seed: int = 0) -> torch.Tensor:
     """Random tokens of a config's vocabulary."""
     return lf.random.bits(lf.random.key(seed), shape) * config.vocab_size >> 32
+
+
+class Calls(TorchDispatchMode):
+    """The names of this package's operators, as they are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        self.names += [f.overloadpacket.__name__] if f.namespace == "llama_fn" else []
+        return f(*args, **(kwargs or {}))

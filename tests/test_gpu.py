@@ -6,10 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import keys, random_params
+from strategies import Calls, keys, random_params
 from test_linear import plain, weight_of
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fn as lf
 from llama_fn.model import attention as attending
@@ -29,18 +28,6 @@ HALF = torch.float16  # the interpreter has no product of bfloat16 matrices
 if DEVICE == "cpu":
     operators.LIBRARY.impl("sums", gpu_sums.sums, "CPU")
     operators.LIBRARY.impl("attention", gpu_attention.attention, "CPU")
-
-
-class Calls(TorchDispatchMode):
-    """The names of this package's operators, as they are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        self.names += [f.overloadpacket.__name__] if f.namespace == "llama_fn" else []
-        return f(*args, **(kwargs or {}))
 
 
 @given(keys(), st.lists(st.integers(1, 80), min_size=1, max_size=3), st.integers(1, 700),

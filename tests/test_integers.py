@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import keys, random_params
-from test_gpu import Calls
+from strategies import Calls, keys, random_params
 from test_linear import plain, weight_of
 
 import llama_fn as lf
@@ -79,9 +78,9 @@ def test_by_integers_a_map_is_what_is_written_out_and_rounds_once(key, kind, bat
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
-@pytest.mark.parametrize("batch", [(), (3,), (2, 4)])
+@pytest.mark.parametrize("batch", [(), (7,), (1, 8)])
 def test_a_step_by_this_kernel_is_the_step(bits, batch):
-    config = lf.Config(dim=128, n_layers=1, n_heads=8, n_kv_heads=4, vocab_size=37, hidden_dim=192, max_seq_len=64)
+    config = lf.Config(dim=192, n_layers=1, n_heads=12, n_kv_heads=4, vocab_size=37, hidden_dim=320, max_seq_len=64)
     params = lf.tree.map(lambda x: x.half(), random_params(config, lf.random.key(0), torch.float32))
     params = lf.quantize(params, bits)
     tokens = lf.random.bits(lf.random.key(1), (*batch, 5)) * 37 >> 32
@@ -93,7 +92,7 @@ def test_a_step_by_this_kernel_is_the_step(bits, batch):
         patch.setattr(torch.compiler, "_is_compiling_flag", True)
         logits, after = lf.forward(params, tokens[..., 4:], cache)
     assert calls.names == ["integers"] * 5  # queries, keys and values are one, and so are gate and up
-    assert (logits[..., 0, :] - whole[..., 4, :]).abs().max() <= 1e-2 * whole.abs().max()
+    assert (logits[..., 0, :] - whole[..., 4, :]).abs().max() <= 3e-3 * whole.abs().max()
     assert (after.length == 5).all()
 
 

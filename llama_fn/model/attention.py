@@ -108,7 +108,7 @@ def one_query(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s 
 @typed
 def by_triton(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"], values: Float[Tensor, "*b k s h"],
               positions: Int[Tensor, "*b t"]) -> Float[Tensor, "*b k g t h"]:
-    """`written_out` for one query a row on a GPU, by a kernel of `gpu`."""
+    """`written_out` for one query a row on a GPU, by a kernel of `gpu_attention`."""
     from llama_fn.model import gpu_attention  # noqa: F401  it imports triton, and defines the operator
 
     keys, values = (leaf.reshape(-1, *leaf.shape[-3:]) for leaf in (keys, values))

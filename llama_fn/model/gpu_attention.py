@@ -91,5 +91,5 @@ def _mean(parts, logarithms, heads, blocks, h: tl.constexpr, WIDTH: tl.constexpr
     tl.store(heads + n * h + width, tl.sum(out, 0) / tl.sum(total, 0), mask=width < h)
 
 
-define("attention(Tensor queries, Tensor keys, Tensor values, Tensor positions) -> Tensor", attention, empty_attention,
-       "CUDA")
+define("attention(Tensor queries, Tensor keys, Tensor values, Tensor positions) -> Tensor", empty_attention,
+       CUDA=attention)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph
 
-from llama_fn.model.operators import LIBRARY
+from llama_fn.model.operators import define
 from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
 
 ROWS = 8  # that it takes at most
@@ -69,6 +69,4 @@ def _compiled() -> Callable[[], object]:
     return CppCodeCache.load_async(source, extra_flags=("-mavx2", "-mfma"), submit_fn=ThreadPoolExecutor(1).submit)
 
 
-SCHEMA = "integers(Tensor[] values, Tensor[] scales, Tensor x, int threads) -> Tensor"
-LIBRARY.define(SCHEMA)
-LIBRARY.impl("integers", _empty, "Meta")
+define("integers(Tensor[] values, Tensor[] scales, Tensor x, int threads) -> Tensor", _empty)  # CPU: integers.cpp

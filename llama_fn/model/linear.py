@@ -124,7 +124,7 @@ def sum_of_products(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "
 
 @typed
 def by_triton(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
-    """`written_out` for a few rows on a GPU, by a kernel of `gpu`, which reads a weight once and as it is."""
+    """`written_out` for a few rows on a GPU, by a kernel of `gpu_sums`, which reads a weight once and as it is."""
     return _by_triton([weight], x)[0]
 
 

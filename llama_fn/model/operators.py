@@ -7,8 +7,8 @@ import torch
 LIBRARY = torch.library.Library("llama_fn", "DEF")
 
 
-def define(schema: str, kernel: Callable, empty: Callable, device: str) -> None:
-    """Make an operator of a kernel for "CPU" or "CUDA", and of what says where its result goes."""
+def define(schema: str, empty: Callable, **kernels: Callable) -> None:
+    """Make an operator of what says where its result goes, and of the kernels by their device, as CUDA=..."""
     LIBRARY.define(schema)
-    LIBRARY.impl(schema.partition("(")[0], kernel, device)
-    LIBRARY.impl(schema.partition("(")[0], empty, "Meta")
+    for device, kernel in {"Meta": empty, **kernels}.items():
+        LIBRARY.impl(schema.partition("(")[0], kernel, device)
