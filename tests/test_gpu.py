@@ -4,18 +4,25 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Calls, keys, random_params
 from test_linear import plain, weight_of
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import llama_fn as lf
 from llama_fn.model import attention as attending
 from llama_fn.model import linear, operators
+from llama_fn.model.block import block
+from llama_fn.model.cache import KeysValues
+from llama_fn.model.rope import rotation
+from llama_fn.transforms.fused import fuse
 
 pytest.importorskip("triton", reason="there is no triton for this system")
-from llama_fn.model import gpu_attention, gpu_sums
+from llama_fn.model import gpu_attention, gpu_row, gpu_sums
 
 
 def sums(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -23,15 +30,21 @@ def sums(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     return torch.ops.llama_fn.sums(weights, x, gpu_sums.share(weights, x))
 
 
+def row(weights: list[torch.Tensor], scales: list[torch.Tensor], x: torch.Tensor, **more) -> torch.Tensor:
+    """Of a row "1 d", the operator's outputs "1 o"."""
+    return torch.ops.llama_fn.row(weights, scales, x, **more)
+
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.float16  # the interpreter has no product of bfloat16 matrices
 if DEVICE == "cpu":
+    operators.LIBRARY.impl("row", gpu_row.row, "CPU")
     operators.LIBRARY.impl("sums", gpu_sums.sums, "CPU")
     operators.LIBRARY.impl("attention", gpu_attention.attention, "CPU")
 
 
 @given(keys(), st.lists(st.integers(1, 80), min_size=1, max_size=3), st.integers(1, 700),
-       st.sampled_from([1, 2, 17, 33]), st.booleans())
+       st.sampled_from([2, 17, 33]), st.booleans())
 def test_sums_of_several_weights_are_products_summed_in_float32(key, outputs, d, rows, bytes_):
     one, *others = lf.random.split(key, 1 + len(outputs))
     x = lf.random.normal(one, (rows, d), torch.float64).to(HALF).to(DEVICE)
@@ -52,7 +65,7 @@ def test_every_byte_is_the_number_that_it_is():
     every = (numbers[None, :, None] * torch.eye(4, dtype=torch.int8, device=DEVICE)[:, None]).flatten(0, 1).float().mT
     assert (sums([weight], ones).sum(0) == every).all()
     for one, y in zip(ones, every, strict=True):
-        assert (sums([weight], one[None])[0, 0] == y).all()
+        assert (row([weight], [], one[None]) == y).all()
 
 
 @given(keys(), st.sampled_from(["tensor", "int8"]), st.sampled_from([(), (1,), (2, 3)]), st.integers(1, 20))
@@ -64,6 +77,69 @@ def test_by_triton_a_map_is_what_is_written_out_and_rounds_once(key, kind, batch
     assert y.dtype == HALF and y.shape == exact.shape
     assert ((y - exact).abs() <= 2**-10 * exact.abs() + 1e-5 * linear.written_out(plain(weight).abs(), x.double().abs())
             ).all()
+
+
+@given(keys(), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 1100), st.booleans(),
+       st.sampled_from(["alone", "residual", "gated"]))
+def test_a_row_is_the_product_and_what_is_made_of_it(key, outputs, d, bytes_, what):
+    one, two, *others = lf.random.split(key, 2 + len(outputs))
+    outputs = {"alone": outputs, "residual": outputs[:1], "gated": outputs[:1] * 2}[what]
+    x = lf.random.normal(one, (1, d), torch.float64).to(HALF).to(DEVICE)
+    weights = [lf.random.normal(k, (o, d), torch.float64) / d**0.5 for k, o in zip(2 * others, outputs, strict=False)]
+    if what == "gated":
+        weights[1] = weights[0].flip(-1)
+    weights = [(40 * w).clamp(-128, 127).to(torch.int8) if bytes_ else w.to(HALF) for w in weights]
+    scales = [torch.arange(1, 1 + len(w), device=DEVICE) / 40 + i for i, w in enumerate(weights)] if bytes_ else []
+    weights = [w.to(DEVICE) for w in weights]
+    wide = [w.double() * (scales[i][:, None] if bytes_ else 1) for i, w in enumerate(weights)]
+    ys, terms = ([linear.written_out(f(w), f(x.double())) for w in wide] for f in (lambda w: w, torch.abs))
+    error = sum(t * 2e-6 for t in terms) if what == "gated" else 2e-6 * torch.cat(terms, -1)
+    if what == "residual":
+        before = lf.random.normal(two, ys[0].shape, torch.float64).to(HALF).to(DEVICE)
+        y, exact = row(weights, scales, x, residual=before), before + ys[0]
+        error += 2**-11 * ys[0].abs()
+    elif what == "gated":
+        y, exact = row(weights, scales, x, gated=True), F.silu(ys[0]) * ys[1]
+        error = (1 + ys[0].abs() + ys[1].abs()) * error + 2**-9 * (ys[0] * ys[1]).abs()
+    else:
+        y, exact = row(weights, scales, x), torch.cat(ys, -1)
+    assert (y.dtype, y.shape) == (HALF, exact.shape)
+    assert ((y - exact).abs() <= 2**-11 * exact.abs() + error + 2**-24).all()
+    imagined = row([w.to("meta") for w in weights], [s.to("meta") for s in scales], x.to("meta"), gated=what == "gated")
+    assert (imagined.shape, imagined.dtype) == (y.shape, y.dtype)
+
+
+@pytest.mark.parametrize("bits", [None, "int8"])
+def test_in_a_layer_the_products_take_the_gate_and_the_sums_with_them(bits):
+    config = lf.Config(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=37, hidden_dim=76, max_seq_len=64)
+    params = lf.tree.map(lambda x: x.to(DEVICE), random_params(config, lf.random.key(0), HALF))
+    layer = (lf.quantize(params, bits) if bits else params).blocks[0]
+    x = lf.random.normal(lf.random.key(1), (1, 1, 48), torch.float32).to(HALF).to(DEVICE)
+    cache = lf.init_cache(config, (1,), max_len=9, dtype=HALF, device=DEVICE)
+    _, cache = lf.forward(params, torch.tensor([[1, 2, 3]], device=DEVICE), cache)
+    place = torch.tensor([[3]], device=DEVICE)
+    slots, angles = torch.arange(4, device=DEVICE), rotation(place, 8, 1e4)
+    args = (layer, x, angles, KeysValues(cache.k[0], cache.v[0]), place, slots)
+
+    def step(*tensors):
+        tensors = iter(tensors)
+        return lf.tree.leaves(block(*lf.tree.map(lambda _: next(tensors), args), 1e-5))
+
+    tensors, imagined = lf.tree.leaves(args), FakeTensorMode()
+    with pytest.MonkeyPatch.context() as patch, imagined:
+        patch.setattr(torch.compiler, "_is_compiling_flag", True)
+        patch.setattr(linear, "_for_triton", lambda weight, x: True)
+        patch.setattr(attending, "_for_triton", lambda queries: True)
+        with torch.no_grad():
+            graph = make_fx(step, decomposition_table=select_decomp_table())(*map(imagined.from_tensor, tensors))
+        fuse(graph.graph)
+    graph.recompile()
+    rows = [node for node in graph.graph.nodes if str(node.target) == "llama_fn.row.default"]
+    assert [sorted(set(node.kwargs) - {"following"}) for node in rows] == [[], ["residual"], ["gated"], ["residual"]]
+    following = [node.kwargs["following"].meta["val"].shape for node in rows if "following" in node.kwargs]
+    assert following == [layer.attention.wo.shape, layer.feed_forward.w_gate.shape, layer.feed_forward.w_down.shape]
+    for a, b in zip(graph(*tensors), step(*tensors), strict=True):
+        assert (a - b).abs().max() <= 2e-3 * b.abs().max()
 
 
 @pytest.mark.parametrize(("g", "many"), [(1, False), (3, False), (3, True)])
@@ -100,13 +176,14 @@ def test_a_step_by_these_kernels_is_the_step(bits, batch):
         patch.setattr(linear, "_for_triton", lambda weight, x: not isinstance(weight, linear.Grouped))
         patch.setattr(attending, "_for_triton", lambda queries: True)
         logits, after = lf.forward(params, tokens[..., 4:], cache)
-    assert calls.names == (["attention"] if bits == "int4" else ["sums", "attention", "sums", "sums", "sums", "sums"])
+    product = "sums" if batch else "row"
+    assert calls.names == (["attention"] if bits == "int4" else [product, "attention", *[product] * 4])
     assert (logits[..., 0, :] - whole[..., 4, :]).abs().max() <= 2e-4 * whole.abs().max()
     assert (after.length == 5).all()
 
 
 @pytest.mark.parametrize(("dtype", "rows", "d", "parts"), [
-    (HALF, 1, 3000, 1), (HALF, 5, 300, 3), (HALF, 5, 3000, 24), (torch.int8, 5, 3000, 24), (torch.int8, 40, 3000, 24),
+    (HALF, 5, 300, 3), (HALF, 5, 3000, 24), (torch.int8, 5, 3000, 24), (torch.int8, 40, 3000, 24),
     (torch.int8, 5, 301, 3),
 ])
 def test_inputs_are_shared_among_programs_and_tracing_knows(dtype, rows, d, parts):
@@ -121,8 +198,8 @@ def test_inputs_are_shared_among_programs_and_tracing_knows(dtype, rows, d, part
 def test_a_weight_that_begins_within_a_word_is_read_all_the_same():
     x = torch.ones(3, 64, dtype=HALF, device=DEVICE)
     weight = (torch.arange(64 * 9 + 1, device=DEVICE) % 100).to(torch.int8)[1:].reshape(9, 64)
-    for rows in (1, 3):
-        assert (sums([weight], x[:rows]).sum(0) == weight.float().sum(-1)).all()
+    assert (sums([weight], x).sum(0) == weight.float().sum(-1)).all()
+    assert (row([weight], [], x[:1]) == weight.sum(-1)).all()
 
 
 @pytest.mark.parametrize(("kind", "dtype", "rows", "kernel"), [

@@ -152,6 +152,19 @@ def test_a_compiled_layer_is_one_function_of_loops_between_products_of_integers(
     assert not any("aten.view" in source for source in sources)  # nor does torch look at bytes as words
 
 
+def test_a_graph_is_known_to_torchs_cache_between_processes_as_it_is_compiled(monkeypatch):
+    from torch._inductor import compile_fx
+
+    def noted(graph, *args, **kwargs):
+        codes.extend([graph.code, graph.graph.python_code("self").src])  # the cache goes by the first
+        return lambda numbers: [torch.ones(1, 5)]
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", noted)
+    codes, weight = [], torch.ones(5, 64, dtype=torch.bfloat16)  # of which the graph is given words of 32 bits
+    assert layers.by_shape(sums)(weight, weight[:1]).sum() == 5
+    assert codes[0] == codes[1] and "view" in codes[0]
+
+
 @pytest.mark.slow
 def test_a_weight_that_begins_within_a_word_is_compiled_apart(compilations):
     product = layers.by_shape(sums)

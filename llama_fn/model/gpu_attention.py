@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama_fn.model.gpu import early, launch
+from llama_fn.model import gpu
 from llama_fn.model.operators import define
 
 MANY = 2**17  # slots of all heads, of which a program attends to 128 of each and not to 32
@@ -21,16 +21,17 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) 
     queries, positions = queries.contiguous(), positions.contiguous()
     keys, values = (leaf if leaf.stride(-1) == 1 else leaf.contiguous() for leaf in (keys, values))
     many = g > 1 and b * k * keys.shape[2] > MANY  # what a group writes of each block counts beside the block, too
-    block, ahead = 128 if many else 32, early(queries)
+    block, ahead = 128 if many else 32, gpu.early(queries)
     blocks = triton.cdiv(keys.shape[2], block)
     parts = queries.new_empty((b * k * g, blocks, h), dtype=torch.float32)
     logarithms = queries.new_empty((b * k * g, blocks), dtype=torch.float32)
     heads = empty_attention(queries, keys, values, positions)
-    width, options = triton.next_power_of_2(h), launch(ahead)
+    width, options = triton.next_power_of_2(h), gpu.launch(ahead)
+    soon = ahead and b * k * blocks <= 1024  # all at once; else what comes next takes the place of those to come
     _block[b * k, blocks](queries, keys, values, positions, parts, logarithms, keys.shape[2], *keys.stride()[:3],
-                          *values.stride()[:3], k, g, h, width, block, h ** -0.5, ahead, num_warps=4 if many else 2,
-                          **options)
-    _mean[b * k * g,](parts, logarithms, heads, blocks, h, width, 16, ahead, num_warps=2, **options)
+                          *values.stride()[:3], k, g, h, width, block, h ** -0.5, ahead, soon,
+                          num_warps=4 if many else 2, **options)
+    _mean[b * k * g,](parts, logarithms, heads, blocks, h, width, 16, ahead, soon, num_warps=2, **options)
     return heads
 
 
@@ -42,11 +43,13 @@ def empty_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Te
 @triton.jit
 def _block(queries, keys, values, positions, parts, logarithms, slots, k_row, k_head, k_slot, v_row, v_head, v_slot,
            k: tl.constexpr, g: tl.constexpr, h: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-           factor: tl.constexpr, EARLY: tl.constexpr):
+           factor: tl.constexpr, EARLY: tl.constexpr, SOON: tl.constexpr):
     row, head = (tl.program_id(0) // k).to(tl.int64), (tl.program_id(0) % k).to(tl.int64)
     slot, width = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64), tl.arange(0, WIDTH)
     if EARLY:
         gdc_wait()
+    if SOON:
+        gdc_launch_dependents()
     seen = (slot <= tl.load(positions + row)) & (slot < slots)
     inside = seen[:, None] & (width < h)[None, :]
     keys += row * k_row + head * k_head
@@ -64,14 +67,16 @@ def _block(queries, keys, values, positions, parts, logarithms, slots, k_row, k_
         place = n.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         tl.store(parts + place * h + width, part, mask=width < h)
         tl.store(logarithms + place, most + tl.log(total))
-    if EARLY:
+    if EARLY and not SOON:
         gdc_launch_dependents()
 
 
 @triton.jit
 def _mean(parts, logarithms, heads, blocks, h: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-          EARLY: tl.constexpr):
+          EARLY: tl.constexpr, SOON: tl.constexpr):
     n, width, block = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+    if SOON:
+        gdc_launch_dependents()  # who waits for this kernel waits for the one before it, too, for which this one does
     if EARLY:
         gdc_wait()
     most = tl.load(logarithms + n * blocks)  # the first slot is always seen
@@ -86,7 +91,7 @@ def _mean(parts, logarithms, heads, blocks, h: tl.constexpr, WIDTH: tl.constexpr
                        mask=there[:, None] & (width < h)[None, :])
         total, out, most = total * before + share, out * before + part * share[:, None], larger
         start += BLOCK
-    if EARLY:
+    if EARLY and not SOON:
         gdc_launch_dependents()
     tl.store(heads + n * h + width, tl.sum(out, 0) / tl.sum(total, 0), mask=width < h)
 

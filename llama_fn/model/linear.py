@@ -129,14 +129,18 @@ def by_triton(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]
 
 
 def _by_triton(weights: Sequence[Tensor | Quantized], x: Tensor) -> list[Tensor]:
-    from llama_fn.model import gpu_sums as gpu  # it imports triton, which is only where there is a GPU
+    from llama_fn.model import gpu_row, gpu_sums  # noqa: F401  they import triton, which is only where there is a GPU
 
     weights = [_matrix(weight, 1) for weight in weights]
     values = [weight.values if isinstance(weight, Quantized) else weight for weight in weights]
-    rows = x.reshape(-1, x.shape[-1])
-    parts = torch.ops.llama_fn.sums(values, rows, gpu.share(values, rows))  # "p b o"
-    ys = parts.sum(0).split([len(value) for value in values], -1)
-    ys = [y * weight.scale if isinstance(weight, Quantized) else y for y, weight in zip(ys, weights, strict=True)]
+    scales = [weight.scale for weight in weights if isinstance(weight, Quantized)]
+    rows, outputs = x.reshape(-1, x.shape[-1]), [len(value) for value in values]
+    if len(rows) == 1:
+        y = torch.ops.llama_fn.row(values, scales, rows)
+        ys = y.split(outputs, -1) if len(outputs) > 1 else [y]
+    else:
+        ys = torch.ops.llama_fn.sums(values, rows, gpu_sums.share(values, rows)).sum(0).split(outputs, -1)  # "p b o"
+        ys = [y * scale for y, scale in zip(ys, scales, strict=True)] if scales else ys
     return [y.to(x.dtype).reshape(*x.shape[:-1], -1) for y in ys]
 
 

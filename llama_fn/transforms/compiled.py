@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from llama_fn.model import integers
 from llama_fn.shapes import far, transforms
+from llama_fn.transforms.fused import fuse
 
 OPTIONS = {"size_asserts": False}  # each call looks first whether its tensors fit
 # Inductor multiplies and adds apart. Headers compiled beforehand take six seconds, and two loops gain nothing by them.
@@ -74,7 +75,10 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
     with torch.no_grad(), _compiling(), imagined:
         graph = make_fx(flat, decomposition_table=select_decomp_table())(*inputs)
     graph.graph = fx_graph_cse(graph.graph)  # queries, keys and values take the same rows, laid out in the same way
+    with imagined:
+        fuse(graph.graph)
     outside = _views_outside(graph.graph, inputs)
+    graph.recompile()  # torch's cache between processes knows a graph by its code
     with torch.no_grad(), V.set_fake_mode(imagined), config.patch(options), \
             torch._guards.tracing(torch._guards.TracingContext(imagined)):
         run = compile_fx_inner(graph, inputs, is_inference=True)
