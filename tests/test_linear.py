@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import keys
 
 import llama_fn as lf
-from llama_fn.model import integers, linear
+from llama_fn.model import avx2, linear
 from llama_fn.model.quantized import dequantized, grouped, quantized
 from llama_fn.model.sums import sums
 
@@ -143,11 +143,17 @@ def chosen(kind: str, dtype: torch.dtype, rows: int, d: int = 64, device: str = 
     ("tensor", torch.float32, 1, 63, "product", "sums"),
     ("tensor", torch.bfloat16, 1, 63, "product", "sums"),
     ("tensor", torch.bfloat16, 8, 63, "product", "sums"),
+    ("tensor", torch.bfloat16, 3, 64, "product", "sums"),
+    ("tensor", torch.bfloat16, 4, 64, "product", "by_cpp"),
+    ("tensor", torch.float32, 32, 64, "product", "by_cpp"),
+    ("tensor", torch.bfloat16, 32, 64, "in_pieces", "by_cpp"),
+    ("tensor", torch.bfloat16, 33, 64, "in_pieces", "in_pieces"),
+    ("tensor", torch.float64, 8, 64, "product", "sums"),
     ("tensor", torch.bfloat16, 9, 63, "in_pieces", "in_pieces"),
     ("tensor", torch.float32, 9, 63, "product", "product"),
-    ("int8", torch.bfloat16, 1, 64, "product", "by_integers"),
-    ("int8", torch.bfloat16, 2, 64, "packed", "by_integers"),
-    ("int8", torch.float16, 8, 64, "product", "by_integers"),
+    ("int8", torch.bfloat16, 1, 64, "product", "by_cpp"),
+    ("int8", torch.bfloat16, 2, 64, "packed", "by_cpp"),
+    ("int8", torch.float16, 8, 64, "product", "by_cpp"),
     ("int8", torch.bfloat16, 8, 96, "packed", "sums"),  # no whole groups of inputs
     ("int8", torch.bfloat16, 9, 64, "packed", "packed"),
     ("int8", torch.bfloat16, 64, 64, "packed", "packed"),
@@ -156,21 +162,21 @@ def chosen(kind: str, dtype: torch.dtype, rows: int, d: int = 64, device: str = 
     ("int8", torch.bfloat16, 8, 63, "product", "product"),  # no whole words
     ("int8", torch.float32, 1, 64, "product", "sums"),
     ("int8", torch.float32, 9, 64, "product", "product"),
-    ("int4", torch.bfloat16, 1, 128, "in_pieces", "by_integers"),
+    ("int4", torch.bfloat16, 1, 128, "in_pieces", "by_cpp"),
     ("int4", torch.float32, 8, 128, "in_pieces", "sums"),
     ("int4", torch.float32, 8, 96, "in_pieces", "in_pieces"),  # no whole groups
     ("int4", torch.float32, 9, 128, "in_pieces", "in_pieces"),
 ])
 def test_the_kernel_is_chosen_by_kind_rows_and_mode(monkeypatch, kind, dtype, rows, d, eager, compiled):
     monkeypatch.setattr(linear, "HAS_BFLOAT16", False)
-    monkeypatch.setattr(integers, "_here", lambda: True)
+    monkeypatch.setattr(avx2, "level", lambda: "AVX2")
     assert chosen(kind, dtype, rows, d) == eager
     assert chosen(kind, dtype, rows, d, "meta") == "product"
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     assert chosen(kind, dtype, rows, d) == compiled
     assert chosen(kind, dtype, rows, d, "meta") == ("sum_of_products" if rows == 1 else "product")
-    monkeypatch.setattr(integers, "_here", lambda: False)  # a processor without AVX2
-    assert chosen(kind, dtype, rows, d) == compiled.replace("by_integers", "sums")
+    monkeypatch.setattr(avx2, "level", lambda: "")  # a processor without AVX2
+    assert chosen(kind, dtype, rows, d) == (compiled if compiled != "by_cpp" else "sums" if rows <= 8 else eager)
     monkeypatch.setattr(linear, "HAS_BFLOAT16", True)  # a good product of bfloat16 is torch's
     if kind != "int4" and compiled == "in_pieces":
         assert chosen(kind, dtype, rows, d) == "product"
@@ -179,9 +185,9 @@ def test_the_kernel_is_chosen_by_kind_rows_and_mode(monkeypatch, kind, dtype, ro
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_integers_that_were_cast_are_not_read_as_bytes(kind):
     weight, x = weight_of(kind, lf.random.key(0), (3,), (64,), torch.float16), torch.ones(2, 64, dtype=torch.float16)
-    assert integers.takes(weight, x) == integers._here()
+    assert avx2.takes(weight, x) == bool(avx2.level())
     for dtype in (torch.float16, torch.int16):
-        assert not integers.takes(weight._replace(values=weight.values.to(dtype)), x)
+        assert not avx2.takes(weight._replace(values=weight.values.to(dtype)), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

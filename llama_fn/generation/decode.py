@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama_fn import random, tree
 from llama_fn.generation.sampling import Sampler, is_pure
+from llama_fn.model import avx2
 from llama_fn.model import cache as kv
 from llama_fn.model.cache import Cache, init_cache
 from llama_fn.model.sums import FEW
@@ -130,7 +131,7 @@ def fast(params: Params, rows: int, sample: Sampler) -> Callable:
     Of the samplers, those of `sampler` are compiled; another may look at what changes from draw to draw.
     """
     large = sum(x.nbytes for x in tree.leaves(params)) >= LARGE
-    if not large or (rows > FEW and not params.norm.is_cuda):
+    if not large or (rows > max(FEW, avx2.most(params.output)) and not params.norm.is_cuda):
         return step
     return _compiled(is_pure(sample))
 

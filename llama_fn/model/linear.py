@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.model import integers
+from llama_fn.model import avx2
 from llama_fn.model.quantized import Grouped, Quantized, dequantized
 from llama_fn.model.sums import FEW, Matrix, in_memory, sums, whole_words
 from llama_fn.model.tapped import Tapped, linear_observed
@@ -54,9 +54,9 @@ def linear(weight: Float[Tensor, "..."] | Kind, x: Float[Tensor, "..."], inputs:
 
 def linears(weights: Sequence[Tensor | Kind], x: Float[Tensor, "..."]) -> list[Float[Tensor, "..."]]:
     """`linear` of each; where a kernel takes several at once, by that: a GPU is not at its speed before a small weight
-    is read, and a kernel of integers is called less often.
+    is read, and a kernel in C++ is called less often.
     """
-    for chosen, kernel in ((_for_triton, _by_triton), (_for_integers, _by_integers)):
+    for chosen, kernel in ((_for_triton, _by_triton), (_for_cpp, _by_cpp)):
         if all(chosen(weight, x) for weight in weights) and len(set(map(type, weights))) == 1:
             ys = kernel(weights, x)
             return [y.unflatten(-1, weight.shape[:-1]) for y, weight in zip(ys, weights, strict=True)]
@@ -78,8 +78,8 @@ def _kernel(matrix: Matrix, x: Tensor) -> Callable[[Matrix, Tensor], Tensor]:
         return product
     if _for_triton(matrix, x):
         return by_triton
-    if _for_integers(matrix, x):
-        return by_integers
+    if _for_cpp(matrix, x):
+        return by_cpp
     if x.device.type != "cpu":
         return sum_of_products if torch.compiler.is_compiling() and rows == 1 else product
     if torch.compiler.is_compiling() and 0 < rows <= FEW and (isinstance(matrix, Tensor) or whole_words(matrix)):
@@ -157,20 +157,20 @@ def _for_triton(weight: Tensor | Kind, x: Tensor) -> bool:
 
 
 @typed
-def by_integers(weight: Quantized | Grouped, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
-    """`written_out` for a few rows on the CPU, of inputs that are integers of 16 bits, too (see `integers`)."""
-    return _by_integers([weight], x)[0]
+def by_cpp(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+    """`written_out` for a few rows on the CPU, by a kernel in C++ (see `avx2`)."""
+    return _by_cpp([weight], x)[0]
 
 
-def _by_integers(weights: Sequence[Quantized | Grouped], x: Tensor) -> list[Tensor]:
-    ys = integers.sums(weights, x.reshape(-1, x.shape[-1]))
+def _by_cpp(weights: Sequence[Matrix], x: Tensor) -> list[Tensor]:
+    ys = avx2.sums(weights, x.reshape(-1, x.shape[-1]))
     return [y.to(x.dtype).reshape(*x.shape[:-1], -1) for y in ys]
 
 
-def _for_integers(weight: Tensor | Kind, x: Tensor) -> bool:
-    """Whether `by_integers` takes these: in a compiled step, since a compiler makes it."""
+def _for_cpp(weight: Tensor | Kind, x: Tensor) -> bool:
+    """Whether `by_cpp` takes these: in a compiled step, since a compiler makes it."""
     return (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-            and not torch.compiler.is_exporting() and integers.takes(weight, x) and not transforms()
+            and not torch.compiler.is_exporting() and avx2.takes(weight, x) and not transforms()
             and not x.requires_grad)
 
 

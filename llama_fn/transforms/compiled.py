@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph
 from torch.nn import Parameter
 
-from llama_fn.model import integers
+from llama_fn.model import avx2
 from llama_fn.shapes import far, transforms
 from llama_fn.transforms.fused import fuse
 
@@ -82,7 +82,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
     with torch.no_grad(), V.set_fake_mode(imagined), config.patch(options), \
             torch._guards.tracing(torch._guards.TracingContext(imagined)):
         run = compile_fx_inner(graph, inputs, is_inference=True)
-    integers.ready(graph.graph)
+    avx2.ready(graph.graph)
 
     # What was asked of a size may have decided it.
     alike = _alike(tensors, {i: axis for i, axis in loose.items() if not is_concrete_int(fakes[i].shape[axis])})

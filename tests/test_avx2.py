@@ -1,6 +1,6 @@
-"""The kernel of integers: it computes what is written out, but for what inputs of 16 bits lose.
+"""The kernels in C++: they compute what is written out, but for what inputs of 16 bits lose.
 
-Where the processor has no AVX2 it is not chosen, and of it there is nothing to see.
+Where the processor has no AVX2 they are not chosen, and of them there is nothing to see.
 """
 
 import math
@@ -13,9 +13,9 @@ from strategies import Calls, keys, random_params
 from test_linear import plain, weight_of
 
 import llama_fn as lf
-from llama_fn.model import integers, linear
+from llama_fn.model import avx2, linear
 
-pytestmark = pytest.mark.skipif(not integers._here(), reason="this processor has no AVX2")
+pytestmark = pytest.mark.skipif(not avx2.level(), reason="this processor has no AVX2")
 KINDS = st.sampled_from(["int8", "int4"])
 
 
@@ -35,13 +35,29 @@ def test_integers_sum_what_is_written_out(threads, key, kind, outputs, groups, r
     largest = x.abs().unflatten(-1, (groups, 64)).amax(-1).repeat_interleave(64, -1).double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
-        ys = integers.sums(weights, x)
+        ys = avx2.sums(weights, x)
     for weight, y in zip(weights, ys, strict=True):
         w = plain(weight)
         lost = linear.written_out(w.abs() + plain(weight._replace(values=weight.values * 0)).abs(), largest) * 2**-16
         terms = linear.written_out(w.abs(), x.double().abs())
         assert y.dtype == torch.float32 and y.shape == (rows, len(w))
         assert ((y - linear.written_out(w, x.double())).abs() <= lost + 2e-6 * terms).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@given(key=keys(), dtype=st.sampled_from(avx2.FLOATS), outputs=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+       registers=st.integers(1, 40), rows=st.integers(1, 33))
+def test_floats_sum_what_is_written_out(threads, key, dtype, outputs, registers, rows):
+    one, two = lf.random.split(key)
+    numbers = lf.random.normal(one, (sum(outputs), 8 * registers), torch.float32).to(dtype)
+    x = lf.random.normal(two, (rows, 8 * registers), torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        ys = avx2.sums(numbers.split(outputs), x)
+    for weight, y in zip(numbers.double().split(outputs), ys, strict=True):
+        terms = linear.written_out(weight.abs(), x.double().abs())
+        assert y.dtype == torch.float32 and y.shape == (rows, len(weight))
+        assert ((y - linear.written_out(weight, x.double())).abs() <= 2e-6 * terms).all()
 
 
 @pytest.mark.parametrize("rows", range(1, 9))
@@ -52,7 +68,7 @@ def test_the_largest_integers_do_not_overflow(rows):
     nibbles = nibbles._replace(values=torch.full_like(nibbles.values, 255))
     three, same = 3 * signs, torch.full((192,), 3.0)
     for weight, x in ((bytes_, three), (bytes_, -three), (nibbles, same), (nibbles, -same)):
-        y, exact = integers.sums([weight], x.expand(rows, 192))[0], linear.written_out(plain(weight), x.double())
+        y, exact = avx2.sums([weight], x.expand(rows, 192))[0], linear.written_out(plain(weight), x.double())
         assert ((y - exact).abs() <= 1e-6 * linear.written_out(plain(weight).abs(), x.double().abs())).all()
 
 
@@ -61,28 +77,29 @@ def test_the_largest_integers_do_not_overflow(rows):
 def test_what_is_no_number_stays_none_in_its_row_alone(kind, bad):
     weights, x = weights_of(kind, lf.random.key(1), [7, 2], 640), lf.random.normal(lf.random.key(2), (5, 640))
     x[3, 301], x[4] = bad, 0
-    for y, alone in zip(integers.sums(weights, x), integers.sums(weights, x[:1]), strict=True):
+    for y, alone in zip(avx2.sums(weights, x), avx2.sums(weights, x[:1]), strict=True):
         assert not y[3].isfinite().any() and (y[4] == 0).all()
         assert (y[0] - alone[0]).abs().max() <= 1e-5 * y[0].abs().max()
 
 
-@given(keys(), KINDS, st.sampled_from([(), (1,), (2, 3), (1, 8)]), st.sampled_from([torch.bfloat16, torch.float16]))
-def test_by_integers_a_map_is_what_is_written_out_and_rounds_once(key, kind, batch, dtype):
+@given(keys(), st.sampled_from(["tensor", "int8", "int4"]), st.sampled_from([(), (1,), (2, 3), (1, 8)]),
+       st.sampled_from([torch.bfloat16, torch.float16]))
+def test_by_cpp_a_map_is_what_is_written_out_and_rounds_once(key, kind, batch, dtype):
     weight = weight_of(kind, key, (7,), (192,), dtype)
     x = lf.random.normal(key, (*batch, 192), torch.float64).to(dtype)
-    y, exact = linear.by_integers(weight, x), linear.written_out(plain(weight), x.double())
+    y, exact = linear.by_cpp(weight, x), linear.written_out(plain(weight), x.double())
     terms = linear.written_out(plain(weight).abs(), x.double().abs())
     unit = {torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
     assert y.dtype == dtype and y.shape == exact.shape
     assert ((y - exact).abs() <= unit * exact.abs() + 1e-4 * terms).all()
 
 
-@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("bits", [None, "int8", "int4"])
 @pytest.mark.parametrize("batch", [(), (7,), (1, 8)])
-def test_a_step_by_this_kernel_is_the_step(bits, batch):
+def test_a_step_by_these_kernels_is_the_step(bits, batch):
     config = lf.Config(dim=192, n_layers=1, n_heads=12, n_kv_heads=4, vocab_size=37, hidden_dim=320, max_seq_len=64)
     params = lf.tree.map(lambda x: x.half(), random_params(config, lf.random.key(0), torch.float32))
-    params = lf.quantize(params, bits)
+    params = lf.quantize(params, bits) if bits else params
     tokens = lf.random.bits(lf.random.key(1), (*batch, 5)) * 37 >> 32
     cache = lf.init_cache(config, batch, max_len=9, dtype=torch.float16)
     whole, _ = lf.forward(params, tokens, cache)
@@ -91,13 +108,14 @@ def test_a_step_by_this_kernel_is_the_step(bits, batch):
     with pytest.MonkeyPatch.context() as patch, calls:
         patch.setattr(torch.compiler, "_is_compiling_flag", True)
         logits, after = lf.forward(params, tokens[..., 4:], cache)
-    assert calls.names == ["integers"] * 5  # queries, keys and values are one, and so are gate and up
+    named = "integers" if bits else "floats" if batch and avx2.level() == "AVX2" else None
+    assert calls.names == ([named] * 5 if named else [])  # queries, keys and values are one, and so are gate and up
     assert (logits[..., 0, :] - whole[..., 4, :]).abs().max() <= 3e-3 * whole.abs().max()
     assert (after.length == 5).all()
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["tensor", "int8", "int4"])
 def test_tracing_knows_its_shape(kind):
     weights, x = weights_of(kind, lf.random.key(3), [7, 2, 5], 128), torch.ones(3, 128)
-    imagined = integers.sums(lf.tree.map(lambda leaf: leaf.to("meta"), weights), x.to("meta"))
-    assert [(y.shape, y.dtype) for y in imagined] == [(y.shape, y.dtype) for y in integers.sums(weights, x)]
+    imagined = avx2.sums(lf.tree.map(lambda leaf: leaf.to("meta"), weights), x.to("meta"))
+    assert [(y.shape, y.dtype) for y in imagined] == [(y.shape, y.dtype) for y in avx2.sums(weights, x)]
