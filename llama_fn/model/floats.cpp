@@ -55,7 +55,7 @@ void tile(const typename Weight::Type* weight, const typename Weight::Type* next
     __m256 sums[OUTPUTS][ROWS];
     UNROLLED for (int o = 0; o < OUTPUTS; o++)
         UNROLLED for (int r = 0; r < ROWS; r++) sums[o][r] = _mm256_setzero_ps();
-    for (int64_t i = 0; i < d; i += 8, x += 8 * ROWS) {
+    _Pragma("GCC unroll 4") for (int64_t i = 0; i < d; i += 8, x += 8 * ROWS) {  // 6 % faster
         __m256 weights[OUTPUTS];
         UNROLLED for (int o = 0; o < OUTPUTS; o++) weights[o] = Weight::load(weight + o * d + i);
         if (i % LINE == 0)
