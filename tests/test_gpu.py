@@ -142,6 +142,41 @@ def test_in_a_layer_the_products_take_the_gate_and_the_sums_with_them(bits):
         assert (a - b).abs().max() <= 2e-3 * b.abs().max()
 
 
+@pytest.mark.parametrize("f", [
+    lambda x, other, w0, w1: row([w1], [], F.silu(row([w0], [], x)) * 2.0),  # a gate by a number
+    lambda x, other, w0, w1: row([w1], [], F.silu(row([w0], [], x)) * row([w1], [], x)),  # of two products
+    lambda x, other, w0, w1: other.mT.reshape(1, 2, 3).mT + row([w1], [], x).view(1, 3, 2),  # what lies otherwise
+    lambda x, other, w0, w1: other[:, :1] + row([w1], [], x),  # for every output the same
+    lambda x, other, w0, w1: torch.add(other, row([w1], [], x), alpha=2),
+    lambda x, other, w0, w1: other + (y := row([w1], [], x)) * y,
+], ids=range(6))
+def test_what_is_no_gate_and_no_sum_is_left_alone(f):
+    assert fused_words(f) == []
+
+
+def test_a_product_for_nothing_is_forgotten():
+    def f(x, other, w0, w1):
+        gate, up = row([w0, w1], [], x).split([6, 6], -1)
+        y = F.silu(gate) * up
+        used, _ = row([w0], [], y), row([w1], [], y)
+        return used
+
+    assert fused_words(f) == ["gated"]
+
+
+def fused_words(f) -> list[str]:
+    """What the products in `f`'s graph do besides, which changes nothing."""
+    args = [torch.arange(1, 7, dtype=HALF, device=DEVICE)[None] / 5 + i for i in range(2)]
+    args += [torch.arange(36, dtype=HALF, device=DEVICE).view(6, 6) / 40 - i / 2 for i in range(2)]
+    imagined = FakeTensorMode()
+    with imagined:
+        graph = make_fx(f, decomposition_table=select_decomp_table())(*map(imagined.from_tensor, args))
+        fuse(graph.graph)
+    graph.recompile()
+    assert (graph(*args) - f(*args)).abs().max() <= 2e-3 * f(*args).abs().max()
+    return [name for node in graph.graph.nodes for name in node.kwargs if name in ("gated", "residual")]
+
+
 @pytest.mark.parametrize(("g", "many"), [(1, False), (3, False), (3, True)])
 @given(key=keys(), batch=st.sampled_from([(), (4,), (1, 4)]), h=st.sampled_from([6, 8]),
        slots=st.sampled_from([530, 70, 33, 32, 31, 1]), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
@@ -224,6 +259,9 @@ def test_these_kernels_are_chosen_in_a_compiled_step_on_a_gpu(monkeypatch, kind,
         assert linear._kernel(weight, x).__name__ == kernel
         if kind == "tensor":
             assert linear._kernel(weight.repeat(1, 2)[:, ::2], x).__name__ != "by_triton"  # it would be copied
+        if kind == "int8":  # its scales are read as they lie
+            one_for_all = weight._replace(scale=weight.scale[:1].expand(3))
+            assert linear._kernel(one_for_all, x).__name__ != "by_triton"
         heads = torch.empty(2, 3, 1, 4, dtype=dtype, device="cuda")
         assert attending._for_triton(heads) and not attending._for_triton(heads.double())
         torch.vmap(lambda row: seen.append(linear._for_triton(weight, row)) or row)(x)

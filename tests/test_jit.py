@@ -331,6 +331,18 @@ def test_a_large_model_is_stepped_compiled_and_writes_the_same_text(monkeypatch,
     assert compilations.count("drawn") == 5
 
 
+@pytest.mark.parametrize(("level", "bits", "most"), [
+    ("AVX2", None, 32), ("AVX2", "int8", 8), ("AVX512", None, 8), ("AVX512", "int4", 8), ("", None, 8)])
+def test_as_many_rows_of_a_large_model_are_compiled_as_gain_by_it(monkeypatch, level, bits, most):
+    params = random_params(CONFIG, lf.random.key(0), torch.float32)
+    params = lf.quantize(params, bits) if bits else params
+    monkeypatch.setattr(avx2, "level", lambda: level)
+    assert decode.fast(params, 1, lf.sampler()) is decode.step
+    monkeypatch.setattr(decode, "LARGE", 0)
+    compiled = [decode.fast(params, rows, lf.sampler()) is not decode.step for rows in (1, most, most + 1)]
+    assert compiled == [True, True, False]
+
+
 @pytest.mark.slow
 def test_a_sampler_of_ones_own_is_asked_at_every_draw(monkeypatch, compilations):
     monkeypatch.setattr(decode, "LARGE", 0)

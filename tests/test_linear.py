@@ -175,8 +175,11 @@ def test_the_kernel_is_chosen_by_kind_rows_and_mode(monkeypatch, kind, dtype, ro
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     assert chosen(kind, dtype, rows, d) == compiled
     assert chosen(kind, dtype, rows, d, "meta") == ("sum_of_products" if rows == 1 else "product")
+    without = compiled if compiled != "by_cpp" else "sums" if rows <= 8 else eager
+    monkeypatch.setattr(avx2, "level", lambda: "AVX512")
+    assert chosen(kind, dtype, rows, d) == (without if kind == "tensor" else compiled)
     monkeypatch.setattr(avx2, "level", lambda: "")  # a processor without AVX2
-    assert chosen(kind, dtype, rows, d) == (compiled if compiled != "by_cpp" else "sums" if rows <= 8 else eager)
+    assert chosen(kind, dtype, rows, d) == without
     monkeypatch.setattr(linear, "HAS_BFLOAT16", True)  # a good product of bfloat16 is torch's
     if kind != "int4" and compiled == "in_pieces":
         assert chosen(kind, dtype, rows, d) == "product"

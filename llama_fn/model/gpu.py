@@ -1,7 +1,7 @@
 """What a GPU's kernels have in common.
 
 On Hopper a kernel is there before the one before it has ended (programmatic launch), waits for it before it reads or
-writes what is not older than the step, and lets the next one come when it has read all that it reads.
+writes what is not older than the step, and lets the next one come before it ends itself.
 """
 
 import torch
@@ -45,6 +45,19 @@ def aligned(x: Tensor) -> Tensor:
 def filled(some: list[Tensor]) -> list[Tensor]:
     """As many as a kernel takes."""
     return some + some[-1:] * (MOST - len(some))
+
+
+@triton.jit
+def mine(w0, w1, w2, s0, s1, s2, o0, o1, o2, OUTPUTS: tl.constexpr):
+    """Of this program: its weight and that one's scales, how many outputs it has, which of them are this program's own,
+    and where they go.
+    """
+    program, weight, scale, outputs, first = tl.program_id(0), w0, s0, o0, 0
+    if program >= tl.cdiv(o0, OUTPUTS):
+        program, weight, scale, outputs, first = program - tl.cdiv(o0, OUTPUTS), w1, s1, o1, o0
+        if program >= tl.cdiv(o1, OUTPUTS):
+            program, weight, scale, outputs, first = program - tl.cdiv(o1, OUTPUTS), w2, s2, o2, o0 + o1
+    return weight, scale, outputs, program * OUTPUTS + tl.arange(0, OUTPUTS), first
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_fn.model import gpu
-from llama_fn.model.gpu import number
+from llama_fn.model.gpu import mine, number
 from llama_fn.model.operators import define
 
 ASKED = 4096  # bytes of the next weights that a program asks for
@@ -20,8 +20,8 @@ ASKED = 4096  # bytes of the next weights that a program asks for
 def row(weights: list[Tensor], scales: list[Tensor], x: Tensor, residual: Tensor | None = None, gated: bool = False,
         following: Tensor | None = None) -> Tensor:
     """W x of a row "1 d", of up to `gpu.MOST` weights "o d" of one dtype, times their outputs' scales if there are any:
-    the outputs of all weights side by side, "1 o". With a `residual` "1 o", residual + W x; `gated`, silu(W0 x) * W1 x
-    of two weights. `following` is the weight that will be read next.
+    the outputs of all weights side by side, "1 o". With a `residual` "1 o", residual + W x; or, `gated`, of two weights
+    silu(W0 x) * W1 x. `following` is the weight that will be read next.
     """
     y, ways = empty_row(weights, scales, x, residual, gated), gpu.ways(weights, x)
     weights, x, ahead = gpu.words(weights, x)
@@ -52,12 +52,12 @@ def _lying(words, i: tl.constexpr, zero):
     operation more if the compiler knew them.
     """
     if i == 3:
-        number = (words & -16777216).to(tl.float32)
+        lies = (words & -16777216).to(tl.float32)
     elif i == 1:
-        number = ((words & 65280) ^ (zero + 32640)).to(tl.float32, bitcast=True) - 8421376.0
+        lies = ((words & 65280) ^ (zero + 32640)).to(tl.float32, bitcast=True) - 8421376.0
     else:
-        number = ((words >> 8 * i & 255) ^ zero).to(tl.float32, bitcast=True) - 8388736.0
-    return number
+        lies = ((words >> 8 * i & 255) ^ zero).to(tl.float32, bitcast=True) - 8388736.0
+    return lies
 
 
 ZERO = 0x4B000080  # 2**23 + 128, the float that `_lying` makes of a byte of 0
@@ -86,26 +86,21 @@ def _ask(at, size):
 def _row(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, residual, following, y, zero, d: tl.constexpr, ways: tl.constexpr,
          OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
          ASKING: tl.constexpr, ASKED: tl.constexpr, EARLY: tl.constexpr):
-    program, weight, scale, outputs, first = tl.program_id(0), w0, s0, o0, 0
     k = tl.arange(0, BLOCK)
     dtype: tl.constexpr = y.dtype.element_ty
     if GATED:  # an output of the first weight, the same of the second, the next of the first
-        o = program * (OUTPUTS // 2) + tl.arange(0, OUTPUTS) // 2
+        o, outputs, first = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS) // 2, o0, 0
         second = tl.arange(0, OUTPUTS) % 2 == 1
-        at = tl.where(second[:, None], w1, w0) + (o[:, None].to(tl.int64) * d + k[None, :])
+        at, scale = tl.where(second[:, None], w1, w0), tl.where(second, s1, s0)
     else:
-        if program >= tl.cdiv(o0, OUTPUTS):
-            program, weight, scale, outputs, first = program - tl.cdiv(o0, OUTPUTS), w1, s1, o1, o0
-            if program >= tl.cdiv(o1, OUTPUTS):
-                program, weight, scale, outputs, first = program - tl.cdiv(o1, OUTPUTS), w2, s2, o2, o0 + o1
-        o = program * OUTPUTS + tl.arange(0, OUTPUTS)
-        at = weight + o[:, None].to(tl.int64) * d + k[None, :]
+        at, scale, outputs, o, first = mine(w0, w1, w2, s0, s1, s2, o0, o1, o2, OUTPUTS)
+    at += o[:, None].to(tl.int64) * d + k[None, :]
     there = (o < outputs)[:, None]
     if ways == 4:
         at = tl.max_contiguous(at, [1, 2])  # two words a thread, as many as it reads fours of inputs
     words = tl.load(at, mask=there & (k < d)[None, :], other=0, eviction_policy="evict_first")
     if SCALED:
-        factors = tl.load((tl.where(second, s1, s0) if GATED else scale) + o, mask=o < outputs, other=0)
+        factors = tl.load(scale + o, mask=o < outputs, other=0)
     if EARLY:
         gdc_wait()  # for x; the weight is older
     if ADDED:
@@ -139,7 +134,7 @@ def _row(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, residual, following, y, zero, d:
         out *= factors
     out = out.to(dtype)  # as it is where this is a kernel by itself
     if GATED:
-        o = program * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
+        o = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
         gate, up = tl.split(tl.reshape(out.to(tl.float32), [OUTPUTS // 2, 2]))
         out = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
     if ADDED:

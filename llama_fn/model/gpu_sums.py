@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_fn.model import gpu
-from llama_fn.model.gpu import number
+from llama_fn.model.gpu import mine, number
 from llama_fn.model.operators import define
 
 
@@ -53,17 +53,6 @@ def _block_of(rows: int, ways: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _mine(w0, w1, w2, o0, o1, o2, OUTPUTS: tl.constexpr):
-    """Of this program: its weight, how many outputs that has, which of them are its own, and where they go."""
-    program, weight, outputs, first = tl.program_id(0), w0, o0, 0
-    if program >= tl.cdiv(o0, OUTPUTS):
-        program, weight, outputs, first = program - tl.cdiv(o0, OUTPUTS), w1, o1, o0
-        if program >= tl.cdiv(o1, OUTPUTS):
-            program, weight, outputs, first = program - tl.cdiv(o1, OUTPUTS), w2, o2, o0 + o1
-    return weight, outputs, program * OUTPUTS + tl.arange(0, OUTPUTS), first
-
-
-@triton.jit
 def _byte(words, i: tl.constexpr):
     """Byte i of each word as a float: as the last bits of 2**23 + 128, which is taken off again. (To convert a byte
     takes four times as long.)
@@ -75,7 +64,7 @@ def _byte(words, i: tl.constexpr):
 def _few_rows(w0, w1, w2, o0, o1, o2, x, y, rows, d: tl.constexpr, share: tl.constexpr, ways: tl.constexpr,
               ROWS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
               EARLY: tl.constexpr):
-    weight, outputs, o, first = _mine(w0, w1, w2, o0, o1, o2, OUTPUTS)
+    weight, _, outputs, o, first = mine(w0, w1, w2, w0, w1, w2, o0, o1, o2, OUTPUTS)
     r, k, begin = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.program_id(1) * share
     at = weight + o[:, None].to(tl.int64) * d + begin
     if EARLY:

@@ -124,7 +124,7 @@ def sum_of_products(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "
 
 @typed
 def by_triton(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
-    """`written_out` for a few rows on a GPU, by a kernel of `gpu_sums`, which reads a weight once and as it is."""
+    """`written_out` for a few rows on a GPU, by a kernel of `gpu_row` or `gpu_sums`, which reads a weight once."""
     return _by_triton([weight], x)[0]
 
 
@@ -151,7 +151,8 @@ def _for_triton(weight: Tensor | Kind, x: Tensor) -> bool:
     if not x.is_cuda or not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling():
         return False
     values, most = (weight.values, 64) if isinstance(weight, Quantized) else (weight, 16)
-    return (isinstance(values, Tensor) and values.is_contiguous() and values.dtype in (x.dtype, torch.int8)
+    scaled = not isinstance(weight, Quantized) or weight.scale.is_contiguous()
+    return (isinstance(values, Tensor) and values.is_contiguous() and scaled and values.dtype in (x.dtype, torch.int8)
             and x.dtype in (torch.bfloat16, torch.float16) and 0 < x.shape[:-1].numel() <= most
             and not transforms() and not x.requires_grad)
 

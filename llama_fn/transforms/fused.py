@@ -18,6 +18,7 @@ def fuse(graph: Graph) -> None:
     """Let the products of one row in a graph that `make_fx` wrote do what is done with their results, and each know the
     weight that the next one reads. Within the fake mode of the graph's values.
     """
+    graph.eliminate_dead_code()
     for product in _products(graph):
         _gated(graph, product)
     for product in _products(graph):
@@ -51,11 +52,15 @@ def _added(graph: Graph, product: Node) -> None:
         last = user
     if len(last.users) != 1 or user.target is not aten.add.Tensor or user.kwargs or user.args[1] is not last:
         return
-    x, value = user.args[0], last.meta["val"]
-    if isinstance(x, Node) and (x.meta["val"].shape, x.meta["val"].dtype) == (value.shape, value.dtype):
+    x = user.args[0]
+    if isinstance(x, Node) and _alike(x.meta["val"], last.meta["val"]) and x.meta["val"].is_contiguous():
         with graph.inserting_before(user):
             x = _put(graph, aten.view.default, (x, list(product.meta["val"].shape)), {})
         _instead(graph, user, product, residual=x)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 def _seen(node: Node) -> Node:
@@ -91,7 +96,7 @@ def _arguments(node: Node, f: Callable[..., Tensor], count: int) -> list[Node] |
     def same(x: Any, wanted: Any) -> bool:
         if isinstance(wanted, Node) and wanted in found:
             found[wanted] = found[wanted] or x
-            return found[wanted] is x and (x.meta["val"].shape, x.meta["val"].dtype) == (value.shape, value.dtype)
+            return isinstance(x, Node) and found[wanted] is x and _alike(x.meta["val"], value)
         if isinstance(wanted, Node):
             return (isinstance(x, Node) and (x.target, x.kwargs) == (wanted.target, wanted.kwargs)
                     and len(x.args) == len(wanted.args) and all(map(same, x.args, wanted.args)))
