@@ -1,6 +1,7 @@
 """`jit` and `jit_layers`: compiled equals eager, donation reuses memory, and a decode loop compiles once."""
 
 import dataclasses
+import gc
 import itertools
 from collections.abc import Callable
 
@@ -163,6 +164,31 @@ def test_a_graph_is_known_to_torchs_cache_between_processes_as_it_is_compiled(mo
     codes, weight = [], torch.ones(5, 64, dtype=torch.bfloat16)  # of which the graph is given words of 32 bits
     assert layers.by_shape(sums)(weight, weight[:1]).sum() == 5
     assert codes[0] == codes[1] and "view" in codes[0]
+
+
+def test_no_garbage_is_looked_for_while_a_graph_is_made_and_then_as_before(monkeypatch):
+    from torch._inductor import compile_fx
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", lambda graph, *args, **kwargs: lambda numbers: [numbers[0] + 1])
+    seen = []
+
+    def f(x):
+        seen.append(gc.isenabled())
+        if x.ndim > 1:
+            raise KeyError("a matrix")
+        return x + 1
+
+    traced = layers.by_shape(f)
+    try:
+        for before in (True, False):
+            (gc.enable if before else gc.disable)()
+            seen.clear()
+            assert (traced(torch.ones(5 if before else 6)) == 2).all() and seen == [False] and gc.isenabled() == before
+            with pytest.raises(KeyError):
+                traced(torch.ones(2, 3))
+            assert gc.isenabled() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """`compiled`: a function of trees, traced for certain shapes and given to inductor."""
 
 import contextlib
+import gc
 import itertools
 import threading
 import weakref
@@ -27,6 +28,21 @@ ONE_LOOP = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 1000}
 MANY_ROUNDS = {"realize_opcount_threshold": 10}
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Within it, Python looks for no garbage: what is imported and traced is none, and to look at it takes a sixth of a
+    start.
+    """
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+@_uncollected()
 def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
              cpu: Mapping[str, Any] = ONE_LOOP) -> Callable[[list[Tensor]], Any]:
     """`f` for arguments such as these, each with its dynamic axis, as a function of their tensors; its result is None
