@@ -13,7 +13,8 @@ from strategies import Calls, keys, random_params
 from test_linear import plain, weight_of
 
 import llama_fn as lf
-from llama_fn.model import avx2, linear
+from llama_fn.model import attention, avx2, linear
+from llama_fn.model.cache import Forked
 
 pytestmark = pytest.mark.skipif(not avx2.level(), reason="this processor has no AVX2")
 KINDS = st.sampled_from(["int8", "int4"])
@@ -46,7 +47,7 @@ def test_integers_sum_what_is_written_out(threads, key, kind, outputs, groups, r
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @given(key=keys(), dtype=st.sampled_from(avx2.FLOATS), outputs=st.lists(st.integers(1, 20), min_size=1, max_size=3),
-       registers=st.integers(1, 40), rows=st.integers(1, 33))
+       registers=st.integers(1, 40), rows=st.sampled_from([1, 2, 3]) | st.integers(4, 33))
 def test_floats_sum_what_is_written_out(threads, key, dtype, outputs, registers, rows):
     one, two = lf.random.split(key)
     numbers = lf.random.normal(one, (sum(outputs), 8 * registers), torch.float32).to(dtype)
@@ -108,10 +109,121 @@ def test_a_step_by_these_kernels_is_the_step(bits, batch):
     with pytest.MonkeyPatch.context() as patch, calls:
         patch.setattr(torch.compiler, "_is_compiling_flag", True)
         logits, after = lf.forward(params, tokens[..., 4:], cache)
-    named = "integers" if bits else "floats" if batch and avx2.level() == "AVX2" else None
-    assert calls.names == ([named] * 5 if named else [])  # queries, keys and values are one, and so are gate and up
+    named = ["integers"] if bits else ["floats"] if avx2.level() == "AVX2" else []
+    attention = ["one_query"] if avx2.level() == "AVX2" else []
+    assert calls.names == named + attention + 4 * named  # queries, keys and values are one, and so are gate and up
     assert (logits[..., 0, :] - whole[..., 4, :]).abs().max() <= 3e-3 * whole.abs().max()
     assert (after.length == 5).all()
+
+
+def heads_of(key: torch.Tensor, b: int, k: int, g: int, s: int, h: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Queries in float32, keys and values in a cache of more slots, and for each row how far it is."""
+    shapes = (b, k, g, h), (b, k, s + 3, h), (b, k, s + 3, h)
+    *keys, last = lf.random.split(key, 4)
+    queries, *leaves = (lf.random.normal(key, shape, torch.float32) for key, shape in zip(keys, shapes, strict=True))
+    return [queries, *(leaf.to(dtype)[..., :s, :] for leaf in leaves), lf.random.bits(last, (b,)) * s >> 32]
+
+
+def attended(queries, keys, values, positions) -> torch.Tensor:
+    """The definition, in float64."""
+    numbers = (queries[..., None, :], keys, values)
+    return attention.written_out(*(x.double() for x in numbers), positions[:, None]).squeeze(-2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@given(key=keys(), dtype=st.sampled_from(avx2.FLOATS), b=st.integers(1, 3), k=st.integers(1, 4), g=st.integers(1, 18),
+       s=st.integers(1, 150), registers=st.integers(1, 18))
+def test_one_query_attends_to_what_is_written_out(threads, key, dtype, b, k, g, s, registers):
+    queries, keys, values, positions = heads_of(key, b, k, g, s, 8 * registers, dtype)
+    exact = attended(queries, keys, values, positions)
+    beyond = (torch.arange(s) > positions[:, None])[:, None, :, None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        keys, values = (leaf.masked_fill_(beyond, math.nan) for leaf in (keys, values))  # where they lie
+        y = avx2.one_query(queries, keys, values, positions)
+    assert y.dtype == torch.float32 and y.shape == queries.shape
+    assert (y - exact).abs().max() <= 2e-6 * max(1, exact.abs().max())
+
+
+@given(keys(), st.sampled_from([1e-6, 30.0, 1e4]), st.integers(1, 11))
+def test_one_query_takes_scores_of_any_size(key, size, g):
+    queries, keys, values, positions = heads_of(key, 2, 3, g, 77, 16, torch.float32)
+    exact = attended(size * queries, keys, values, positions)
+    y = avx2.one_query(size * queries, keys, values, positions)
+    assert (y - exact).abs().max() <= 1e-5 * max(1, size) ** 0.5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("g", [1, 2, 4, 8, 11])
+@pytest.mark.parametrize("slot", [0, 6, 40])
+def test_one_query_makes_no_number_of_what_is_none(g, slot):
+    queries, keys, values, _ = heads_of(lf.random.key(3), 2, 3, g, 53, 24, torch.bfloat16)
+    positions, plain = torch.tensor([39, 52]), avx2.one_query(queries, keys, values, torch.tensor([39, 52]))
+    seen = slot <= positions
+    for leaf, columns in ((keys, slice(None)), (values, slice(5, 6))):
+        kept = leaf[:, 1, slot, 5].clone()
+        leaf[:, 1, slot, 5] = math.nan
+        y = avx2.one_query(queries, keys, values, positions)
+        leaf[:, 1, slot, 5] = kept
+        expected = torch.zeros_like(y, dtype=torch.bool)
+        expected[:, 1, :, columns] = seen[:, None, None]
+        assert (y.isnan() == expected).all() and (y[~expected] == plain[~expected]).all()
+    queries[1, 2, g - 1, 7] = math.inf
+    assert (avx2.one_query(queries, keys, values, positions).isnan().nonzero()[:, :3].unique(dim=0).tolist()
+            == [[1, 2, g - 1]])
+
+
+@given(keys(), st.sampled_from([(), (2,), (2, 3), (1, 8)]), st.sampled_from(avx2.FLOATS))
+def test_by_cpp_attention_is_what_is_written_out_and_rounds_once(key, batch, dtype):
+    shapes = (*batch, 2, 5, 1, 16), (*batch, 2, 9, 16), (*batch, 2, 9, 16)
+    numbers = [lf.random.normal(k, shape, torch.float32).to(dtype) for k, shape in
+               zip(lf.random.split(key, 3), shapes, strict=True)]
+    positions = lf.random.bits(key, (*batch, 1)) * 9 >> 32
+    y, exact = attention.by_cpp(*numbers, positions), attention.written_out(*(x.double() for x in numbers), positions)
+    assert y.dtype == dtype and y.shape == exact.shape
+    assert ((y - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 2e-6).all()
+
+
+@pytest.mark.parametrize("lie", [lambda x: x.mT.contiguous().mT, lambda x: x.repeat_interleave(2, -1)[..., ::2],
+                                 lambda x: x.movedim(2, 0).contiguous().movedim(0, 2)])
+def test_one_query_reads_leaves_however_they_lie(lie):
+    queries, keys, values, positions = heads_of(lf.random.key(5), 2, 3, 5, 21, 24, torch.bfloat16)
+    plain = avx2.one_query(queries, keys, values, positions)
+    for others in ((lie(keys), values), (keys, lie(values))):
+        assert (avx2.one_query(lie(queries), *others, positions) == plain).all()
+
+
+def test_one_query_is_chosen_in_a_compiled_step_for_values_alone(monkeypatch):
+    def names(change=lambda *args: args, seen=lambda f, args: f(*args)) -> list[str]:
+        queries, keys, values, positions = heads_of(lf.random.key(7), 2, 3, 5, 21, 24, torch.bfloat16)
+        args = change(queries[..., None, :].bfloat16(), keys, values, positions[:, None])
+        calls = Calls()
+        with calls:
+            y = seen(attention.attend, args)
+        assert y.shape == args[0].shape and y.dtype == args[0].dtype
+        return calls.names
+
+    assert names() == []
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    monkeypatch.setattr(avx2, "level", lambda: "AVX2")
+    assert names() == ["one_query"]
+    assert names(lambda q, k, v, p: (q, k, v, p), lambda f, args: torch.vmap(f)(*args)) == []
+    assert names(lambda q, k, v, p: (q.requires_grad_(), k, v, p)) == []
+    assert names(lambda q, k, v, p: (q.double(), k, v, p)) == names(lambda q, k, v, p: (q, k.double(), v, p)) == []
+    assert names(lambda q, k, v, p: (q[..., :20], k[..., :20], v[..., :20], p)) == []
+    assert names(lambda q, k, v, p: (q.expand(2, 3, 5, 2, 24), k, v, p.expand(2, 2))) == []
+    assert names(lambda q, k, v, p: (q, *(Forked(x[:1, :, :2], x[..., 2:, :]) for x in (k, v)), p.clamp(2))) == []
+    for other in ("AVX512", ""):
+        monkeypatch.setattr(avx2, "level", lambda other=other: other)
+        assert names() == []
+    monkeypatch.setattr(avx2, "level", lambda: "AVX2")
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert names() == []
+
+
+def test_tracing_knows_the_shape_of_heads():
+    args = heads_of(lf.random.key(6), 2, 3, 5, 21, 24, torch.bfloat16)
+    imagined, y = avx2.one_query(*(x.to("meta") for x in args)), avx2.one_query(*args)
+    assert (imagined.shape, imagined.dtype) == (y.shape, y.dtype)
 
 
 @pytest.mark.parametrize("kind", ["tensor", "int8", "int4"])

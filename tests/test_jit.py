@@ -129,9 +129,10 @@ def test_layers_of_integers_are_compiled_too(compilations, bits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bits", "dtype"), [
-    (None, torch.bfloat16), ("int8", torch.float32), ("int4", torch.float32), ("int4", torch.bfloat16)])
-def test_a_compiled_layer_is_one_function_of_loops_between_products_of_integers(monkeypatch, bits, dtype):
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(("bits", "dtype", "products"), [
+    (None, torch.bfloat16, "floats"), ("int8", torch.float32, None), ("int4", torch.bfloat16, "integers")])
+def test_a_compiled_layer_is_one_function_of_loops_between_kernels_of_its_own(monkeypatch, own, bits, dtype, products):
     from torch._inductor import compile_fx
 
     sources, inner = [], compile_fx.compile_fx_inner
@@ -141,16 +142,22 @@ def test_a_compiled_layer_is_one_function_of_loops_between_products_of_integers(
         sources.append(graph.source_code)
         return graph
 
+    def count(part: str) -> list[int]:
+        return [source.count(part) for source in sources]
+
     monkeypatch.setattr(compile_fx, "compile_fx_inner", noted)
+    if own and avx2.level() != "AVX2":
+        pytest.skip("this processor has no AVX2, or more")
+    monkeypatch.setattr(avx2, "level", lambda: "AVX2" if own else "")
     config = lf.Config(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=77, hidden_dim=192, max_seq_len=64)
     params = random_params(config, lf.random.key(0), dtype)
     params = params if bits is None else lf.quantize(params, bits)
     lf.jit_layers()(params, token_rows(config, 1), lf.init_cache(config, max_len=9, dtype=dtype))
-    called = [source.count("torch.ops.llama_fn.integers.default(") for source in sources]
-    inside = bits is not None and dtype == torch.bfloat16 and avx2.level()
-    assert called == ([4, 1] if inside else [0, 0])  # the block, and the head
-    assert [source.count("cpp_pybinding(") for source in sources] == [n + 1 for n in called]
-    assert not any("aten.view" in source for source in sources)  # nor does torch look at bytes as words
+    called = {name: count(f"torch.ops.llama_fn.{name}.default(") for name in avx2.KERNELS}
+    assert called == {name: [4, 1] if own and name == products else [1, 0] if own and name == "one_query" else [0, 0]
+                      for name in avx2.KERNELS}  # the block, and the head
+    assert count("cpp_pybinding(") == [1 + sum(kernels) for kernels in zip(*called.values(), strict=True)]
+    assert sum(count("aten.view")) == 0  # nor does torch look at bytes as words
 
 
 def test_a_graph_is_known_to_torchs_cache_between_processes_as_it_is_compiled(monkeypatch):

@@ -205,7 +205,7 @@ def startup(work: Work, rounds: int) -> Figures:
                        f"print(*b.first_token(b.Work(*{tuple(work)!r}), {compiled}))")
             begun = time.time()
             done = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True,
-                                  env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder})
+                                  env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "TMPDIR": folder})
             there, made = map(float, done.stdout.split())
             figures[f"{name}: first token, s"] = f"{there - begun - made:.1f}"
     return figures | {"(without the making of random weights)": ""}

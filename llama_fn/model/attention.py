@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 
 from llama_fn import tree
+from llama_fn.model import avx2, sdpa
 from llama_fn.model import cache as kv
-from llama_fn.model import sdpa
 from llama_fn.model.cache import Forked, KeysValues
 from llama_fn.model.linear import Kind, linear, linears
 from llama_fn.model.rope import Rotation, rotate
@@ -116,6 +116,15 @@ def by_triton(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s 
     return torch.ops.llama_fn.attention(heads, keys, values, positions.reshape(-1)).reshape(queries.shape)
 
 
+@typed
+def by_cpp(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"], values: Float[Tensor, "*b k s h"],
+           positions: Int[Tensor, "*b t"]) -> Float[Tensor, "*b k g t h"]:
+    """`written_out` for one query a row on the CPU, by a kernel in C++ (see `avx2`)."""
+    keys, values = (leaf.reshape(-1, *leaf.shape[-3:]) for leaf in (keys, values))
+    heads = queries.reshape(-1, *queries.shape[-4:-2], queries.shape[-1]).float()
+    return avx2.one_query(heads, keys, values, positions.reshape(-1)).to(queries.dtype).reshape(queries.shape)
+
+
 def attend(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> Tensor:
     """The fused kernel for values and first derivatives, mapped or not; the definition for what lies beyond; and for
     one query in a compiled step, where the fused kernel reaches a tenth of the memory's speed (CPU), kernels that reach
@@ -125,6 +134,8 @@ def attend(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, posi
     beyond = isinstance(keys, Forked) or sdpa.forward_mode() or _twice()
     if one and not beyond and _for_triton(queries):
         return by_triton(queries, keys, values, positions)
+    if one and not beyond and _for_cpp(queries, keys):
+        return by_cpp(queries, keys, values, positions)
     if positions is not None:
         keys, values = kv.visible(keys, positions), kv.visible(values, positions)
     keys, values = (tree.map(lambda leaf: leaf.to(queries.dtype), part) for part in (keys, values))
@@ -133,8 +144,17 @@ def attend(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, posi
 
 
 def _for_triton(queries: Tensor) -> bool:
-    return (queries.is_cuda and queries.dtype != torch.float64 and not torch.compiler.is_dynamo_compiling()
-            and not transforms() and not queries.requires_grad)
+    return _by_layers(queries) and queries.is_cuda and queries.dtype != torch.float64
+
+
+def _for_cpp(queries: Tensor, keys: Tensor) -> bool:
+    return _by_layers(queries) and queries.dtype in avx2.FLOATS and avx2.attends(queries, keys)
+
+
+def _by_layers(queries: Tensor) -> bool:
+    """Whether values alone are asked for, by no transform, dynamo or exporter, which know none of our kernels."""
+    return (not torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not transforms()
+            and not queries.requires_grad)
 
 
 def _twice() -> bool:

@@ -1,10 +1,13 @@
-"""Few rows times matrices on a processor with AVX2, by kernels in C++: `integers.cpp`, and of several `floats.cpp`.
+"""A step of a few rows on a processor with AVX2, by kernels in C++: products (`floats.cpp`, `integers.cpp`), and
+attention of one query a row (`one_query.cpp`).
 
 Torch has none that read at the memory's speed there (its own of four bits reads 7 GB/s of 30). Inductor's loops know
-floats alone, and go through a weight's numbers for each row by itself.
+floats alone, go through a weight's numbers for each row by itself, reach a third of these kernels' speed in attention,
+and take three times as long to trace.
 """
 
 import functools
+import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +23,7 @@ from torch.fx import Graph
 from llama_fn.model.operators import define
 from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
 
+KERNELS = ("floats", "integers", "one_query")  # files, and their operators
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -28,8 +32,8 @@ def takes(weight: Any, x: Tensor) -> bool:
     rows, d = x.shape[:-1].numel(), x.shape[-1]
     if x.device.type != "cpu" or not 0 < rows <= most(weight) or d == 0 or not level():
         return False
-    if isinstance(weight, Tensor):  # of fewer rows, loops are as fast
-        return rows > 3 and d % 8 == 0 and weight.dtype == x.dtype in FLOATS and weight.is_contiguous()
+    if isinstance(weight, Tensor):
+        return weight.is_contiguous() and weight.dtype == x.dtype in FLOATS and d % 8 == 0
     return (isinstance(weight, Quantized | Grouped) and weight.values.is_contiguous() and as_made(weight)
             and x.dtype in (torch.bfloat16, torch.float16) and d % GROUP == 0)
 
@@ -43,10 +47,8 @@ def sums(weights: Sequence[Tensor | Quantized | Grouped], x: Tensor) -> list[Ten
     """Of weights "... d" of one kind and rows "r d", in float32, the outputs "r o". Beside integers, an input is off by
     at most 2^-16 of the largest of its 64.
     """
+    _loaded(x)
     floats = isinstance(weights[0], Tensor)
-    load = _compiled("floats" if floats else "integers")
-    if not isinstance(x, FakeTensor):
-        load()
     values = [w if floats else w.values for w in weights]
     scales = [w.scale for w in weights if isinstance(w, Grouped)]
     rest = x.float().contiguous(), torch.get_num_threads()
@@ -64,6 +66,26 @@ def _empty_integers(values: list[Tensor], scales: list[Tensor], x: Tensor, threa
     return x.new_empty((x.shape[0], sum(value.numel() // width for value in values)))
 
 
+def attends(queries: Tensor, keys: Tensor) -> bool:
+    """Whether `one_query` computes this. (With AVX-512 it was not compared.)"""
+    return (queries.device.type == "cpu" and level() == "AVX2" and queries.numel() > 0 and keys.dtype in FLOATS
+            and keys.shape[-1] % 8 == 0)
+
+
+def one_query(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """Of queries "b k g h" in float32 over the slots up to `positions` "b" of keys and values "b k s h": heads
+    "b k g h". Slots beyond are not read.
+    """
+    _loaded(queries)
+    keys, values = (leaf if leaf.stride(-1) == 1 else leaf.contiguous() for leaf in (keys, values))
+    scaled = (queries * queries.shape[-1] ** -0.5).contiguous()
+    return torch.ops.llama_fn.one_query(scaled, keys, values, positions.contiguous(), torch.get_num_threads())
+
+
+def _empty_heads(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, threads: int) -> Tensor:
+    return queries.new_empty(queries.shape)
+
+
 def level() -> str:
     """What the processor has, "AVX2" or "AVX512"; "" where these kernels are not made."""
     capability = torch.backends.cpu.get_cpu_capability() if sys.platform == "linux" else ""
@@ -72,23 +94,35 @@ def level() -> str:
 
 def ready(graph: Graph) -> None:
     """Wait for the kernels that a graph has."""
-    for name in ("floats", "integers"):
-        if graph.find_nodes(op="call_function", target=getattr(torch.ops.llama_fn, name).default):
-            _compiled(name)()
+    own = {getattr(torch.ops.llama_fn, kernel).default for kernel in KERNELS}
+    if any(node.target in own for node in graph.nodes):
+        _library()()
+
+
+def _loaded(x: Tensor) -> None:
+    """Have the kernels there, or in a while where this is tracing."""
+    load = _library()
+    if not isinstance(x, FakeTensor):
+        load()
 
 
 @functools.cache
-def _compiled(name: str) -> Callable[[], object]:
-    """What loads a kernel. It is compiled as inductor's loops are, and kept between processes with them; meanwhile the
-    rest is traced, since that takes four seconds.
+def _library() -> Callable[[], object]:
+    """What loads the kernels. They are compiled as inductor's loops are, and kept between processes with them;
+    meanwhile the rest is traced, since that takes six seconds.
     """
     from torch._inductor.codecache import CppCodeCache
 
-    source = Path(__file__).with_name(f"{name}.cpp").read_text()
-    return CppCodeCache.load_async(source, extra_flags=("-mavx2", "-mfma", "-mf16c"),
-                                   submit_fn=ThreadPoolExecutor(1).submit)
+    files = [Path(__file__).with_name(name) for name in ("avx2.h", *(f"{kernel}.cpp" for kernel in KERNELS))]
+    source = "".join(file.read_text().replace('#include "avx2.h"', "") for file in files)
+    # The flags say which instructions there are. Torch 2.11 asks g++ all the same, for half a second.
+    known = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
+    options = {"needs_vec_isa": False} if known else {}
+    return ThreadPoolExecutor(1).submit(CppCodeCache.load, source, extra_flags=("-mavx2", "-mfma", "-mf16c"),
+                                        **options).result
 
 
 # Their kernels for the CPU are in C++.
 define("floats(Tensor[] values, Tensor x, int threads) -> Tensor", _empty_floats)
 define("integers(Tensor[] values, Tensor[] scales, Tensor x, int threads) -> Tensor", _empty_integers)
+define("one_query(Tensor queries, Tensor keys, Tensor values, Tensor positions, int threads) -> Tensor", _empty_heads)

@@ -4,21 +4,9 @@
 // numbers and adds what it gets in pairs, where eight floats take one, and more to be made of bytes. Weights are read
 // once, in streams side by side, so that pages are on their way at once.
 
-#include <immintrin.h>
-#include <omp.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <numeric>
-#include <vector>
+#include "avx2.h"
 
 namespace {
-
-#define UNROLLED _Pragma("GCC unroll 8")  // so that sums stay in registers: a sixth fewer instructions
 
 constexpr int64_t GROUP = 64;  // inputs that share a step, and in four bits a scale and a minimum
 constexpr int64_t BLOCK = 8;   // groups whose scales fill a register
@@ -77,12 +65,6 @@ struct Nibbles {
         n[3] = _mm256_srli_epi16(words, 12);
     }
 };
-
-float sum_of(__m256 v) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
 
 // The outputs from `begin` to `end` of a matrix, in as many streams, to y "r total".
 template <class Weight, int ROWS, int STREAMS>
@@ -143,30 +125,17 @@ constexpr decltype(&outputs<Weight, 1, 1>) OF_ROWS[] = {
     outputs<Weight, 5, 1>, outputs<Weight, 6, 1>, outputs<Weight, 7, 1>, outputs<Weight, 8, 1>};
 
 // Of matrices "... d" side by side, and 1 to 8 rows "r d" in float32: "r o". Four bits have scales, "... g 2".
-torch::stable::Tensor integers(std::vector<torch::stable::Tensor> values, std::vector<torch::stable::Tensor> scales,
-                               torch::stable::Tensor x, int64_t threads) {
+Tensor integers(std::vector<Tensor> values, std::vector<Tensor> scales, Tensor x, int64_t threads) {
     const bool nibbles = !scales.empty();
-    const int64_t rows = x.size(0), d = x.size(1), count = values.size();
+    const int64_t rows = x.size(0), d = x.size(1);
     STD_TORCH_CHECK(0 < rows && rows <= 8 && 0 < d && d % GROUP == 0, "integers: 1 to 8 rows of whole groups");
-    std::vector<int64_t> sizes;
-    for (const auto& value : values) sizes.push_back(value.numel() * (nibbles ? 2 : 1) / d);
-    const int64_t total = std::accumulate(sizes.begin(), sizes.end(), int64_t(0));
-    auto y = torch::stable::new_empty(x, {rows, total});
     const Inputs inputs((const float*)x.data_ptr(), rows, d, nibbles);
-    const auto outputs = (nibbles ? OF_ROWS<Nibbles> : OF_ROWS<Bytes>)[rows - 1];
-    const auto pointer = [](const torch::stable::Tensor& t) { return t.data_ptr(); };
-    std::vector<const void*> value(count), scale(count);
-    std::transform(values.begin(), values.end(), value.begin(), pointer);
-    std::transform(scales.begin(), scales.end(), scale.begin(), pointer);
-    float* const to = (float*)y.data_ptr();
-#pragma omp parallel num_threads(threads)
-    {
-        const int64_t all = omp_get_num_threads(), mine = omp_get_thread_num();
-        for (int64_t m = 0, first = 0; m < count; first += sizes[m++])
-            outputs((const uint8_t*)value[m], (const uint16_t*)scale[m], inputs, to + first, total,
-                    sizes[m] * mine / all, sizes[m] * (mine + 1) / all);
-    }
-    return y;
+    const auto some = nibbles ? OF_ROWS<Nibbles>[rows - 1] : OF_ROWS<Bytes>[rows - 1];
+    return shared(values, nibbles ? d / 2 : d, x, threads,
+                  [&](int64_t m, float* y, int64_t total, int64_t begin, int64_t end) {
+                      some((const uint8_t*)values[m].data_ptr(),
+                           nibbles ? (const uint16_t*)scales[m].data_ptr() : nullptr, inputs, y, total, begin, end);
+                  });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import itertools
+import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +19,10 @@ from llama_fn.shapes import far, transforms
 from llama_fn.transforms.fused import fuse
 
 OPTIONS = {"size_asserts": False}  # each call looks first whether its tensors fit
-# Inductor multiplies and adds apart. Headers compiled beforehand take six seconds, and two loops gain nothing by them.
-CPU = {"cpp.enable_floating_point_contract_flag": "fast", "cpp_cache_precompile_headers": False}
+# Inductor multiplies and adds apart. Its headers are compiled once, for which torch calls openssl: six seconds of a
+# machine's first start, and two for each loop from then on.
+CPU = {"cpp.enable_floating_point_contract_flag": "fast",
+       "cpp_cache_precompile_headers": shutil.which("openssl") is not None}
 # Block sizes are measured; and a kernel begins to load while the one before it ends: 4 % of a step of 7B (H200).
 CUDA = {"coordinate_descent_tuning": True, "triton.enable_pdl": True}
 # A sum of products is to be one loop: inductor breaks an expression of more than 30 operations or 4 reads in two.
@@ -51,6 +54,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
     # Whoever compiles pays their import: two seconds.
     from torch._functorch.compile_utils import fx_graph_cse
     from torch._inductor import config
+    from torch._inductor.codecache import CacheBase, torch_key
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.decomposition import select_decomp_table
@@ -68,8 +72,10 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
         tensors += own
     loose = dict(places)
     options = OPTIONS | (CUDA if far(tensors[0]) else {**CPU, **cpu})
-    if not far(tensors[0]):  # g++ is asked which instructions there are, meanwhile: two seconds of a first start
-        threading.Thread(target=pick_vec_isa).start()
+    # What inductor asks once in a process: which sources torch has, and Triton, half a second of any start; and which
+    # instructions g++ knows, two of a first one.
+    for asked in (torch_key, CacheBase.get_system, *(() if far(tensors[0]) else (pick_vec_isa,))):
+        threading.Thread(target=asked).start()
 
     shapes, result = ShapeEnv(), None
     imagined = FakeTensorMode(shape_env=shapes)

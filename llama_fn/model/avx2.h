@@ -1,0 +1,79 @@
+// What the kernels for a processor with AVX2 share. All are compiled as one: half of the time goes to torch's headers.
+
+#pragma once
+
+#include <immintrin.h>
+#include <omp.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+namespace {
+
+#define UNROLLED _Pragma("GCC unroll 8")  // so that sums stay in registers
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// How numbers lie in memory, and eight of them as floats.
+struct BFloat16 {
+    using Type = uint16_t;
+    static __m256 load(const Type* at) {  // the upper half of a float
+        const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)at));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    }
+};
+
+struct Float16 {
+    using Type = uint16_t;
+    static __m256 load(const Type* at) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)at)); }
+};
+
+struct Float32 {
+    using Type = float;
+    static __m256 load(const Type* at) { return _mm256_loadu_ps(at); }
+};
+
+// Floats of which the first lies where a line of the cache begins: half of what lies across two is read at half the
+// speed.
+class Floats {
+    std::vector<float> memory;
+
+public:
+    float* const at;
+    explicit Floats(int64_t count)
+        : memory(count + 16), at((float*)(((uintptr_t)memory.data() + 63) & ~uintptr_t(63))) {}
+    Floats(const Floats&) = delete;
+};
+
+float sum_of(__m256 v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// Of matrices side by side, a row of which is `width` numbers in memory, and rows x: "r o". `some` computes the outputs
+// of matrix m from `begin` to `end`, to y "r total".
+template <class Some>
+Tensor shared(const std::vector<Tensor>& matrices, int64_t width, const Tensor& x, int64_t threads, const Some& some) {
+    std::vector<int64_t> sizes;
+    for (const auto& matrix : matrices) sizes.push_back(matrix.numel() / width);
+    const int64_t total = std::accumulate(sizes.begin(), sizes.end(), int64_t(0));
+    auto y = torch::stable::new_empty(x, {x.size(0), total});
+    float* const to = (float*)y.data_ptr();
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t all = omp_get_num_threads(), mine = omp_get_thread_num();
+        for (int64_t m = 0, first = 0; m < (int64_t)sizes.size(); first += sizes[m++])
+            some(m, to + first, total, sizes[m] * mine / all, sizes[m] * (mine + 1) / all);
+    }
+    return y;
+}
+
+}  // namespace
