@@ -115,7 +115,7 @@ def _library() -> Callable[[], object]:
 
     files = [Path(__file__).with_name(name) for name in ("avx2.h", *(f"{kernel}.cpp" for kernel in KERNELS))]
     source = "".join(file.read_text().replace('#include "avx2.h"', "") for file in files)
-    # The flags say which instructions there are. Torch 2.11 asks g++ all the same, for half a second.
+    # The flags say which instructions there are. Torch 2.11 asks g++ all the same.
     known = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
     options = {"needs_vec_isa": False} if known else {}
     return ThreadPoolExecutor(1).submit(CppCodeCache.load, source, extra_flags=("-mavx2", "-mfma", "-mf16c"),

@@ -72,10 +72,15 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
         tensors += own
     loose = dict(places)
     options = OPTIONS | (CUDA if far(tensors[0]) else {**CPU, **cpu})
-    # What inductor asks once in a process: which sources torch has, and Triton, half a second of any start; and which
-    # instructions g++ knows, two of a first one.
-    for asked in (torch_key, CacheBase.get_system, *(() if far(tensors[0]) else (pick_vec_isa,))):
-        threading.Thread(target=asked).start()
+    # What inductor asks once in a process, meanwhile: which sources torch has, and Triton, half a second of any start;
+    # and whether g++ knows the processor's instructions, three of a first one. Of AVX2 there is no doubt.
+    asked = [torch_key, CacheBase.get_system]
+    if not far(tensors[0]) and avx2.level() == "AVX2":
+        options["cpp.vec_isa_ok"] = True
+    elif not far(tensors[0]):
+        asked.append(pick_vec_isa)
+    for question in asked:
+        threading.Thread(target=question).start()
 
     shapes, result = ShapeEnv(), None
     imagined = FakeTensorMode(shape_env=shapes)
