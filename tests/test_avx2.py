@@ -153,6 +153,15 @@ def test_one_query_takes_scores_of_any_size(key, size, g):
     assert (y - exact).abs().max() <= 1e-5 * max(1, size) ** 0.5 * exact.abs().max()
 
 
+def test_one_query_hears_of_no_slot_whose_score_is_infinitely_small():
+    queries, keys, values, _ = heads_of(lf.random.key(4), 2, 3, 11, 53, 24, torch.float32)
+    queries, positions = queries.abs(), torch.tensor([39, 52], dtype=torch.int32)
+    keys[:, 1, :33] = keys[1, 2] = -math.inf
+    y, exact = avx2.one_query(queries, keys, values, positions), attended(queries, keys, values, positions)
+    assert (y.isnan() == exact.isnan()).all() and y[1, 2].isnan().all()
+    assert (y - exact).nan_to_num().abs().max() <= 2e-6
+
+
 @pytest.mark.parametrize("g", [1, 2, 4, 8, 11])
 @pytest.mark.parametrize("slot", [0, 6, 40])
 def test_one_query_makes_no_number_of_what_is_none(g, slot):
@@ -208,7 +217,10 @@ def test_one_query_is_chosen_in_a_compiled_step_for_values_alone(monkeypatch):
     assert names() == ["one_query"]
     assert names(lambda q, k, v, p: (q, k, v, p), lambda f, args: torch.vmap(f)(*args)) == []
     assert names(lambda q, k, v, p: (q.requires_grad_(), k, v, p)) == []
-    assert names(lambda q, k, v, p: (q.double(), k, v, p)) == names(lambda q, k, v, p: (q, k.double(), v, p)) == []
+    for other in (torch.float64, torch.float32):
+        assert names(lambda q, k, v, p, other=other: (q, k.to(other), v, p)) == []
+        assert names(lambda q, k, v, p, other=other: (q, k, v.to(other), p)) == []
+    assert names(lambda q, k, v, p: (q.double(), k, v, p)) == []
     assert names(lambda q, k, v, p: (q[..., :20], k[..., :20], v[..., :20], p)) == []
     assert names(lambda q, k, v, p: (q.expand(2, 3, 5, 2, 24), k, v, p.expand(2, 2))) == []
     assert names(lambda q, k, v, p: (q, *(Forked(x[:1, :, :2], x[..., 2:, :]) for x in (k, v)), p.clamp(2))) == []
@@ -224,6 +236,25 @@ def test_tracing_knows_the_shape_of_heads():
     args = heads_of(lf.random.key(6), 2, 3, 5, 21, 24, torch.bfloat16)
     imagined, y = avx2.one_query(*(x.to("meta") for x in args)), avx2.one_query(*args)
     assert (imagined.shape, imagined.dtype) == (y.shape, y.dtype)
+
+
+def test_kernels_that_could_not_be_compiled_are_tried_again(monkeypatch):
+    from torch._inductor.codecache import CppCodeCache
+
+    def load(*args, **kwargs):
+        tries.append(args)
+        if len(tries) == 1:
+            raise OSError("no space left on device")
+
+    tries = []
+    avx2._library.cache_clear()
+    monkeypatch.setattr(CppCodeCache, "load", load)
+    with pytest.raises(OSError, match="no space"):
+        avx2._library()()
+    avx2._library()()
+    avx2._library()()
+    assert len(tries) == 2
+    avx2._library.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["tensor", "int8", "int4"])

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from llama_fn.model import avx2, linear
 from llama_fn.model.sums import sums
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
-from llama_fn.transforms import layers
+from llama_fn.transforms import compiled, layers
 
 CONFIG = lf.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70, max_seq_len=64)
 
@@ -171,6 +172,28 @@ def test_a_graph_is_known_to_torchs_cache_between_processes_as_it_is_compiled(mo
     codes, weight = [], torch.ones(5, 64, dtype=torch.bfloat16)  # of which the graph is given words of 32 bits
     assert layers.by_shape(sums)(weight, weight[:1]).sum() == 5
     assert codes[0] == codes[1] and "view" in codes[0]
+
+
+@pytest.mark.parametrize(("openssl", "folder", "kept"), [
+    (True, True, True), (False, True, False), (True, False, False)])
+def test_headers_are_compiled_once_where_torch_can_keep_them(monkeypatch, tmp_path, openssl, folder, kept):
+    from torch._inductor import codecache
+
+    if not folder:
+        (tmp_path / "taken").write_text("")
+    monkeypatch.setattr(codecache, "_HEADER_DIR", str(tmp_path / "taken" / "headers"))
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: openssl or None)
+    assert compiled._keeps_headers() == kept
+
+
+def test_threads_make_one_graph_at_a_time(monkeypatch):
+    from torch._inductor import compile_fx
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", lambda graph, *args, **kwargs: lambda numbers: [numbers[0] + 1])
+    doubles = [layers.by_shape(lambda x: 2 * x) for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda f: f(torch.ones(5)), doubles))
+    assert [y.tolist() for y in made] == [[2.0] * 5] * 4 and not torch.compiler.is_compiling()
 
 
 def test_no_garbage_is_looked_for_while_a_graph_is_made_and_then_as_before(monkeypatch):

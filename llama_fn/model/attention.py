@@ -134,7 +134,7 @@ def attend(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, posi
     beyond = isinstance(keys, Forked) or sdpa.forward_mode() or _twice()
     if one and not beyond and _for_triton(queries):
         return by_triton(queries, keys, values, positions)
-    if one and not beyond and _for_cpp(queries, keys):
+    if one and not beyond and _for_cpp(queries, keys, values):
         return by_cpp(queries, keys, values, positions)
     if positions is not None:
         keys, values = kv.visible(keys, positions), kv.visible(values, positions)
@@ -147,8 +147,8 @@ def _for_triton(queries: Tensor) -> bool:
     return _by_layers(queries) and queries.is_cuda and queries.dtype != torch.float64
 
 
-def _for_cpp(queries: Tensor, keys: Tensor) -> bool:
-    return _by_layers(queries) and queries.dtype in avx2.FLOATS and avx2.attends(queries, keys)
+def _for_cpp(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    return _by_layers(queries) and queries.dtype in avx2.FLOATS and avx2.attends(queries, keys, values)
 
 
 def _by_layers(queries: Tensor) -> bool:

@@ -1,4 +1,5 @@
-// What the kernels for a processor with AVX2 share. All are compiled as one: half of the time goes to torch's headers.
+// What the kernels for a processor with AVX2 share. They are compiled as one file, since half of the time goes to
+// torch's headers: no two of them have a name in common.
 
 #pragma once
 
@@ -11,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -39,6 +41,16 @@ struct Float32 {
     using Type = float;
     static __m256 load(const Type* at) { return _mm256_loadu_ps(at); }
 };
+
+// What `some` says of the numbers that a dtype has.
+template <class Some>
+auto of_kind(ScalarType kind, const Some& some) {
+    STD_TORCH_CHECK(kind == ScalarType::BFloat16 || kind == ScalarType::Half || kind == ScalarType::Float,
+                    "bfloat16, float16 or float32");
+    return kind == ScalarType::BFloat16 ? some(BFloat16())
+           : kind == ScalarType::Half   ? some(Float16())
+                                        : some(Float32());
+}
 
 // Floats of which the first lies where a line of the cache begins: half of what lies across two is read at half the
 // speed.

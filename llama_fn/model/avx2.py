@@ -66,10 +66,10 @@ def _empty_integers(values: list[Tensor], scales: list[Tensor], x: Tensor, threa
     return x.new_empty((x.shape[0], sum(value.numel() // width for value in values)))
 
 
-def attends(queries: Tensor, keys: Tensor) -> bool:
+def attends(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether `one_query` computes this. (With AVX-512 it was not compared.)"""
-    return (queries.device.type == "cpu" and level() == "AVX2" and queries.numel() > 0 and keys.dtype in FLOATS
-            and keys.shape[-1] % 8 == 0)
+    return (queries.device.type == "cpu" and level() == "AVX2" and queries.numel() > 0
+            and keys.dtype == values.dtype in FLOATS and keys.shape[-1] % 8 == 0)
 
 
 def one_query(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
@@ -79,7 +79,8 @@ def one_query(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) 
     _loaded(queries)
     keys, values = (leaf if leaf.stride(-1) == 1 else leaf.contiguous() for leaf in (keys, values))
     scaled = (queries * queries.shape[-1] ** -0.5).contiguous()
-    return torch.ops.llama_fn.one_query(scaled, keys, values, positions.contiguous(), torch.get_num_threads())
+    return torch.ops.llama_fn.one_query(scaled, keys, values, positions.long().contiguous(),
+                                         torch.get_num_threads())
 
 
 def _empty_heads(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, threads: int) -> Tensor:
@@ -118,8 +119,16 @@ def _library() -> Callable[[], object]:
     # The flags say which instructions there are. Torch 2.11 asks g++ all the same.
     known = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
     options = {"needs_vec_isa": False} if known else {}
-    return ThreadPoolExecutor(1).submit(CppCodeCache.load, source, extra_flags=("-mavx2", "-mfma", "-mf16c"),
-                                        **options).result
+    made = ThreadPoolExecutor(1).submit(CppCodeCache.load, source, extra_flags=("-mavx2", "-mfma", "-mf16c"), **options)
+
+    def load() -> object:
+        try:
+            return made.result()
+        except Exception:
+            _library.cache_clear()  # a disk may be full but once
+            raise
+
+    return load
 
 
 # Their kernels for the CPU are in C++.

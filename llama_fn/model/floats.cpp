@@ -95,10 +95,7 @@ Tensor floats(std::vector<Tensor> values, Tensor x, int64_t threads) {
         for (int64_t i = 0; i < d; i += 8)
             std::copy_n(from + r * d + i, 8, packed.at + first * d + i * width + 8 * (r - first));
     }
-    const auto kind = values[0].scalar_type();
-    const auto some = kind == ScalarType::BFloat16 ? outputs_of<BFloat16>(rows)
-                      : kind == ScalarType::Half   ? outputs_of<Float16>(rows)
-                                                   : outputs_of<Float32>(rows);
+    const auto some = of_kind(values[0].scalar_type(), [&](auto number) { return outputs_of<decltype(number)>(rows); });
     return shared(values, d, x, threads, [&](int64_t m, float* y, int64_t total, int64_t begin, int64_t end) {
         some(values[m].data_ptr(), packed.at, rows, d, y, total, begin, end);
     });

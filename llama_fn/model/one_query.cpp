@@ -8,7 +8,8 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 16;  // slots
+constexpr int64_t CHUNK = 16;                                   // slots
+constexpr float LEAST = std::numeric_limits<float>::lowest();  // of no score, or of scores that are all -inf
 
 // Keys or values "b k s h".
 struct Leaf {
@@ -41,7 +42,7 @@ __m256 exp_of(__m256 x) {
     return _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
 
-// The sum of each of eight registers.
+// The sum of each of eight registers, in their order.
 __m256 sums_of(const __m256 v[8]) {
     const __m256 first = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
     const __m256 last = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
@@ -63,16 +64,17 @@ void ask(const Type* at, int64_t count) {
     for (int64_t i = 0; i < count; i += 64 / sizeof(Type)) _mm_prefetch((const char*)(at + i), _MM_HINT_T0);
 }
 
-// The scores of `count` slots, of `HEADS` heads by turns; the largest in each place, or that of before.
+// The scores of `count` slots, of `HEADS` heads by turns; the largest in each place, or that of before. What is read
+// next is asked for: the values of these slots, and the keys of the next chunk.
 template <class Number, int HEADS>
 __m256 score(const float* queries, const typename Number::Type* keys, int64_t slot, int64_t count, int64_t h,
-             float* scores, __m256 most, const typename Number::Type* values, int64_t vslot) {
+             float* scores, __m256 most, const typename Number::Type* values, int64_t value_slot) {
     constexpr int SLOTS = 8 / HEADS;
     for (int64_t s = 0; s < count; s += SLOTS) {
-        const typename Number::Type* at[SLOTS];  // the last again for those beyond
+        const typename Number::Type* at[SLOTS];  // in place of slots beyond the last, the last
         UNROLLED for (int j = 0; j < SLOTS; j++) at[j] = keys + std::min(s + j, count - 1) * slot;
         UNROLLED for (int j = 0; j < SLOTS; j++)
-            ask(values + (s + j) * vslot, h), ask(keys + (CHUNK + s + j) * slot, h);
+            ask(values + (s + j) * value_slot, h), ask(keys + (CHUNK + s + j) * slot, h);
         __m256 sums[8];
         UNROLLED for (int i = 0; i < 8; i++) sums[i] = _mm256_setzero_ps();
         for (int64_t i = 0; i < h; i += 8)
@@ -132,14 +134,16 @@ void attend(const float* queries, const typename Number::Type* keys, int64_t key
     constexpr int WIDE = 8 / HEADS;
     alignas(32) float scores[CHUNK * HEADS], before[8], most[8], factors[8], totals[8];
     for (int i = 0; i < 8; i++) before[i] = said.most[i % HEADS];
-    const __m256 largest = score<Number, HEADS>(queries, keys, key_slot, count, h, scores, _mm256_load_ps(before), values, value_slot);
+    const __m256 largest = score<Number, HEADS>(queries, keys, key_slot, count, h, scores, _mm256_load_ps(before),
+                                                values, value_slot);
     _mm256_store_ps(most, largest);
     _mm256_store_ps(factors, exp_of(_mm256_sub_ps(_mm256_load_ps(before), largest)));
     _mm256_store_ps(totals, weigh<HEADS>(scores, count, largest));
     for (int n = 0; n < HEADS; n++) said.most[n] = most[n], said.total[n] = said.total[n] * factors[n] + totals[n];
     for (int64_t i = 0; i < h;) {
         const bool wide = i + 8 * WIDE <= h;
-        (wide ? mix<Number, HEADS, WIDE> : mix<Number, HEADS, 1>)(scores, values + i, value_slot, count, h, factors, said.values + i);
+        const auto some = wide ? mix<Number, HEADS, WIDE> : mix<Number, HEADS, 1>;
+        some(scores, values + i, value_slot, count, h, factors, said.values + i);
         i += wide ? 8 * WIDE : 8;
     }
 }
@@ -151,7 +155,7 @@ void slots(const float* queries, const Leaf& keys, const Leaf& values, int64_t r
     using Type = typename Number::Type;
     const Type* const key = (const Type*)keys.data + row * keys.row + head * keys.head;
     const Type* const value = (const Type*)values.data + row * values.row + head * values.head;
-    std::fill_n(said.most, g, -INFINITY), std::fill_n(said.total, g * (h + 1), 0.f);
+    std::fill_n(said.most, g, LEAST), std::fill_n(said.total, g, 0.f), std::fill_n(said.values, g * h, 0.f);
     for (int64_t s = begin; s < end; s += CHUNK)
         for (int64_t n = 0, heads; n < g; n += heads) {
             heads = g - n >= 8 ? 8 : g - n >= 4 ? 4 : g - n >= 2 ? 2 : 1;
@@ -164,11 +168,11 @@ void slots(const float* queries, const Leaf& keys, const Leaf& values, int64_t r
         }
 }
 
-// The mean of what parts said, which lies one behind the other, to "g h".
+// The mean of what parts of the slots said, one after the other in memory, to "g h".
 void join(float* said, int64_t parts, int64_t g, int64_t h, float* heads) {
     const int64_t size = Said::size(g, h);
     for (int64_t n = 0; n < g; n++, heads += h) {
-        float most = -INFINITY, total = 0;
+        float most = LEAST, total = 0;
         for (int64_t p = 0; p < parts; p++) most = std::max(most, Said::at(said + p * size, g).most[n]);
         std::fill_n(heads, h, 0.f);
         for (int64_t p = 0; p < parts; p++) {
@@ -177,7 +181,7 @@ void join(float* said, int64_t parts, int64_t g, int64_t h, float* heads) {
             total += share * part.total[n];
             for (int64_t i = 0; i < h; i++) heads[i] += share * part.values[n * h + i];
         }
-        for (int64_t i = 0; i < h; i++) heads[i] /= total;
+        for (int64_t i = 0; i < h; i++) heads[i] /= most == LEAST ? NAN : total;  // as 0 / 0
     }
 }
 
@@ -186,17 +190,16 @@ Tensor one_query(Tensor queries, Tensor keys, Tensor values, Tensor positions, i
     const int64_t b = queries.size(0), k = queries.size(1), g = queries.size(2), h = queries.size(3), rows = b * k;
     STD_TORCH_CHECK(rows > 0 && g > 0 && h > 0 && h % 8 == 0 && keys.stride(3) == 1 && values.stride(3) == 1,
                     "one_query: heads of whole registers");
-    const auto kind = keys.scalar_type();
-    const auto some = kind == ScalarType::BFloat16 ? slots<BFloat16>
-                      : kind == ScalarType::Half   ? slots<Float16>
-                                                   : slots<Float32>;
+    STD_TORCH_CHECK(keys.scalar_type() == values.scalar_type() && positions.scalar_type() == ScalarType::Long,
+                    "one_query: keys and values of one dtype, positions of 64 bits");
+    const auto some = of_kind(keys.scalar_type(), [](auto number) { return slots<decltype(number)>; });
     auto heads = torch::stable::new_empty(queries, {b, k, g, h});
     const float* const from = (const float*)queries.data_ptr();
     float* const to = (float*)heads.data_ptr();
     const int64_t* const position = (const int64_t*)positions.data_ptr();
     const Leaf key(keys), value(values);
 
-    // The slots of a row go to so many, that every thread has as many parts.
+    // Each row's slots go in as many parts as it takes for every thread to have the same number.
     const int64_t parts = threads / std::gcd(rows, threads), size = Said::size(g, h);
     const Floats said(rows * parts * size);
 #pragma omp parallel num_threads(threads)
