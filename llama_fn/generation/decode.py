@@ -17,7 +17,7 @@ from llama_fn.model.sums import FEW
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.shapes import typed
 from llama_fn.transforms import lora
-from llama_fn.transforms.compiled import MANY_ROUNDS
+from llama_fn.transforms.inductor import MANY_ROUNDS
 from llama_fn.transforms.jit import has_compiler
 from llama_fn.transforms.layers import by_shape, jit_layers
 from llama_fn.transforms.lora import Lora

@@ -3,7 +3,7 @@ attention of one query a row (`one_query.cpp`).
 
 Torch has none that read at the memory's speed there (its own of four bits reads 7 GB/s of 30). Inductor's loops know
 floats alone, go through a weight's numbers for each row by itself, reach a third of these kernels' speed in attention,
-and take three times as long to trace.
+and take twice as long to trace.
 """
 
 import functools

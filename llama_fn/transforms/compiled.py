@@ -1,11 +1,7 @@
 """`compiled`: a function of trees, traced for certain shapes and given to inductor."""
 
 import contextlib
-import gc
 import itertools
-import os
-import shutil
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,38 +12,12 @@ from torch.fx import Graph
 from torch.nn import Parameter
 
 from llama_fn.model import avx2
-from llama_fn.shapes import far, transforms
+from llama_fn.shapes import transforms
 from llama_fn.transforms.fused import fuse
-
-OPTIONS = {"size_asserts": False}  # each call looks first whether its tensors fit
-CPU = {"cpp.enable_floating_point_contract_flag": "fast"}  # inductor multiplies and adds apart
-# Block sizes are measured; and a kernel begins to load while the one before it ends: 4 % of a step of 7B (H200).
-CUDA = {"coordinate_descent_tuning": True, "triton.enable_pdl": True}
-# A sum of products is to be one loop: inductor breaks an expression of more than 30 operations or 4 reads in two.
-ONE_LOOP = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 1000}
-# The rounds of a random number are to be many: put into each other, they take inductor 14 seconds more, or forever.
-MANY_ROUNDS = {"realize_opcount_threshold": 10}
+from llama_fn.transforms.inductor import ONE_LOOP, prepared, undisturbed
 
 
-_ALONE = threading.RLock()
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Within it, no other thread makes a graph, since torch traces one at a time; and Python looks for no garbage: what
-    is imported and traced is none, and to look at it takes 7 % of a cached start.
-    """
-    with _ALONE:
-        before = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if before:
-                gc.enable()
-
-
-@_undisturbed()
+@undisturbed()
 def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
              cpu: Mapping[str, Any] = ONE_LOOP) -> Callable[[list[Tensor]], Any]:
     """`f` for arguments such as these, each with its dynamic axis, as a function of their tensors; its result is None
@@ -56,9 +26,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
     # Whoever compiles pays their import: two seconds.
     from torch._functorch.compile_utils import fx_graph_cse
     from torch._inductor import config
-    from torch._inductor.codecache import CacheBase, torch_key
     from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V
     from torch._subclasses import FakeTensorMode
@@ -73,16 +41,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
             places += [(len(tensors) + i, axis % x.ndim) for i, x in enumerate(own) if x.is_contiguous()]
         tensors += own
     loose = dict(places)
-    options = OPTIONS | (CUDA if far(tensors[0]) else {**CPU, **cpu, "cpp_cache_precompile_headers": _keeps_headers()})
-    # What inductor asks once in a process, meanwhile: which sources torch has, and Triton, half a second of any start;
-    # and whether g++ knows the processor's instructions, three of a first one. Of AVX2 there is no doubt.
-    asked = [torch_key, CacheBase.get_system]
-    if not far(tensors[0]) and avx2.level() == "AVX2":
-        options["cpp.vec_isa_ok"] = True
-    elif not far(tensors[0]):
-        asked.append(pick_vec_isa)
-    for question in asked:
-        threading.Thread(target=question).start()
+    options = prepared(tensors[0], cpu)
 
     shapes, result = ShapeEnv(), None
     imagined = FakeTensorMode(shape_env=shapes)
@@ -134,17 +93,6 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
         return filled(result, iter(run(numbers)))
 
     return called
-
-
-def _keeps_headers() -> bool:
-    """Whether inductor's headers may be compiled once: a machine's first start takes 15 s and not 20, and every loop
-    from then on a half and not two and a half. For that torch calls openssl, and writes 154 MB to a temporary folder.
-    """
-    from torch._inductor.codecache import _HEADER_DIR
-
-    with contextlib.suppress(OSError):
-        os.makedirs(_HEADER_DIR, exist_ok=True)
-    return os.path.isdir(_HEADER_DIR) and os.access(_HEADER_DIR, os.W_OK) and shutil.which("openssl") is not None
 
 
 def _alike(tensors: list[Tensor], loose: Mapping[int, int]) -> Callable[..., bool]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from llama_fn.model.block import block
 from llama_fn.model.transformer import forward, head
 from llama_fn.shapes import traced
-from llama_fn.transforms.compiled import ONE_LOOP, compiled, part, plain
+from llama_fn.transforms.compiled import compiled, part, plain
+from llama_fn.transforms.inductor import ONE_LOOP
 from llama_fn.transforms.jit import donated, has_compiler, no_compiler
 from llama_fn.transforms.recorded import recorded
 
