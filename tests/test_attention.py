@@ -15,7 +15,7 @@ from torch.func import grad, hessian, jacrev, jvp, vjp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fn as lf
-from llama_fn.model import sdpa
+from llama_fn.model import attention, sdpa
 from llama_fn.model.attention import attend, fused, one_query, written_out
 
 K, G, T, H, S = 2, 3, 4, 6, 9  # key/value heads, query heads of each, queries, a head's width, slots
@@ -68,6 +68,32 @@ def test_the_fused_kernel_computes_what_is_written_out(key, batch, cached):
     assert close(fused(queries, k, v, positions), written_out(queries, k, v, positions))
     every = [grad(readout(kernel), (0, 1, 2))(queries, k, v, positions) for kernel in (fused, written_out)]
     assert close(*every)
+
+
+@given(keys(), st.sampled_from([(), (5,), (5, 7)]), st.booleans(), st.integers(1, 9))
+def test_in_blocks_it_computes_what_is_written_out(key, batch, cached, size):
+    queries, k, v, _ = heads(key, *batch, slots=S if cached else T)
+    first = lf.random.bits(key, (*batch, 1)) * (S - T + 1) >> 32
+    positions = first + torch.arange(T) if cached else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "BLOCK", size)
+        assert close(attention.in_blocks(queries, k, v, positions), written_out(queries, k, v, positions))
+
+
+def test_many_queries_go_in_blocks_where_values_alone_are_asked_for(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 2)
+    args = heads(lf.random.key(3), 5, slots=S)
+
+    def shapes(f, *args) -> list[tuple[int, ...]]:
+        calls = Calls()
+        with calls:
+            f(*args)
+        return calls.forward
+
+    assert len(shapes(attend, *args)) == -(-T // 2)
+    assert len(shapes(torch.vmap(attend), *args)) == 1
+    assert len(shapes(attend, args[0].clone().requires_grad_(), *args[1:])) == 1
+    assert len(shapes(attend, args[0][..., :2, :], *args[1:3], args[3][..., :2])) == 1
 
 
 @given(keys(), st.sampled_from([(), (5,), (5, 7)]))

@@ -176,7 +176,7 @@ def test_the_kernel_is_chosen_by_kind_rows_and_mode(monkeypatch, kind, dtype, ro
     assert chosen(kind, dtype, rows, d, "meta") == ("sum_of_products" if rows == 1 else "product")
     without = compiled if compiled != "by_cpp" else "sums" if rows <= 8 else eager
     monkeypatch.setattr(avx2, "level", lambda: "AVX512")
-    assert chosen(kind, dtype, rows, d) == (without if kind == "tensor" else compiled)
+    assert chosen(kind, dtype, rows, d) == compiled
     monkeypatch.setattr(avx2, "level", lambda: "")  # a processor without AVX2
     assert chosen(kind, dtype, rows, d) == without
     monkeypatch.setattr(linear, "HAS_BFLOAT16", True)  # a good product of bfloat16 is torch's

@@ -153,8 +153,10 @@ def prefill(work: Work, rounds: int) -> Figures:
     tokens = torch.arange(work.batch * work.context, device=device).reshape(work.batch, -1) % config.vocab_size
     state = [init_cache(config, (work.batch,), max_len=work.max_len, dtype=dtype, device=device)]
 
+    run = jit_layers(trunk)
+
     def step() -> None:
-        x, cache = trunk(params, tokens, state[0])  # compiled, it is no faster
+        x, cache = run(params, tokens, state[0])
         head(params.norm, params.output, x[:, -1:], config.norm_eps)
         state[0] = cache._replace(length=torch.zeros_like(cache.length))
 

@@ -22,6 +22,8 @@ from llama_fn.model.rope import Rotation, rotate
 from llama_fn.model.sums import in_memory
 from llama_fn.shapes import transforms, typed
 
+BLOCK = 64  # queries
+
 
 class Attention(NamedTuple):
     """The four matrices, with their heads. Query head i belongs to key/value head i // g."""
@@ -91,6 +93,23 @@ def fused(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"],
 
 
 @typed
+def in_blocks(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"], values: Float[Tensor, "*b k s h"],
+              positions: Int[Tensor, "*b t"] | None) -> Float[Tensor, "*b k g t h"]:
+    """`fused` of positions that follow each other, a block of queries after the other, each over the slots up to its
+    end: the kernel computes what is hidden, too.
+    """
+    t, s, parts = queries.shape[-2], keys.shape[-2], []
+    if positions is None:
+        positions = torch.arange(t, device=queries.device).expand(*queries.shape[:-4], t)
+    for at in range(0, t, BLOCK):
+        end = min(at + BLOCK, t)
+        slots = s - t + end  # the last query stands in the last slot, or before it
+        parts.append(fused(queries[..., at:end, :], keys[..., :slots, :], values[..., :slots, :],
+                           positions[..., at:end]))
+    return torch.cat(parts, -2)
+
+
+@typed
 def one_query(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"], values: Float[Tensor, "*b k s h"],
               positions: Int[Tensor, "*b t"]) -> Float[Tensor, "*b k g t h"]:
     """`written_out` for one query a row (t = 1), as a compiler likes it: products and sums, at the speed of memory. The
@@ -139,8 +158,15 @@ def attend(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, posi
     if positions is not None:
         keys, values = kv.visible(keys, positions), kv.visible(values, positions)
     keys, values = (tree.map(lambda leaf: leaf.to(queries.dtype), part) for part in (keys, values))
-    kernel = written_out if beyond else one_query if one else fused
+    kernel = written_out if beyond else one_query if one else in_blocks if _many(queries, keys, values) else fused
     return kernel(queries, keys, values, positions)
+
+
+def _many(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether `in_blocks` is faster: of 256 tokens 0.8 of the time, of 512 three quarters, by AVX2 half."""
+    return (queries.device.type == "cpu" and queries.shape[-2] > BLOCK and not transforms()
+            and not torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+            and not any(x.requires_grad for x in (queries, keys, values)))
 
 
 def _for_triton(queries: Tensor) -> bool:

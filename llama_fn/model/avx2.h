@@ -1,5 +1,5 @@
-// What the kernels for a processor with AVX2 share. They are compiled as one file, since half of the time goes to
-// torch's headers: no two of them have a name in common.
+// What the kernels for a processor with AVX2 or AVX-512 share. They are compiled as one file, since half of the time
+// goes to torch's headers: no two of them have a name in common.
 
 #pragma once
 
@@ -23,23 +23,46 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// How numbers lie in memory, and eight of them as floats.
+// How numbers lie in memory, eight of them as floats, and floats as eight of them.
 struct BFloat16 {
     using Type = uint16_t;
     static __m256 load(const Type* at) {  // the upper half of a float
         const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)at));
         return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
     }
+    static void store(Type* to, __m256 x) {  // to nearest, ties to even; a NaN must not become infinite
+        const __m256i bits = _mm256_castps_si256(x);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        __m256i high = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+        high = _mm256_srli_epi32(_mm256_blendv_epi8(high, _mm256_set1_epi32(0x7fc00000), nan), 16);
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0b1000);
+        _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(packed));
+    }
+#ifdef __AVX512F__
+    static __m512 sixteen(const Type* at) {
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+#endif
 };
 
 struct Float16 {
     using Type = uint16_t;
     static __m256 load(const Type* at) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)at)); }
+    static void store(Type* to, __m256 x) { _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(x, 0)); }
+#ifdef __AVX512F__
+    static __m512 sixteen(const Type* at) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)at)); }
+#endif
 };
 
 struct Float32 {
     using Type = float;
     static __m256 load(const Type* at) { return _mm256_loadu_ps(at); }
+    static void store(Type* to, __m256 x) { _mm256_storeu_ps(to, x); }
+#ifdef __AVX512F__
+    static __m512 sixteen(const Type* at) { return _mm512_loadu_ps(at); }
+#endif
 };
 
 // What `some` says of the numbers that a dtype has.
@@ -64,20 +87,34 @@ public:
     Floats(const Floats&) = delete;
 };
 
+// Rows "r d" in float32, and a tensor of float32.
+struct Rows {
+    const float* at;
+    int64_t rows, d;
+    const Tensor& like;
+
+    explicit Rows(const Tensor& x) : Rows(x, x.size(0), x.size(1)) {}
+    Rows(const Tensor& x, int64_t rows, int64_t d) : at((const float*)x.data_ptr()), rows(rows), d(d), like(x) {}
+};
+
 float sum_of(__m256 v) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// Of matrices side by side, a row of which is `width` numbers in memory, and rows x: "r o". `some` computes the outputs
-// of matrix m from `begin` to `end`, to y "r total".
+#ifdef __AVX512F__
+float sum_of(__m512 v) { return _mm512_reduce_add_ps(v); }
+#endif
+
+// Of matrices side by side, a row of which is `width` numbers in memory, and as many rows as y has: "r o". `some`
+// computes the outputs of matrix m from `begin` to `end`, to y "r total".
 template <class Some>
-Tensor shared(const std::vector<Tensor>& matrices, int64_t width, const Tensor& x, int64_t threads, const Some& some) {
+Tensor shared(const std::vector<Tensor>& matrices, int64_t width, const Rows& x, int64_t threads, const Some& some) {
     std::vector<int64_t> sizes;
     for (const auto& matrix : matrices) sizes.push_back(matrix.numel() / width);
     const int64_t total = std::accumulate(sizes.begin(), sizes.end(), int64_t(0));
-    auto y = torch::stable::new_empty(x, {x.size(0), total});
+    auto y = torch::stable::new_empty(x.like, {x.rows, total});
     float* const to = (float*)y.data_ptr();
 #pragma omp parallel num_threads(threads)
     {

@@ -1,5 +1,5 @@
-"""A step of a few rows on a processor with AVX2, by kernels in C++: products (`floats.cpp`, `integers.cpp`), and
-attention of one query a row (`one_query.cpp`).
+"""A step of a few rows on a processor with AVX2, or AVX-512, by kernels in C++: products (`floats.cpp`,
+`integers.cpp`), attention of one query a row (`one_query.cpp`), and all of it (`one_token.cpp`, see `one_token`).
 
 Torch has none that read at the memory's speed there (its own of four bits reads 7 GB/s of 30). Inductor's loops know
 floats alone, go through a weight's numbers for each row by itself, reach a third of these kernels' speed in attention,
@@ -23,7 +23,7 @@ from torch.fx import Graph
 from llama_fn.model.operators import define
 from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
 
-KERNELS = ("floats", "integers", "one_query")  # files, and their operators
+KERNELS = ("floats", "integers", "one_query", "one_token")  # files, and their operators
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -39,8 +39,8 @@ def takes(weight: Any, x: Tensor) -> bool:
 
 
 def most(weight: Any) -> int:
-    """The rows for which these kernels are the fastest. (With AVX-512, torch's for floats may be.)"""
-    return 8 if not isinstance(weight, Tensor) else 32 if level() == "AVX2" else 0
+    """The rows for which these kernels are the fastest."""
+    return 32 if isinstance(weight, Tensor) and level() else 8
 
 
 def sums(weights: Sequence[Tensor | Quantized | Grouped], x: Tensor) -> list[Tensor]:
@@ -57,6 +57,13 @@ def sums(weights: Sequence[Tensor | Quantized | Grouped], x: Tensor) -> list[Ten
     return [y * w.scale.flatten() if isinstance(w, Quantized) else y for y, w in zip(ys, weights, strict=True)]
 
 
+def parts(weights: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """What kernels are given of weights: their numbers, and of integers their scales."""
+    if isinstance(weights[0], Quantized | Grouped):
+        return [w[0] for w in weights], [w[1] for w in weights]
+    return list(weights), []
+
+
 def _empty_floats(values: list[Tensor], x: Tensor, threads: int) -> Tensor:
     return x.new_empty((x.shape[0], sum(value.numel() // x.shape[-1] for value in values)))
 
@@ -67,8 +74,8 @@ def _empty_integers(values: list[Tensor], scales: list[Tensor], x: Tensor, threa
 
 
 def attends(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether `one_query` computes this. (With AVX-512 it was not compared.)"""
-    return (queries.device.type == "cpu" and level() == "AVX2" and queries.numel() > 0
+    """Whether `one_query` computes this."""
+    return (queries.device.type == "cpu" and level() != "" and queries.numel() > 0
             and keys.dtype == values.dtype in FLOATS and keys.shape[-1] % 8 == 0)
 
 
@@ -100,11 +107,14 @@ def ready(graph: Graph) -> None:
         _library()()
 
 
+def load() -> None:
+    """Have the kernels there."""
+    _library()()
+
+
 def _loaded(x: Tensor) -> None:
-    """Have the kernels there, or in a while where this is tracing."""
-    load = _library()
-    if not isinstance(x, FakeTensor):
-        load()
+    """`load`, or begin to where this is tracing."""
+    _library() if isinstance(x, FakeTensor) else load()
 
 
 @functools.cache
@@ -115,7 +125,8 @@ def _library() -> Callable[[], object]:
     from torch._inductor.codecache import CppCodeCache
 
     files = [Path(__file__).with_name(name) for name in ("avx2.h", *(f"{kernel}.cpp" for kernel in KERNELS))]
-    source = "".join(file.read_text().replace('#include "avx2.h"', "") for file in files)
+    # A folder of compilations may be shared by processors: they are compiled for this one's instructions.
+    source = f"// {level()}\n" + "".join(file.read_text().replace('#include "avx2.h"', "") for file in files)
     # The flags say which instructions there are. Torch 2.11 asks g++ all the same.
     known = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
     options = {"needs_vec_isa": False} if known else {}
@@ -134,4 +145,9 @@ def _library() -> Callable[[], object]:
 # Their kernels for the CPU are in C++.
 define("floats(Tensor[] values, Tensor x, int threads) -> Tensor", _empty_floats)
 define("integers(Tensor[] values, Tensor[] scales, Tensor x, int threads) -> Tensor", _empty_integers)
+define("one_token(Tensor x, Tensor cosines, Tensor sines, Tensor[] norms, Tensor[] values, Tensor[] scales, "
+       "Tensor(a!)[] keys, Tensor(b!)[] cached, Tensor positions, float eps, int threads) -> Tensor",
+       lambda x, *_: x.new_empty(x.shape))
+define("head(Tensor x, Tensor norm, Tensor[] values, Tensor[] scales, float eps, int threads) -> Tensor",
+       lambda x, norm, values, *_: x.new_empty((*x.shape[:-1], values[0].shape[0])))
 define("one_query(Tensor queries, Tensor keys, Tensor values, Tensor positions, int threads) -> Tensor", _empty_heads)

@@ -54,6 +54,6 @@ def noted(length: Tensor, known: Extent) -> Extent:
 def grown(length: Tensor, count: int) -> Tensor:
     """`length` + `count`."""
     longer = length + count
-    if (known := extent(length)) is not None:
+    if far(length) and (known := extent(length)) is not None:
         noted(longer, Extent(*(n + count for n in known)))
     return longer

@@ -1,114 +1,214 @@
-// Few rows times matrices of 8 or 4 bits on a processor with AVX2: y[r, o] = sum over d of W[o, d] x[r, d].
+// Few rows times matrices of 8 or 4 bits: y[r, o] = sum over d of W[o, d] x[r, d].
 //
 // Inputs are made integers of 16 bits, of each group of 64 the largest 32767. So one instruction multiplies sixteen
-// numbers and adds what it gets in pairs, where eight floats take one, and more to be made of bytes. Weights are read
-// once, in streams side by side, so that pages are on their way at once.
+// numbers (with AVX-512 thirty-two) and adds what it gets in pairs, where eight floats take one, and more to be made of
+// bytes. Weights are read once, in streams side by side, so that pages are on their way at once.
 
 #include "avx2.h"
 
 namespace {
 
 constexpr int64_t GROUP = 64;  // inputs that share a step, and in four bits a scale and a minimum
-constexpr int64_t BLOCK = 8;   // groups whose scales fill a register
 
-struct Inputs {
-    std::vector<int16_t> numbers;  // "r d"
-    std::vector<float> step, sum;  // of each group, "r g": what the numbers count in, and the sum of the inputs
-    int64_t d, groups, padded;
+// Registers of sixteen integers, or of eight floats.
+struct Narrow {
+    using Words = __m256i;
+    using Sums = __m256;
+    static constexpr int64_t LANES = 8;
 
-    Inputs(const float* x, int64_t rows, int64_t d, bool nibbles)
-        : numbers(rows * d), d(d), groups(d / GROUP), padded((groups + BLOCK - 1) / BLOCK * BLOCK) {
-        step.resize(rows * padded), sum.resize(rows * padded);
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t g = 0; g < groups; g++) {
-                const float* from = x + r * d + g * GROUP;
-                int16_t* to = &numbers[r * d + g * GROUP];
-                float most[8] = {}, all[8] = {};  // the lanes of a register
-                for (int i = 0; i < GROUP; i += 8)
-                    for (int l = 0; l < 8; l++)
-                        most[l] = std::max(most[l], std::fabs(from[i + l])), all[l] += from[i + l];
-                const float largest = *std::max_element(most, most + 8), total = std::accumulate(all, all + 8, 0.0f);
-                const float inverse = largest > 0 ? 32767 / largest : 0;
-                int32_t whole[GROUP];
-                for (int i = 0; i < GROUP; i++) whole[i] = int32_t(std::nearbyint(from[i] * inverse));
-                if (nibbles)  // of sixteen bits j, nibble i meets input 4 j + i
-                    for (int i = 0; i < 4; i++)
-                        for (int j = 0; j < 16; j++) to[16 * i + j] = int16_t(whole[4 * j + i]);
-                else
-                    for (int i = 0; i < GROUP; i++) to[i] = int16_t(whole[i]);
-                // An infinite or NaN input makes that of its sum; integers cannot say it.
-                step[r * padded + g] = largest / 32767 + 0 * total, sum[r * padded + g] = total;
-            }
-    }
-};
-
-// W = n: integers of 8 bits.
-struct Bytes {
-    static constexpr bool SCALED = false;
-    static constexpr int64_t BYTES = GROUP;
-
-    static void load(const uint8_t* group, __m256i n[4]) {
-        for (int i = 0; i < 4; i++) n[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)group + i));
-    }
-};
-
-// W = scale * n + minimum: two integers of 4 bits a byte, and of each group a scale and a minimum in bfloat16.
-struct Nibbles {
-    static constexpr bool SCALED = true;
-    static constexpr int64_t BYTES = GROUP / 2;
-
-    static void load(const uint8_t* group, __m256i n[4]) {
-        const __m256i words = _mm256_loadu_si256((const __m256i*)group), low = _mm256_set1_epi16(15);
+    static Words bytes(const uint8_t* at) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at)); }
+    static void nibbles(const uint8_t* at, Words n[4]) {  // the first of each word, the second, ...
+        const Words words = _mm256_loadu_si256((const __m256i*)at), low = _mm256_set1_epi16(15);
         n[0] = _mm256_and_si256(words, low);
         n[1] = _mm256_and_si256(_mm256_srli_epi16(words, 4), low);
         n[2] = _mm256_and_si256(_mm256_srli_epi16(words, 8), low);
         n[3] = _mm256_srli_epi16(words, 12);
     }
+    template <int COUNT>
+    static Words products(const Words* n, const Words* x) {
+        Words sums[COUNT];
+        UNROLLED for (int i = 0; i < COUNT; i++) sums[i] = _mm256_madd_epi16(n[i], x[i]);
+        return _mm256_add_epi32(_mm256_add_epi32(sums[0], sums[1]), _mm256_add_epi32(sums[2], sums[3]));
+    }
+
+    static Words at(const int16_t* x) { return _mm256_loadu_si256((const __m256i*)x); }
+
+    static Sums none() { return _mm256_setzero_ps(); }
+    static Sums at(const float* x) { return _mm256_loadu_ps(x); }
+    static Words first(int) { return _mm256_setzero_si256(); }
+    template <int GROUPS>
+    static Words next(Words which) { return _mm256_add_epi32(which, _mm256_set1_epi32(1)); }
+    static Sums of(Sums steps, Words which) { return _mm256_permutevar8x32_ps(steps, which); }
+    static Sums times(Sums a, Sums b) { return _mm256_mul_ps(a, b); }
+    static Sums floats(Words n) { return _mm256_cvtepi32_ps(n); }
+    static Sums add(Sums sums, Sums a, Sums b) { return _mm256_fmadd_ps(a, b, sums); }
+    static void scales(const uint16_t* pairs, Sums& scale, Sums& minimum) {  // a bfloat16 is half a float
+        const __m256i both = _mm256_loadu_si256((const __m256i*)pairs);
+        scale = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+        minimum = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(-65536)));
+    }
 };
+
+// W = n: integers of 8 bits, a group at once.
+template <class Register>
+struct Bytes : Register {
+    static constexpr bool SCALED = false;
+    static constexpr int64_t GROUPS = 1, COUNT = GROUP / (2 * Register::LANES), SIZE = GROUP;
+
+    static void load(const uint8_t* at, typename Register::Words n[COUNT]) {
+        UNROLLED for (int i = 0; i < COUNT; i++) n[i] = Register::bytes(at + 2 * Register::LANES * i);
+    }
+    static int64_t place(int64_t i) { return i; }
+};
+
+// W = scale * n + minimum: two integers of 4 bits a byte, and of each group a scale and a minimum in bfloat16; a
+// register of them at once, which is of one group or of two.
+template <class Register>
+struct Nibbles : Register {
+    static constexpr bool SCALED = true;
+    static constexpr int64_t GROUPS = Register::LANES / 8, COUNT = 4, SIZE = GROUPS * GROUP / 2;
+
+    static void load(const uint8_t* at, typename Register::Words n[COUNT]) { Register::nibbles(at, n); }
+    static int64_t place(int64_t i) { return i % 4 * 16 * GROUPS + i / 4; }  // nibble i of word j meets input 4 j + i
+};
+
+#ifdef __AVX512VNNI__
+// Of thirty-two, or sixteen.
+struct Wide {
+    using Words = __m512i;
+    using Sums = __m512;
+    static constexpr int64_t LANES = 16;
+
+    static Words bytes(const uint8_t* at) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)at)); }
+    static void nibbles(const uint8_t* at, Words n[4]) {
+        Words words = _mm512_loadu_si512(at);
+        const Words low = _mm512_set1_epi16(15);
+        asm("" : "+v"(words));  // else gcc loads it four times
+        n[0] = _mm512_and_si512(words, low);
+        n[1] = _mm512_and_si512(_mm512_srli_epi16(words, 4), low);
+        n[2] = _mm512_and_si512(_mm512_srli_epi16(words, 8), low);
+        n[3] = _mm512_srli_epi16(words, 12);
+    }
+    template <int COUNT>
+    static Words products(const Words* n, const Words* x) {
+        Words sum = _mm512_madd_epi16(n[0], x[0]);
+        UNROLLED for (int i = 1; i < COUNT; i++) sum = _mm512_dpwssd_epi32(sum, n[i], x[i]);
+        return sum;
+    }
+
+    static Words at(const int16_t* x) { return _mm512_loadu_si512(x); }
+
+    static Sums none() { return _mm512_setzero_ps(); }
+    static Sums at(const float* x) { return _mm512_loadu_ps(x); }
+    static Words first(int groups) { 
+        return groups == 1 ? _mm512_setzero_si512() : _mm512_mask_set1_epi32(_mm512_setzero_si512(), 0xff00, 1);
+    }
+    template <int GROUPS>
+    static Words next(Words which) { return _mm512_add_epi32(which, _mm512_set1_epi32(GROUPS)); }
+    static Sums of(Sums steps, Words which) { return _mm512_permutexvar_ps(which, steps); }
+    static Sums times(Sums a, Sums b) { return _mm512_mul_ps(a, b); }
+    static Sums floats(Words n) { return _mm512_cvtepi32_ps(n); }
+    static Sums add(Sums sums, Sums a, Sums b) { return _mm512_fmadd_ps(a, b, sums); }
+    static void scales(const uint16_t* pairs, Sums& scale, Sums& minimum) {
+        const __m512i both = _mm512_loadu_si512(pairs);
+        scale = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        minimum = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
+    }
+};
+#endif
+
+struct Inputs {
+    int64_t d, groups, padded;
+    Floats memory, step, sum;  // of each group, "r g": what the numbers count in, and the sum of the inputs
+
+    Inputs(int64_t rows, int64_t d)
+        : d(d), groups(d / GROUP), padded((groups + 15) / 16 * 16), memory(rows * d / 2), step(rows * padded),
+          sum(rows * padded) {}
+    int16_t* numbers() const { return (int16_t*)memory.at; }  // "r d"
+};
+
+template <class Weight>
+void take(const float* x, int64_t rows, const Inputs& to) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t g = 0; g < to.groups; g++, x += GROUP) {
+            __m256 most = _mm256_setzero_ps(), all = most;
+            UNROLLED for (int i = 0; i < GROUP; i += 8) {
+                const __m256 eight = _mm256_loadu_ps(x + i);
+                most = _mm256_max_ps(most, _mm256_andnot_ps(_mm256_set1_ps(-0.f), eight));
+                all = _mm256_add_ps(all, eight);
+            }
+            float lanes[8];
+            _mm256_storeu_ps(lanes, most);
+            const float largest = *std::max_element(lanes, lanes + 8), total = sum_of(all);
+            const __m256 inverse = _mm256_set1_ps(largest > 0 ? 32767 / largest : 0);
+            alignas(32) int32_t whole[GROUP];
+            for (int i = 0; i < GROUP; i += 8)
+                _mm256_store_si256((__m256i*)(whole + i),
+                                   _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), inverse)));
+            // The groups that are taken at once have their halves of every register.
+            const int64_t first = g / Weight::GROUPS * Weight::GROUPS, half = g % Weight::GROUPS * 16;
+            int16_t* const numbers = to.numbers() + r * to.d + first * GROUP + half;
+            UNROLLED for (int i = 0; i < GROUP; i++) numbers[Weight::place(i)] = int16_t(whole[i]);
+            // An infinite or NaN input makes that of its sum; integers cannot say it.
+            to.step.at[r * to.padded + g] = largest / 32767 + 0 * total, to.sum.at[r * to.padded + g] = total;
+        }
+}
 
 // The outputs from `begin` to `end` of a matrix, in as many streams, to y "r total".
 template <class Weight, int ROWS, int STREAMS>
 void outputs(const uint8_t* values, const uint16_t* scale, const Inputs& x, float* y, int64_t total, int64_t begin,
              int64_t end) {
+    constexpr int64_t BLOCK = Weight::LANES;  // groups whose scales fill a register
+    constexpr int COUNT = Weight::COUNT, GROUPS = Weight::GROUPS;
+    using Sums = typename Weight::Sums;
+    using Words = typename Weight::Words;
     const int64_t each = (end - begin + STREAMS - 1) / STREAMS, d = x.d, groups = x.groups, padded = x.padded;
-    const int16_t* const numbers = x.numbers.data();
+    const int16_t* const numbers = x.numbers();
     for (int64_t i = 0; i < each; i++) {
         int64_t o[STREAMS];
         const uint8_t* at[STREAMS];
-        __m256 sums[STREAMS][ROWS];
+        Sums sums[STREAMS][ROWS];
         UNROLLED for (int s = 0; s < STREAMS; s++) {
-            o[s] = std::min(begin + s * each + i, end - 1), at[s] = values + o[s] * groups * Weight::BYTES;
-            UNROLLED for (int r = 0; r < ROWS; r++) sums[s][r] = _mm256_setzero_ps();
+            o[s] = std::min(begin + s * each + i, end - 1);
+            at[s] = values + o[s] * groups / Weight::GROUPS * Weight::SIZE;
+            UNROLLED for (int r = 0; r < ROWS; r++) sums[s][r] = Weight::none();
         }
         for (int64_t g = 0; g < groups; g += BLOCK) {
             const int64_t count = std::min(BLOCK, groups - g);
-            float steps[STREAMS][ROWS][BLOCK];
-            if constexpr (Weight::SCALED)
-                UNROLLED for (int s = 0; s < STREAMS; s++) {
+            Sums steps[STREAMS][ROWS];
+            UNROLLED for (int s = 0; s < STREAMS; s++) {
+                Sums scales, minima;
+                if constexpr (Weight::SCALED) {
                     uint16_t last[2 * BLOCK] = {};
                     const uint16_t* pairs = scale + 2 * (o[s] * groups + g);
                     if (count < BLOCK) std::copy(pairs, pairs + 2 * count, last), pairs = last;
-                    const __m256i both = _mm256_loadu_si256((const __m256i*)pairs);  // a bfloat16 is half a float
-                    const __m256 scales = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-                    const __m256 minima = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(-65536)));
-                    UNROLLED for (int r = 0; r < ROWS; r++) {
-                        const int64_t place = r * padded + g;
-                        _mm256_storeu_ps(steps[s][r], _mm256_mul_ps(scales, _mm256_loadu_ps(&x.step[place])));
-                        sums[s][r] = _mm256_fmadd_ps(minima, _mm256_loadu_ps(&x.sum[place]), sums[s][r]);
+                    Weight::scales(pairs, scales, minima);
+                }
+                UNROLLED for (int r = 0; r < ROWS; r++) {
+                    const int64_t place = r * padded + g;
+                    steps[s][r] = Weight::at(x.step.at + place);
+                    if constexpr (Weight::SCALED) {
+                        steps[s][r] = Weight::times(scales, steps[s][r]);
+                        sums[s][r] = Weight::add(sums[s][r], minima, Weight::at(x.sum.at + place));
                     }
                 }
-            for (int64_t k = 0; k < count; k++) {
-                const int16_t* const inputs = numbers + (g + k) * GROUP;
-                UNROLLED for (int s = 0; s < STREAMS; s++, at[s - 1] += Weight::BYTES) {
-                    __m256i n[4];
+            }
+            auto which = Weight::first(GROUPS);
+            for (int64_t k = 0; k < count; k += GROUPS, which = Weight::template next<GROUPS>(which)) {
+                Words inputs[ROWS][COUNT];
+                UNROLLED for (int r = 0; r < ROWS; r++)
+                    UNROLLED for (int i = 0; i < COUNT; i++) {
+                        Words some = Weight::at(numbers + r * d + (g + k) * GROUP + 2 * Weight::LANES * i);
+                        if (STREAMS > 1) asm("" : "+v"(some));  // else gcc loads them for every stream
+                        inputs[r][i] = some;
+                    }
+                UNROLLED for (int s = 0; s < STREAMS; s++, at[s - 1] += Weight::SIZE) {
+                    Words n[COUNT];
                     Weight::load(at[s], n);
+                    _mm_prefetch((const char*)at[s] + 1024, _MM_HINT_T0);
                     UNROLLED for (int r = 0; r < ROWS; r++) {
-                        const __m256i* const row = (const __m256i*)(inputs + r * d);
-                        __m256i p[4];
-                        for (int i = 0; i < 4; i++) p[i] = _mm256_madd_epi16(n[i], _mm256_loadu_si256(row + i));
-                        p[0] = _mm256_add_epi32(_mm256_add_epi32(p[0], p[1]), _mm256_add_epi32(p[2], p[3]));
-                        const float* step = Weight::SCALED ? &steps[s][r][k] : &x.step[r * padded + g + k];
-                        sums[s][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(p[0]), _mm256_broadcast_ss(step), sums[s][r]);
+                        const Sums whole = Weight::floats(Weight::template products<COUNT>(n, inputs[r]));
+                        sums[s][r] = Weight::add(sums[s][r], whole, Weight::of(steps[s][r], which));
                     }
                 }
             }
@@ -124,18 +224,35 @@ constexpr decltype(&outputs<Weight, 1, 1>) OF_ROWS[] = {
     outputs<Weight, 1, 3>, outputs<Weight, 2, 2>, outputs<Weight, 3, 2>, outputs<Weight, 4, 1>,
     outputs<Weight, 5, 1>, outputs<Weight, 6, 1>, outputs<Weight, 7, 1>, outputs<Weight, 8, 1>};
 
-// Of matrices "... d" side by side, and 1 to 8 rows "r d" in float32: "r o". Four bits have scales, "... g 2".
-Tensor integers(std::vector<Tensor> values, std::vector<Tensor> scales, Tensor x, int64_t threads) {
-    const bool nibbles = !scales.empty();
-    const int64_t rows = x.size(0), d = x.size(1);
-    STD_TORCH_CHECK(0 < rows && rows <= 8 && 0 < d && d % GROUP == 0, "integers: 1 to 8 rows of whole groups");
-    const Inputs inputs((const float*)x.data_ptr(), rows, d, nibbles);
-    const auto some = nibbles ? OF_ROWS<Nibbles>[rows - 1] : OF_ROWS<Bytes>[rows - 1];
-    return shared(values, nibbles ? d / 2 : d, x, threads,
+template <class Weight>
+Tensor products_by(const std::vector<Tensor>& values, const std::vector<Tensor>& scales, const Rows& x,
+                   int64_t threads) {
+    const Inputs inputs(x.rows, x.d);
+    take<Weight>(x.at, x.rows, inputs);
+    return shared(values, Weight::SCALED ? x.d / 2 : x.d, x, threads,
                   [&](int64_t m, float* y, int64_t total, int64_t begin, int64_t end) {
-                      some((const uint8_t*)values[m].data_ptr(),
-                           nibbles ? (const uint16_t*)scales[m].data_ptr() : nullptr, inputs, y, total, begin, end);
+                      const auto* const pairs = Weight::SCALED ? (const uint16_t*)scales[m].data_ptr() : nullptr;
+                      OF_ROWS<Weight>[x.rows - 1]((const uint8_t*)values[m].data_ptr(), pairs, inputs, y, total, begin,
+                                                  end);
                   });
+}
+
+// Of matrices "... d" side by side, and 1 to 8 rows "r d" in float32: "r o". Four bits have scales, "... g 2".
+Tensor products(const std::vector<Tensor>& values, const std::vector<Tensor>& scales, const Rows& x, int64_t threads) {
+    STD_TORCH_CHECK(0 < x.rows && x.rows <= 8 && 0 < x.d && x.d % GROUP == 0, "integers: 1 to 8 rows of whole groups");
+    const auto by = [&](auto lanes) {
+        using Register = decltype(lanes);
+        return scales.empty() ? products_by<Bytes<Register>>(values, scales, x, threads)
+                              : products_by<Nibbles<Register>>(values, scales, x, threads);
+    };
+#ifdef __AVX512VNNI__
+    if (x.d % (2 * GROUP) == 0) return by(Wide());
+#endif
+    return by(Narrow());
+}
+
+Tensor integers(std::vector<Tensor> values, std::vector<Tensor> scales, Tensor x, int64_t threads) {
+    return products(values, scales, Rows(x), threads);
 }
 
 }  // namespace

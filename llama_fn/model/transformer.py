@@ -75,6 +75,10 @@ def _layers(params: Params, tokens: Tensor, cache: Cache | None, layer: Callable
     angles = rotation(positions.expand(tokens.shape), config.head_dim, config.rope_theta, config.rope_scaling)
 
     x = embed(params.embedding, tokens)
+    # A layer may have a kernel that does all of them at once, in the cache that it is given, or says that it cannot.
+    together = getattr(layer, "together", lambda *_: None)
+    if (y := together(params.blocks, x, angles, cache, positions, config.norm_eps)) is not None:
+        return y, cache._replace(length=grown(cache.length, count))
     layers = []
     for i, weights in enumerate(params.blocks):
         old = None if cache is None else KeysValues(cache.k[i], cache.v[i])

@@ -14,7 +14,8 @@ from llama_fn.model import avx2
 from llama_fn.shapes import far
 
 OPTIONS = {"size_asserts": False}  # each call looks first whether its tensors fit
-CPU = {"cpp.enable_floating_point_contract_flag": "fast"}  # inductor multiplies and adds apart
+CPU = {"cpp.enable_floating_point_contract_flag": "fast",  # inductor multiplies and adds apart
+       "cpp.min_chunk_size": 8192}  # a loop over a row is done sooner than a second thread has begun: 4 % of a step
 # Block sizes are measured; and a kernel begins to load while the one before it ends: 4 % of a step of 7B (H200).
 CUDA = {"coordinate_descent_tuning": True, "triton.enable_pdl": True}
 # A sum of products is to be one loop: inductor breaks an expression of more than 30 operations or 4 reads in two.

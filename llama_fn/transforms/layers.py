@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from llama_fn.model import one_token
 from llama_fn.model.block import block
 from llama_fn.model.transformer import forward, head
 from llama_fn.shapes import traced
@@ -23,7 +24,7 @@ R = TypeVar("R")
 
 
 def jit_layers(f: Callable[P, R] = forward, donate: str | Sequence[str] = "cache") -> Callable[P, R]:
-    """`forward`, or a function of its arguments that hands on `layer` and `head`, compiled by its parts: all layers
+    """`forward`, `trunk`, or a function that hands them `layer` and `head`, compiled by its parts: all layers
     share one compiled block, so that the first call takes as long for 80 of them as for one. The cache is written in
     place if it is donated, and a step's work follows its length. On a GPU, what a step launches is recorded.
 
@@ -33,8 +34,23 @@ def jit_layers(f: Callable[P, R] = forward, donate: str | Sequence[str] = "cache
     if not has_compiler():
         warnings.warn(no_compiler(getattr(f, "__name__", "a step")), stacklevel=2)
         return f
-    step = functools.partial(f, layer=by_shape(block, donate, {"slots": 0, "cache": -2}), head=by_shape(head))
-    return recorded(step)
+    layer = by_shape(block, donate, {"slots": 0, "cache": -2})
+    if "cache" in ((donate,) if isinstance(donate, str) else donate):
+        layer.together = one_token.one_token
+    parts = {"layer": layer, "head": _few_rows(by_shape(head))}
+    named = inspect.signature(f).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values()):
+        parts = {name: part for name, part in parts.items() if name in named}  # `trunk` has no head
+    return recorded(functools.partial(f, **parts))
+
+
+def _few_rows(head: Callable) -> Callable:
+    """`head`, and of few rows on a processor that has a kernel for it, that."""
+    @functools.wraps(head)
+    def called(*args: Any) -> Tensor:
+        return head(*args) if (logits := one_token.head(*args)) is None else logits
+
+    return called
 
 
 def by_shape(f: Callable[P, R], donate: str | Sequence[str] = (),

@@ -1,0 +1,162 @@
+"""The kernel of all layers of one token a row: it is `block` after `block`, and what it cannot do it leaves."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Calls, keys, random_params, token_rows
+
+import llama_fn as lf
+from llama_fn.cli.bench_transforms import peak_bytes
+from llama_fn.model import avx2, one_token
+from llama_fn.model.cache import Forked
+from llama_fn.model.rope import rotation
+
+pytestmark = pytest.mark.skipif(not avx2.level(), reason="this processor has no AVX2")
+CONFIG = lf.Config(dim=192, n_layers=3, n_heads=12, n_kv_heads=4, vocab_size=37, hidden_dim=320, max_seq_len=64)
+
+
+def model_of(key: torch.Tensor, dtype: torch.dtype, bits: str | None, config: lf.Config = CONFIG) -> lf.Params:
+    params = lf.tree.map(lambda x: x.to(dtype), random_params(config, key, torch.float32))
+    return lf.quantize(params, bits) if bits else params
+
+
+def exact(params: lf.Params, tokens: torch.Tensor, cache: lf.Cache) -> tuple[torch.Tensor, lf.Cache]:
+    """The definition, in float64."""
+    double = lf.tree.map(lambda x: x.double() if x.is_floating_point() else x, lf.dequantize(params))
+    return lf.forward(double, tokens, lf.tree.map(lambda x: x.double() if x.is_floating_point() else x, cache))
+
+
+def filled(key: torch.Tensor, config: lf.Config, lengths: torch.Tensor, dtype: torch.dtype, room: int) -> lf.Cache:
+    cache = lf.init_cache(config, tuple(lengths.shape), max_len=room, dtype=dtype)
+    leaves = [lf.random.normal(lf.random.fold_in(key, i), x.shape, torch.float32).to(dtype) for i, x in
+              enumerate(cache.k + cache.v)]
+    return lf.Cache(tuple(leaves[:config.n_layers]), tuple(leaves[config.n_layers:]), lengths)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@given(key=keys(), dtype=st.sampled_from(avx2.FLOATS), bits=st.sampled_from([None, "int8", "int4"]),
+       batch=st.sampled_from([(), (1,), (2,), (7,), (1, 8), (3, 5), (32,)]),
+       heads=st.sampled_from([(12, 4), (4, 4), (8, 1)]), width=st.sampled_from([8, 16, 24]),
+       kept=st.sampled_from(avx2.FLOATS))
+def test_it_is_block_after_block(threads, key, dtype, bits, batch, heads, width, kept):
+    n, k = heads
+    if bits:  # 1 to 8 rows of whole groups, with inputs of 16 bits
+        width, dtype, batch = 16, torch.float16 if dtype == torch.float32 else dtype, batch if batch != (32,) else (8,)
+        batch = batch if math.prod(batch) <= 8 else (3, 2)
+    config = lf.Config(dim=n * width, n_layers=2, n_heads=n, n_kv_heads=k, vocab_size=37,
+                       hidden_dim=320 if bits else 40, max_seq_len=64)
+    params = model_of(key, dtype, bits, config)
+    lengths = lf.random.bits(key, batch) * 20 >> 32
+    cache, tokens = filled(key, config, lengths, kept, 21), token_rows(config, *batch, 1)
+    logits, after = exact(params, tokens, cache)
+    calls = Calls()
+    with pytest.MonkeyPatch.context() as patch, calls:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        ours, new = lf.jit_layers()(params, tokens, cache)
+    assert calls.names == ["one_token", "head"]
+    unit = max(torch.finfo(dtype).eps, torch.finfo(kept).eps, 2**-15 if bits else 0)
+    assert ours.dtype == dtype and (ours - logits).abs().max() <= 20 * unit * logits.abs().max()
+    assert (new.length == lengths + 1).all()
+    for mine, old, other in zip(new.k + new.v, cache.k + cache.v, after.k + after.v, strict=True):
+        assert mine is old and (mine - other).abs().max() <= 20 * unit * other.abs().max()
+
+
+def names_of(params, tokens, cache, step=None) -> list[str]:
+    calls = Calls()
+    with calls:
+        (step or lf.jit_layers())(params, tokens, cache)
+    return calls.names
+
+
+def test_it_is_chosen_for_values_of_one_token_a_row_alone(monkeypatch):
+    params, tokens = model_of(lf.random.key(0), torch.bfloat16, None), token_rows(CONFIG, 2, 1)
+    monkeypatch.setattr(lf.transforms.layers, "compiled", lambda f, args, *_: lambda tensors: f(*args))
+
+    def cache(dtype: torch.dtype = torch.bfloat16) -> lf.Cache:
+        return lf.init_cache(CONFIG, (2,), max_len=9, dtype=dtype)
+
+    def block_of(change) -> lf.Params:
+        return params._replace(blocks=(change(params.blocks[0]), *params.blocks[1:]))
+
+    assert names_of(params, tokens, cache()) == ["one_token", "head"]
+    assert names_of(params, token_rows(CONFIG, 2, 3), cache()) == ["head"]
+    assert "one_token" not in names_of(params, tokens, cache(), lf.jit_layers(donate=()))
+    assert "one_token" not in names_of(params, tokens, cache(torch.float64))
+    other = cache()
+    assert "one_token" not in names_of(params, tokens, other._replace(k=tuple(k.mT.contiguous().mT for k in other.k)))
+    strided = block_of(lambda b: b._replace(ffn_norm=b.ffn_norm.repeat_interleave(2)[::2]))
+    assert "one_token" not in names_of(strided, tokens, cache())
+    wide = block_of(lambda b: b._replace(feed_forward=lf.tree.map(lambda x: x.float(), b.feed_forward)))
+    with pytest.raises(RuntimeError):  # torch's: they are of two dtypes
+        names_of(wide, tokens, cache())
+    lora = lf.lora.apply(params, lf.lora.init(lf.random.key(1), params, rank=2))
+    assert "one_token" not in names_of(lora, tokens, cache())
+    learned = block_of(lambda b: b._replace(ffn_norm=b.ffn_norm.clone().requires_grad_()))
+    assert "one_token" not in names_of(learned, tokens, cache())
+    grown = lf.tree.map(lambda x: x.clone().requires_grad_(), params)
+    assert names_of(grown, tokens, cache()) == []
+    with torch.no_grad():
+        assert names_of(grown, tokens, cache()) == ["one_token", "head"]
+    mapped = Calls()
+    with mapped:
+        torch.vmap(lambda t, c: lf.jit_layers()(params, t, c)[0], (0, 0))(tokens, cache())
+    assert mapped.names == []
+    monkeypatch.setattr(avx2, "level", lambda: "")
+    assert names_of(params, tokens, cache()) == []
+
+
+def test_what_it_knows_of_weights_ends_with_them(monkeypatch):
+    before = len(one_token._known)
+    params, tokens = model_of(lf.random.key(0), torch.bfloat16, "int8"), token_rows(CONFIG, 1)
+    cache = lf.init_cache(CONFIG, max_len=9, dtype=torch.bfloat16)
+    step = lf.jit_layers()
+    step(params, tokens, cache)
+    assert len(one_token._known) == before + 1
+    step(params, tokens, cache)
+    assert len(one_token._known) == before + 1
+    del params
+    assert len(one_token._known) == before
+
+
+def test_a_weight_that_changed_where_it_lies_is_refused():
+    params, tokens = model_of(lf.random.key(0), torch.bfloat16, None), token_rows(CONFIG, 1)
+    cache = lf.init_cache(CONFIG, max_len=9, dtype=torch.bfloat16)
+    args = torch.ones(1, 192, dtype=torch.bfloat16), rotation(torch.tensor([0]), 16, 1e4), cache, torch.tensor([0])
+    assert one_token.one_token(params.blocks, *args, 1e-5) is not None
+    params.blocks[1].feed_forward.w_up.data = torch.ones(3, 192, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="a weight has changed its size"):
+        one_token.one_token(params.blocks, *args, 1e-5)
+    with pytest.raises(ValueError, match=r"params.blocks.1.feed_forward.w_up` should be Float"):
+        lf.jit_layers()(params, tokens, cache)
+
+
+def test_a_position_beyond_the_room_is_refused():
+    params = model_of(lf.random.key(0), torch.bfloat16, None)
+    x, cache = torch.ones(1, 192, dtype=torch.bfloat16), lf.init_cache(CONFIG, max_len=9, dtype=torch.bfloat16)
+    for position in (-1, 9):
+        with pytest.raises(RuntimeError, match=f"the cache has no slot {position}"):
+            one_token.one_token(params.blocks, x, rotation(torch.tensor([0]), 16, 1e4), cache,
+                                torch.tensor([position]), 1e-5)
+
+
+def test_a_step_allocates_less_than_a_leaf_and_as_much_at_the_thousandth():
+    params, cache = model_of(lf.random.key(0), torch.bfloat16, None), None
+    cache, step = lf.init_cache(CONFIG, max_len=1100, dtype=torch.bfloat16), lf.jit_layers()
+    leaf, addresses = cache.k[0].nbytes, [x.data_ptr() for x in cache.k + cache.v]
+    for t in range(1000):
+        _, cache = step(params, token_rows(CONFIG, 1, seed=t % 7), cache)
+    assert [x.data_ptr() for x in cache.k + cache.v] == addresses and cache.length == 1000
+    assert peak_bytes(lambda: step(params, token_rows(CONFIG, 1), cache)) < leaf
+
+
+def test_a_cache_that_is_forked_is_none_of_its_own():
+    params, tokens = model_of(lf.random.key(0), torch.bfloat16, None), token_rows(CONFIG, 2, 1)
+    cache = filled(lf.random.key(1), CONFIG, torch.tensor([4, 4]), torch.bfloat16, 9)
+    forked = cache._replace(**{name: tuple(Forked(x[:1, :, :2], x[:, :, 2:]) for x in getattr(cache, name))
+                               for name in "kv"})
+    x = torch.ones(2, 1, 192, dtype=torch.bfloat16)
+    assert one_token.one_token(params.blocks, x, None, forked, tokens, 1e-5) is None
+    assert one_token.one_token(params.blocks, x, None, None, tokens, 1e-5) is None
