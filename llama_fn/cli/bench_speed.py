@@ -106,7 +106,7 @@ def decode(work: Work, rounds: int) -> Figures:
     def step() -> None:
         for _ in range(count):
             logits, cache = run(params, state[0], state[1])
-            state[:] = logits.argmax(-1), cache
+            state[:] = logits.float().argmax(-1), cache  # of bfloat16, torch takes four times as long
         state[1] = state[1]._replace(length=start)  # the same work again
 
     def several(one: Callable[[], Any]) -> Callable[[], None]:

@@ -32,7 +32,10 @@ struct Matrices {
             for (const auto& scale : own) {
                 const float* const from = (const float*)scale.data_ptr();
                 const int64_t count = scale.numel();
-                for (int64_t o = 0; o < count; o++) to[o] *= from[o];
+                int64_t o = 0;
+                for (; o + 8 <= count; o += 8)
+                    _mm256_storeu_ps(to + o, _mm256_mul_ps(_mm256_loadu_ps(to + o), _mm256_loadu_ps(from + o)));
+                for (; o < count; o++) to[o] *= from[o];
                 to += count;
             }
         return y;
