@@ -58,10 +58,11 @@ def test_it_is_block_after_block(threads, key, dtype, bits, batch, heads, width,
         ours, new = lf.jit_layers()(params, tokens, cache)
     assert calls.names == ["one_token", "head"]
     unit = max(torch.finfo(dtype).eps, torch.finfo(kept).eps, 2**-15 if bits else 0)
-    assert ours.dtype == dtype and (ours - logits).abs().max() <= 20 * unit * logits.abs().max()
+    unit *= 20 if unit < 1e-6 else 4  # seen: 9 of float32, whose own sums count, too, and 2 of 16 bits
+    assert ours.dtype == dtype and (ours - logits).abs().max() <= unit * logits.abs().max()
     assert (new.length == lengths + 1).all()
     for mine, old, other in zip(new.k + new.v, cache.k + cache.v, after.k + after.v, strict=True):
-        assert mine is old and (mine - other).abs().max() <= 20 * unit * other.abs().max()
+        assert mine is old and (mine - other).abs().max() <= unit * other.abs().max()
 
 
 def names_of(params, tokens, cache, step=None) -> list[str]:
@@ -108,6 +109,38 @@ def test_it_is_chosen_for_values_of_one_token_a_row_alone(monkeypatch):
     assert names_of(params, tokens, cache()) == []
 
 
+def test_scales_that_were_cast_are_not_read_as_they_were():
+    params, tokens = model_of(lf.random.key(0), torch.bfloat16, "int8"), token_rows(CONFIG, 2, 1)
+    cache, step = lf.init_cache(CONFIG, (2,), max_len=9, dtype=torch.bfloat16), lf.jit_layers()
+    assert names_of(params, tokens, cache, step) == ["one_token", "head"]
+    cast = lf.tree.map(lambda x: x.bfloat16() if x.dtype == torch.float32 else x, params)
+    plain, _ = lf.forward(params, tokens, cache)
+    calls = Calls()
+    with calls:
+        y, _ = step(cast, tokens, cache)
+    assert not {"one_token", "head"} & set(calls.names) and (y - plain).abs().max() <= 0.05 * plain.abs().max()
+
+
+def test_weights_of_two_kinds_are_left_to_others():
+    config = lf.Config(dim=192, n_layers=1, n_heads=12, n_kv_heads=1, vocab_size=37, hidden_dim=320, max_seq_len=64)
+    params = model_of(lf.random.key(0), torch.bfloat16, None, config)
+    small = lf.quantize(params, "int8").blocks[0].attention
+    mixed = params._replace(blocks=(params.blocks[0]._replace(
+        attention=small._replace(wk=params.blocks[0].attention.wk)),))
+    cache = lf.init_cache(config, max_len=9, dtype=torch.bfloat16)
+    assert "one_token" not in names_of(mixed, token_rows(config, 1), cache)
+
+
+def test_a_trunk_is_without_head():
+    params, tokens = model_of(lf.random.key(0), torch.float32, None), token_rows(CONFIG, 2, 1)
+    cache, calls = lf.init_cache(CONFIG, (2,), max_len=9), Calls()
+    plain, _ = lf.trunk(params, tokens, cache)
+    with calls:
+        x, after = lf.jit_layers(lf.trunk)(params, tokens, cache)
+    assert calls.names == ["one_token"] and (x - plain).abs().max() <= 1e-5 * plain.abs().max()
+    assert after.k[0] is cache.k[0] and (after.length == 1).all()
+
+
 def test_what_it_knows_of_weights_ends_with_them(monkeypatch):
     before = len(one_token._known)
     params, tokens = model_of(lf.random.key(0), torch.bfloat16, "int8"), token_rows(CONFIG, 1)
@@ -126,9 +159,11 @@ def test_a_weight_that_changed_where_it_lies_is_refused():
     cache = lf.init_cache(CONFIG, max_len=9, dtype=torch.bfloat16)
     args = torch.ones(1, 192, dtype=torch.bfloat16), rotation(torch.tensor([0]), 16, 1e4), cache, torch.tensor([0])
     assert one_token.one_token(params.blocks, *args, 1e-5) is not None
+    for other in (torch.ones(3, 192, dtype=torch.bfloat16), torch.ones(320, 192, dtype=torch.float16)):
+        params.blocks[1].feed_forward.w_up.data = other
+        with pytest.raises(RuntimeError, match="a weight has changed its size or dtype"):
+            one_token.one_token(params.blocks, *args, 1e-5)
     params.blocks[1].feed_forward.w_up.data = torch.ones(3, 192, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match="a weight has changed its size"):
-        one_token.one_token(params.blocks, *args, 1e-5)
     with pytest.raises(ValueError, match=r"params.blocks.1.feed_forward.w_up` should be Float"):
         lf.jit_layers()(params, tokens, cache)
 

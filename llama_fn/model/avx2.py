@@ -48,19 +48,20 @@ def sums(weights: Sequence[Tensor | Quantized | Grouped], x: Tensor) -> list[Ten
     at most 2^-16 of the largest of its 64.
     """
     _loaded(x)
-    floats = isinstance(weights[0], Tensor)
-    values = [w if floats else w.values for w in weights]
-    scales = [w.scale for w in weights if isinstance(w, Grouped)]
+    values, scales = parts(weights)
     rest = x.float().contiguous(), torch.get_num_threads()
-    rows = torch.ops.llama_fn.floats(values, *rest) if floats else torch.ops.llama_fn.integers(values, scales, *rest)
+    if not scales:
+        rows = torch.ops.llama_fn.floats(values, *rest)
+    else:
+        rows = torch.ops.llama_fn.integers(values, scales if isinstance(weights[0], Grouped) else [], *rest)
     ys = rows.split([math.prod(w.shape[:-1]) for w in weights], -1)
     return [y * w.scale.flatten() if isinstance(w, Quantized) else y for y, w in zip(ys, weights, strict=True)]
 
 
 def parts(weights: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """What kernels are given of weights: their numbers, and of integers their scales."""
-    if isinstance(weights[0], Quantized | Grouped):
-        return [w[0] for w in weights], [w[1] for w in weights]
+    if all(isinstance(weight, Quantized | Grouped) for weight in weights):
+        return [weight.values for weight in weights], [weight.scale for weight in weights]
     return list(weights), []
 
 

@@ -10,13 +10,14 @@ struct Matrices {
     const std::vector<Tensor>&values, &scales;
     int64_t threads;
 
-    // Whether they are still as large as they were when their caller looked.
+    // Whether they are still what they were when their caller looked.
     void check(int64_t begin, std::initializer_list<int64_t> numbers) const {
         for (const int64_t count : numbers) {
             const auto& value = values[begin++];
             const bool halves = !scales.empty() && value.scalar_type() == ScalarType::Byte;
-            STD_TORCH_CHECK(value.is_contiguous() && value.numel() == (halves ? count / 2 : count),
-                            "one_token: a weight has changed its size");
+            STD_TORCH_CHECK(value.is_contiguous() && value.numel() == (halves ? count / 2 : count) &&
+                                value.scalar_type() == values[0].scalar_type(),
+                            "one_token: a weight has changed its size or dtype");
         }
     }
 
@@ -135,7 +136,8 @@ Tensor one_token(Tensor x, Tensor cosines, Tensor sines, std::vector<Tensor> nor
     const int64_t q = values[0].numel() / values[1].numel() * k * h;
     const int64_t* const position = (const int64_t*)positions.data_ptr();
     STD_TORCH_CHECK(x.is_contiguous() && positions.is_contiguous() && positions.numel() == rows &&
-                        cosines.numel() == rows * h / 2 && values.size() == size_t(7 * layers),
+                        cosines.numel() == rows * h / 2 && values.size() == size_t(7 * layers) &&
+                        (!scales.empty() || values[0].scalar_type() == x.scalar_type()),
                     "one_token: rows of one token each");
     for (int64_t r = 0; r < rows; r++)
         STD_TORCH_CHECK(0 <= position[r] && position[r] < room, "the cache has no slot ", position[r]);
@@ -150,8 +152,9 @@ Tensor one_token(Tensor x, Tensor cosines, Tensor sines, std::vector<Tensor> nor
         const auto &key = keys[layer], &value = cached[layer];
         matrices.check(7 * layer, {q * d, k * h * d, k * h * d, q * d, f * d, f * d, f * d});
         STD_TORCH_CHECK(key.is_contiguous() && value.is_contiguous() && key.numel() == rows * k * room * h &&
-                            value.numel() == key.numel(),
-                        "one_token: a layer of the cache has changed its size");
+                            value.numel() == key.numel() && norms[2 * layer].numel() == d &&
+                            norms[2 * layer + 1].numel() == d,
+                        "one_token: a norm or a layer of the cache has changed its size");
 
         norm(now.at, norms[2 * layer], rows, d, eps, weight.at, (float*)seen.data_ptr());
         const auto all = matrices.times(7 * layer, 7 * layer + 3, Rows(seen));

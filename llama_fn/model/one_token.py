@@ -47,7 +47,7 @@ def one_token(blocks: tuple[Block, ...], x: Tensor, rotation: Rotation, cache: C
         return all(_fits(weights, x, rotation, KeysValues(k, v), positions)
                    for weights, k, v in zip(blocks, cache.k, cache.v, strict=True))
 
-    if not _once(fit, leaves, x.dtype, x.shape, positions.shape):
+    if not _once(fit, leaves, x.dtype, x.shape, positions.dtype, positions.shape):
         return None
     avx2.load()
     return torch.ops.llama_fn.one_token(x, *rotation, norms, values, scales, cache.k, cache.v, positions, eps,
@@ -62,7 +62,8 @@ def head(norm: Tensor, output: Any, x: Tensor, eps: float) -> Tensor | None:
         return None
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
         return None
-    if not avx2.takes(output, x) or norm.dtype not in avx2.FLOATS or not norm.is_contiguous():
+    made = _scaled([output]) and norm.dtype in avx2.FLOATS and norm.shape == x.shape[-1:] and norm.is_contiguous()
+    if not made or not avx2.takes(output, x):
         return None
     avx2.load()
     return torch.ops.llama_fn.head(x, norm, values, scales, eps, torch.get_num_threads())
@@ -84,6 +85,12 @@ def _once(found: Callable[[], bool], leaves: list[Tensor], *rest: Hashable) -> b
     return known[0]
 
 
+def _scaled(weights: list[Any]) -> bool:
+    """Whether the scales of 8-bit weights are as they were made: of a tree that was cast they may not be."""
+    return all(weight.scale.dtype == torch.float32 and weight.scale.is_contiguous()
+               for weight in weights if isinstance(weight, Quantized))
+
+
 def _fits(params: Block, x: Tensor, rotation: Rotation, cache: KeysValues, positions: Tensor) -> bool:
     """Whether a layer's weights and cache have the kernel's dtypes and lie as it reads them."""
     matrices, norms = [*params.attention, *params.feed_forward], (params.attention_norm, params.ffn_norm)
@@ -91,7 +98,7 @@ def _fits(params: Block, x: Tensor, rotation: Rotation, cache: KeysValues, posit
     if integers:
         whole, numbers = GROUP, [part for matrix in matrices for part in matrix]
         made = (x.dtype in (torch.bfloat16, torch.float16) and all(type(m) is kind and as_made(m) for m in matrices)
-                and (kind is Grouped or all(matrix.scale.dtype == torch.float32 for matrix in matrices)))
+                and _scaled(matrices))
     else:
         whole, numbers = 8, matrices
         made = all(isinstance(matrix, Tensor) and matrix.dtype == x.dtype in avx2.FLOATS for matrix in matrices)
