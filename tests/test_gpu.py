@@ -5,34 +5,27 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Calls, keys, random_params
 from test_linear import plain, weight_of
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import llama_fn as lf
 from llama_fn.model import attention as attending
-from llama_fn.model import linear, operators
-from llama_fn.model.block import block
+from llama_fn.model import linear, one_token, operators
 from llama_fn.model.cache import KeysValues
-from llama_fn.model.rope import rotation
-from llama_fn.transforms.fused import fuse
+from llama_fn.model.rope import Rotation, rotate, rotation
 
 pytest.importorskip("triton", reason="there is no triton for this system")
-from llama_fn.model import gpu_attention, gpu_row, gpu_sums
+from llama_fn.model import gpu_after, gpu_attention, gpu_row, gpu_sums, gpu_token
+from llama_fn.model.gpu_after import Weights
+from llama_fn.model.gpu_row import Turned, row
 
 
 def sums(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Of rows "b d", the operator's parts "p b o"."""
     return torch.ops.llama_fn.sums(weights, x, gpu_sums.share(weights, x))
-
-
-def row(weights: list[torch.Tensor], scales: list[torch.Tensor], x: torch.Tensor, **more) -> torch.Tensor:
-    """Of a row "1 d", the operator's outputs "1 o"."""
-    return torch.ops.llama_fn.row(weights, scales, x, **more)
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,76 +98,87 @@ def test_a_row_is_the_product_and_what_is_made_of_it(key, outputs, d, bytes_, wh
         y, exact = row(weights, scales, x), torch.cat(ys, -1)
     assert (y.dtype, y.shape) == (HALF, exact.shape)
     assert ((y - exact).abs() <= 2**-11 * exact.abs() + error + 2**-24).all()
-    imagined = row([w.to("meta") for w in weights], [s.to("meta") for s in scales], x.to("meta"), gated=what == "gated")
-    assert (imagined.shape, imagined.dtype) == (y.shape, y.dtype)
+    if what == "alone":
+        args = [w.to("meta") for w in weights], [s.to("meta") for s in scales]
+        imagined = torch.ops.llama_fn.row(*args, x.to("meta"))
+        assert (imagined.shape, imagined.dtype) == (y.shape, y.dtype)
 
 
-@pytest.mark.parametrize("bits", [None, "int8"])
-def test_in_a_layer_the_products_take_the_gate_and_the_sums_with_them(bits):
-    config = lf.Config(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=37, hidden_dim=76, max_seq_len=64)
-    params = lf.tree.map(lambda x: x.to(DEVICE), random_params(config, lf.random.key(0), HALF))
-    layer = (lf.quantize(params, bits) if bits else params).blocks[0]
-    x = lf.random.normal(lf.random.key(1), (1, 1, 48), torch.float32).to(HALF).to(DEVICE)
-    cache = lf.init_cache(config, (1,), max_len=9, dtype=HALF, device=DEVICE)
-    _, cache = lf.forward(params, torch.tensor([[1, 2, 3]], device=DEVICE), cache)
-    place = torch.tensor([[3]], device=DEVICE)
-    slots, angles = torch.arange(4, device=DEVICE), rotation(place, 8, 1e4)
-    args = (layer, x, angles, KeysValues(cache.k[0], cache.v[0]), place, slots)
-
-    def step(*tensors):
-        tensors = iter(tensors)
-        return lf.tree.leaves(block(*lf.tree.map(lambda _: next(tensors), args), 1e-5))
-
-    tensors, imagined = lf.tree.leaves(args), FakeTensorMode()
-    with pytest.MonkeyPatch.context() as patch, imagined:
-        patch.setattr(torch.compiler, "_is_compiling_flag", True)
-        patch.setattr(linear, "_for_triton", lambda weight, x: True)
-        patch.setattr(attending, "_for_triton", lambda queries: True)
-        with torch.no_grad():
-            graph = make_fx(step, decomposition_table=select_decomp_table())(*map(imagined.from_tensor, tensors))
-        fuse(graph.graph)
-    graph.recompile()
-    rows = [node for node in graph.graph.nodes if str(node.target) == "llama_fn.row.default"]
-    assert [sorted(set(node.kwargs) - {"following"}) for node in rows] == [[], ["residual"], ["gated"], ["residual"]]
-    following = [node.kwargs["following"].meta["val"].shape for node in rows if "following" in node.kwargs]
-    assert following == [layer.attention.wo.shape, layer.feed_forward.w_gate.shape, layer.feed_forward.w_down.shape]
-    for a, b in zip(graph(*tensors), step(*tensors), strict=True):
-        assert (a - b).abs().max() <= 2e-3 * b.abs().max()
+@pytest.mark.parametrize("rows", [1, 3])
+@settings(max_examples=8)
+@given(key=keys(), k=st.integers(1, 3), g=st.integers(1, 4), pairs=st.integers(1, 5), d=st.integers(1, 600),
+       bytes_=st.booleans())
+def test_queries_and_keys_are_turned_and_keys_and_values_kept(rows, key, k, g, pairs, d, bytes_):
+    one, two, three, *others = lf.random.split(key, 6)
+    h, x = 2 * pairs, lf.random.normal(one, (rows, d), torch.float64).to(HALF).to(DEVICE)
+    weights = [lf.random.normal(n, (o, d), torch.float64) / d**0.5
+               for n, o in zip(others, (k * g * h, k * h, k * h), strict=True)]
+    weights = [((40 * w).clamp(-128, 127).to(torch.int8) if bytes_ else w.to(HALF)).to(DEVICE) for w in weights]
+    scales = [torch.arange(1, 1 + len(w), device=DEVICE) / 40 / len(w) for w in weights] if bytes_ else []
+    slots = (lf.random.bits(one, (rows,)) * 7 >> 32).to(DEVICE)
+    angles = [part.contiguous() for part in rotation(slots + 3, h, 1e4)]
+    leaves = [lf.random.normal(n, (rows, k, 7, h), torch.float32).to(HALF).to(DEVICE) for n in (two, three)]
+    after, every = [leaf.clone() for leaf in leaves], torch.arange(rows, device=DEVICE)
+    wide = [w.double() * (scales[i][:, None] if bytes_ else 1) for i, w in enumerate(weights)]
+    queries, keys_, values = (linear.written_out(w, x.double()).to(HALF).view(rows, -1, h) for w in wide)
+    turn = Rotation(*(part[:, None] for part in angles))
+    queries, keys_ = (rotate(part[:, None], turn)[:, 0] for part in (queries, keys_))
+    after[0][every, :, slots], after[1][every, :, slots] = keys_, values
+    y = gpu_after.turned(Weights(weights, scales), x, Turned(*angles, *leaves, slots), None)
+    for mine, other in zip((y.view_as(queries), *leaves), (queries, *after), strict=True):
+        assert mine.dtype == HALF and (mine - other).abs().max() <= 2e-3 * max(1, other.abs().max())
+    leaves[0][every, :, slots], leaves[1][every, :, slots] = keys_, values
+    assert (leaves[0] == after[0]).all() and (leaves[1] == after[1]).all()  # no other slot was written to
 
 
-@pytest.mark.parametrize("f", [
-    lambda x, other, w0, w1: row([w1], [], F.silu(row([w0], [], x)) * 2.0),  # a gate by a number
-    lambda x, other, w0, w1: row([w1], [], F.silu(row([w0], [], x)) * row([w1], [], x)),  # of two products
-    lambda x, other, w0, w1: other.mT.reshape(1, 2, 3).mT + row([w1], [], x).view(1, 3, 2),  # what lies otherwise
-    lambda x, other, w0, w1: other[:, :1] + row([w1], [], x),  # for every output the same
-    lambda x, other, w0, w1: torch.add(other, row([w1], [], x), alpha=2),
-    lambda x, other, w0, w1: other + (y := row([w1], [], x)) * y,
-], ids=range(6))
-def test_what_is_no_gate_and_no_sum_is_left_alone(f):
-    assert fused_words(f) == []
+@pytest.mark.parametrize("batch", [(), (1, 1), (3,)])
+@settings(max_examples=2)
+@given(key=keys(), heads=st.sampled_from([(6, 2), (4, 4), (5, 1)]), width=st.sampled_from([6, 8]),
+       hidden=st.sampled_from([33, 76]), bits=st.sampled_from([None, "int8"]))
+def test_all_layers_of_a_token_are_block_after_block(batch, key, heads, width, hidden, bits):
+    n, k = heads
+    config = lf.Config(dim=n * width, n_layers=2, n_heads=n, n_kv_heads=k, vocab_size=37, hidden_dim=hidden,
+                       max_seq_len=64)
+    params = lf.tree.map(lambda x: x.to(HALF), random_params(config, key, torch.float32))
+    params = lf.tree.map(lambda x: x.to(DEVICE), lf.quantize(params, bits) if bits else params)
+    noise = lf.tree.map(lambda x: x.to(HALF).to(DEVICE) if x.ndim > len(batch) else x.to(DEVICE), lf.Cache(*(tuple(
+        lf.random.normal(lf.random.fold_in(key, i), (*batch, k, 43, width), torch.float32) for i in range(2))
+        for _ in "kv"), lf.random.bits(key, batch) * 41 >> 32))
+    tokens = (lf.random.bits(key, (*batch, 1)) * 37 >> 32).to(DEVICE)
+    wide = lf.tree.map(lambda x: x.double() if x.is_floating_point() else x, (lf.dequantize(params), noise))
+    exact, after = lf.trunk(wide[0], tokens, wide[1])
+    y = gpu_token.one_token(params, tokens, noise, 41)
+    assert y.dtype == HALF and (y - exact).abs().max() <= 8e-3 * exact.abs().max()
+    for mine, other in zip(noise.k + noise.v, after.k + after.v, strict=True):
+        assert (mine - other).abs().max() <= 4e-3 * other.abs().max()
 
 
-def test_a_product_for_nothing_is_forgotten():
-    def f(x, other, w0, w1):
-        gate, up = row([w0, w1], [], x).split([6, 6], -1)
-        y = F.silu(gate) * up
-        used, _ = row([w0], [], y), row([w1], [], y)
-        return used
+@pytest.mark.parametrize("token", [-1, 37])
+def test_a_token_outside_the_vocabulary_is_nan(token):
+    config = lf.Config(dim=12, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=37, hidden_dim=8, max_seq_len=64)
+    params = lf.tree.map(lambda x: x.to(HALF).to(DEVICE), random_params(config, lf.random.key(0), torch.float32))
+    tokens = torch.tensor([3, token, 5], device=DEVICE)
+    x, *_ = gpu_token.begin(params, tokens, torch.zeros_like(tokens))
+    assert (x[[0, 2]] == params.embedding[[3, 5]]).all() and x[1].isnan().all()
 
-    assert fused_words(f) == ["gated"]
 
+def test_one_row_of_16_bits_on_a_gpu_is_for_these_kernels():
+    config = lf.Config(dim=12, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=37, hidden_dim=8, max_seq_len=64)
+    params = random_params(config, lf.random.key(0), torch.float32)
 
-def fused_words(f) -> list[str]:
-    """What the products in `f`'s graph do besides, which changes nothing."""
-    args = [torch.arange(1, 7, dtype=HALF, device=DEVICE)[None] / 5 + i for i in range(2)]
-    args += [torch.arange(36, dtype=HALF, device=DEVICE).view(6, 6) / 40 - i / 2 for i in range(2)]
-    imagined = FakeTensorMode()
-    with imagined:
-        graph = make_fx(f, decomposition_table=select_decomp_table())(*map(imagined.from_tensor, args))
-        fuse(graph.graph)
-    graph.recompile()
-    assert (graph(*args) - f(*args)).abs().max() <= 2e-3 * f(*args).abs().max()
-    return [name for node in graph.graph.nodes for name in node.kwargs if name in ("gated", "residual")]
+    def takes(params, batch=(1,), kept=torch.bfloat16, change=lambda x: x):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            params = lf.tree.map(lambda x: change(torch.empty(x.shape, dtype=x.dtype, device="cuda")), params)
+            cache = lf.init_cache(config, batch, max_len=9, dtype=kept, device="cuda")
+            return one_token._fits(params.blocks[0], params.embedding, torch.Size(batch),
+                                   KeysValues(cache.k[0], cache.v[0]))
+
+    half = lf.tree.map(lambda x: x.bfloat16(), params)
+    assert takes(half) and takes(half, ()) and takes(lf.quantize(half, "int8"), (8, 8)) and takes(half, (16,))
+    assert not takes(half, (17,)) and not takes(params, kept=torch.float32) and not takes(half, kept=torch.float16)
+    assert not takes(lf.quantize(half, "int8"), (65,)) and not takes(lf.quantize(half, "int4"))
+    assert not takes(half._replace(embedding=params.embedding))
+    assert not takes(half, change=lambda x: x.as_strided(x.shape, (1,) * x.ndim) if x.ndim > 2 else x)
 
 
 @pytest.mark.parametrize(("g", "many"), [(1, False), (3, False), (3, True)])

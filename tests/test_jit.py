@@ -131,6 +131,18 @@ def test_layers_of_integers_are_compiled_too(compilations, bits):
 
 
 @pytest.mark.slow
+def test_a_prompt_of_any_length_is_compiled_in_8_bits():
+    config = lf.Config(dim=128, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=77, hidden_dim=192, max_seq_len=64)
+    params = lf.quantize(random_params(config, lf.random.key(0), torch.bfloat16), "int8")
+    step, exact = lf.jit_layers(), lf.tree.map(lambda x: x.double(), lf.dequantize(params))
+    for count in (9, 65):  # each by another of torch's products
+        tokens = token_rows(config, count)
+        logits, _ = step(params, tokens, lf.init_cache(config, max_len=70, dtype=torch.bfloat16))
+        wanted, _ = lf.forward(exact, tokens)
+        assert (logits - wanted).norm() <= 0.02 * wanted.norm()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize(("bits", "dtype", "products"), [
     (None, torch.bfloat16, "floats"), ("int8", torch.float32, None), ("int4", torch.bfloat16, "integers")])

@@ -12,7 +12,6 @@ import llama_fn as lf
 from llama_fn.cli.bench_transforms import peak_bytes
 from llama_fn.model import avx2, one_token
 from llama_fn.model.cache import Forked
-from llama_fn.model.rope import rotation
 
 pytestmark = pytest.mark.skipif(not avx2.level(), reason="this processor has no AVX2")
 CONFIG = lf.Config(dim=192, n_layers=3, n_heads=12, n_kv_heads=4, vocab_size=37, hidden_dim=320, max_seq_len=64)
@@ -157,12 +156,11 @@ def test_what_it_knows_of_weights_ends_with_them(monkeypatch):
 def test_a_weight_that_changed_where_it_lies_is_refused():
     params, tokens = model_of(lf.random.key(0), torch.bfloat16, None), token_rows(CONFIG, 1)
     cache = lf.init_cache(CONFIG, max_len=9, dtype=torch.bfloat16)
-    args = torch.ones(1, 192, dtype=torch.bfloat16), rotation(torch.tensor([0]), 16, 1e4), cache, torch.tensor([0])
-    assert one_token.one_token(params.blocks, *args, 1e-5) is not None
+    assert one_token.one_token(params, tokens, cache, 9) is not None
     for other in (torch.ones(3, 192, dtype=torch.bfloat16), torch.ones(320, 192, dtype=torch.float16)):
         params.blocks[1].feed_forward.w_up.data = other
         with pytest.raises(RuntimeError, match="a weight has changed its size or dtype"):
-            one_token.one_token(params.blocks, *args, 1e-5)
+            one_token.one_token(params, tokens, cache, 9)
     params.blocks[1].feed_forward.w_up.data = torch.ones(3, 192, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"params.blocks.1.feed_forward.w_up` should be Float"):
         lf.jit_layers()(params, tokens, cache)
@@ -170,11 +168,10 @@ def test_a_weight_that_changed_where_it_lies_is_refused():
 
 def test_a_position_beyond_the_room_is_refused():
     params = model_of(lf.random.key(0), torch.bfloat16, None)
-    x, cache = torch.ones(1, 192, dtype=torch.bfloat16), lf.init_cache(CONFIG, max_len=9, dtype=torch.bfloat16)
+    cache = lf.init_cache(CONFIG, max_len=9, dtype=torch.bfloat16)
     for position in (-1, 9):
         with pytest.raises(RuntimeError, match=f"the cache has no slot {position}"):
-            one_token.one_token(params.blocks, x, rotation(torch.tensor([0]), 16, 1e4), cache,
-                                torch.tensor([position]), 1e-5)
+            one_token.one_token(params, token_rows(CONFIG, 1), cache._replace(length=torch.tensor(position)), 9)
 
 
 def test_a_step_allocates_less_than_a_leaf_and_as_much_at_the_thousandth():
@@ -192,6 +189,5 @@ def test_a_cache_that_is_forked_is_none_of_its_own():
     cache = filled(lf.random.key(1), CONFIG, torch.tensor([4, 4]), torch.bfloat16, 9)
     forked = cache._replace(**{name: tuple(Forked(x[:1, :, :2], x[:, :, 2:]) for x in getattr(cache, name))
                                for name in "kv"})
-    x = torch.ones(2, 1, 192, dtype=torch.bfloat16)
-    assert one_token.one_token(params.blocks, x, None, forked, tokens, 1e-5) is None
-    assert one_token.one_token(params.blocks, x, None, None, tokens, 1e-5) is None
+    assert one_token.one_token(params, tokens, cache, 9) is not None
+    assert one_token.one_token(params, tokens, forked, 9) is None

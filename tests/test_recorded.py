@@ -54,9 +54,9 @@ def graphs(monkeypatch):
 
     def reached(cache, new):
         if at_work and at_work[-1] is not None:
-            return torch.arange(at_work[-1])
-        counts["reach"].append(len(reach(cache, new)))
-        return torch.arange(counts["reach"][-1])
+            return at_work[-1]
+        counts["reach"].append(reach(cache, new))
+        return counts["reach"][-1]
 
     def another(x):
         return x.detach() if isinstance(x, torch.Tensor) and x.is_floating_point() else x

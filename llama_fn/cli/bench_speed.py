@@ -99,14 +99,13 @@ def decode(work: Work, rounds: int) -> Figures:
     if work.context + count > work.max_len:
         raise ValueError(f"bench: {count} tokens are measured together, and max_len = {work.max_len} has no room for "
                          f"them after {work.context}")
-    run = jit_layers()
+    run = jit_layers(_greedy)
     state = [torch.zeros((work.batch, 1), dtype=torch.int64, device=device), _filled(params.config, work, dtype)]
     start = state[1].length
 
     def step() -> None:
         for _ in range(count):
-            logits, cache = run(params, state[0], state[1])
-            state[:] = logits.float().argmax(-1), cache  # of bfloat16, torch takes four times as long
+            state[:] = run(params, *state)
         state[1] = state[1]._replace(length=start)  # the same work again
 
     def several(one: Callable[[], Any]) -> Callable[[], None]:
@@ -131,6 +130,11 @@ def decode(work: Work, rounds: int) -> Figures:
     figures["llama_fn, GB/s"] = _spread([needed / t / 1e9 for t in times["llama_fn"]])
     figures["share of the memory's speed"] = str(ratio(floor, times["llama_fn"]))
     return figures | _compared(times)
+
+
+def _greedy(params: Params, tokens: Tensor, cache: Cache, **parts: Callable) -> tuple[Tensor, Cache]:
+    logits, cache = forward(params, tokens, cache, **parts)
+    return logits.float().argmax(-1), cache  # of bfloat16, torch takes four times as long
 
 
 def memory_speed(device: torch.device) -> tuple[str, Callable[[], Any], int]:

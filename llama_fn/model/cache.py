@@ -141,14 +141,14 @@ def visible(leaf: Tensor | Forked, positions: Tensor) -> Tensor | Forked:
     return leaf.masked_fill(rearrange(slots > positions[..., -1:], "... s -> ... 1 s 1"), 0)
 
 
-def reach(cache: Cache, new: int) -> Tensor:
-    """The slots in which there will be something after `new` tokens more, 0 up to a multiple of `PAGE`: a step's work
+def reach(cache: Cache, new: int) -> int:
+    """How many slots there will be something in after `new` tokens more, up to a multiple of `PAGE`: a step's work
     follows the length and not the room. Where nothing is known of the length, all slots.
     """
     room = cache.k[0].shape[-2]
     if (known := extent(cache.length)) is not None:
         room = min(room, -(-(known.reach + new) // PAGE) * PAGE)
-    return torch.arange(room, device=cache.length.device)
+    return room
 
 
 def ample(max_len: int) -> int:

@@ -22,26 +22,6 @@ def launch(ahead: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if ahead else {}  # not every GPU's compiler knows the word
 
 
-def ways(weights: list[Tensor], x: Tensor) -> int:
-    """How many numbers are read at once: four bytes as a word, and the inputs that they meet as another."""
-    return 4 if weights[0].dtype == torch.int8 and x.itemsize == 2 and x.shape[-1] % 4 == 0 else 1
-
-
-def words(weights: list[Tensor], x: Tensor) -> tuple[list[Tensor], Tensor, bool]:
-    """The weights as what is read at once and the rows as they can be, and whether a kernel may begin `early`. Weights
-    must be older than the step, and in one piece.
-    """
-    ahead, x = early(x), aligned(x.contiguous())
-    if any(weight.data_ptr() % 16 for weight in weights):  # it begins where no word does
-        weights, ahead = [weight.clone() for weight in weights], False
-    return [weight.view(torch.int32) if ways(weights, x) > 1 else weight for weight in weights], x, ahead
-
-
-def aligned(x: Tensor) -> Tensor:
-    """With its first number where words begin."""
-    return x.clone() if x.data_ptr() % 16 else x
-
-
 def filled(some: list[Tensor]) -> list[Tensor]:
     """As many as a kernel takes."""
     return some + some[-1:] * (MOST - len(some))
@@ -61,6 +41,13 @@ def mine(w0, w1, w2, s0, s1, s2, o0, o1, o2, OUTPUTS: tl.constexpr):
 
 
 @triton.jit
-def number(fours, i: tl.constexpr, dtype: tl.constexpr):
-    """Number i of each four of 16 bits."""
-    return (fours >> 16 * i).to(tl.int16).to(dtype, bitcast=True)
+def ask(at, size: tl.constexpr):
+    """Have `size` bytes come into the second cache."""
+    tl.inline_asm_elementwise("""{
+        .reg .pred first;
+        .reg .b32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 first, thread, 0;
+        @first cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, thread;
+        }""", "=r,l,r", [at.to(tl.int64), tl.full([], size, tl.int32)], dtype=tl.int32, is_pure=False, pack=1)

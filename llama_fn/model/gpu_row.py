@@ -5,44 +5,87 @@ Weights are older than the step, so that their loads begin before the kernel bef
 for the first of the next. Sizes of blocks are the fastest of some ten that were measured (H100).
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_fn.model import gpu
-from llama_fn.model.gpu import mine, number
+from llama_fn.model.gpu import ask, mine
 from llama_fn.model.operators import define
 
 ASKED = 4096  # bytes of the next weights that a program asks for
 
 
+class Turned(NamedTuple):
+    """What becomes of queries, keys and values: queries and keys are turned by the angles of `rope.Rotation`, "b p";
+    keys and values go to the slots `positions` of leaves "b k s h".
+    """
+
+    cos: Tensor
+    sin: Tensor
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+
 def row(weights: list[Tensor], scales: list[Tensor], x: Tensor, residual: Tensor | None = None, gated: bool = False,
-        following: Tensor | None = None) -> Tensor:
+        turned: Turned | None = None, following: Tensor | None = None) -> Tensor:
     """W x of a row "1 d", of up to `gpu.MOST` weights "o d" of one dtype, times their outputs' scales if there are any:
     the outputs of all weights side by side, "1 o". With a `residual` "1 o", residual + W x; or, `gated`, of two weights
-    silu(W0 x) * W1 x. `following` is the weight that will be read next.
+    silu(W0 x) * W1 x; or, `turned`, of three weights the queries alone. `following` is the weight that will be read
+    next.
     """
-    y, ways = empty_row(weights, scales, x, residual, gated), gpu.ways(weights, x)
-    weights, x, ahead = gpu.words(weights, x)
+    y, at_once = x.new_empty((1, len(weights[0]) if gated or turned else sum(map(len, weights)))), ways(weights, x)
+    weights, x, ahead = words(weights, x)
     outputs, d = [len(weight) for weight in weights], weights[0].shape[1]
-    count, block, warps = (2 if d % 512 == 0 else 4, 256, 4) if ways > 1 else (
-        (2, 2048, 8) if gated or d % 2048 == 0 else (1, 4096, 4))
+    count, block, warps = (2 if d % 512 == 0 else 4, 256, 4) if at_once > 1 else (
+        (2, 2048, 8) if gated or turned or d % 2048 == 0 else (1, 4096, 4))
     programs = triton.cdiv(outputs[0], count // 2) if gated else sum(triton.cdiv(o, count) for o in outputs)
     asking = 0
     if ahead and following is not None and following.data_ptr() % 16 == 0:
         asking = min(1024, programs // 4, following.nbytes // ASKED)
+    places, (slots, h) = turned or [x] * len(Turned._fields), turned.keys.shape[-2:] if turned else (1, 1)
     _row[programs,](
         *gpu.filled(weights), *gpu.filled(scales or [x]), *outputs, *[0] * (gpu.MOST - len(outputs)), x,
-        x if residual is None else residual.contiguous(), following if asking else x, y, ZERO, d, ways, count, block,
-        bool(scales), residual is not None, gated, asking, ASKED, ahead, num_warps=warps, **gpu.launch(ahead))
+        x if residual is None else residual.contiguous(), *places, slots, following if asking else x, y,
+        ZERO, d, at_once, count, block, h, bool(scales), residual is not None, gated, turned is not None, asking, ASKED,
+        ahead, num_warps=warps, **gpu.launch(ahead))
     return y
 
 
-def empty_row(weights: list[Tensor], scales: list[Tensor], x: Tensor, residual: Tensor | None = None,
-              gated: bool = False, following: Tensor | None = None) -> Tensor:
+def empty_row(weights: list[Tensor], scales: list[Tensor], x: Tensor) -> Tensor:
     """Where it goes."""
-    return x.new_empty((1, len(weights[0]) if gated else sum(len(weight) for weight in weights)))
+    return x.new_empty((1, sum(map(len, weights))))
+
+
+def ways(weights: list[Tensor], x: Tensor) -> int:
+    """How many numbers are read at once: four bytes as a word, and the inputs that they meet as another."""
+    return 4 if weights[0].dtype == torch.int8 and x.itemsize == 2 and x.shape[-1] % 4 == 0 else 1
+
+
+def words(weights: list[Tensor], x: Tensor) -> tuple[list[Tensor], Tensor, bool]:
+    """The weights as what is read at once and the rows as they can be, and whether a kernel may begin `early`. Weights
+    must be older than the step, and in one piece.
+    """
+    ahead, x = gpu.early(x), aligned(x.contiguous())
+    if any(weight.data_ptr() % 16 for weight in weights):  # it begins where no word does
+        weights, ahead = [weight.clone() for weight in weights], False
+    return [weight.view(torch.int32) if ways(weights, x) > 1 else weight for weight in weights], x, ahead
+
+
+def aligned(x: Tensor) -> Tensor:
+    """With its first number where words begin."""
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+@triton.jit
+def number(fours, i: tl.constexpr, dtype: tl.constexpr):
+    """Number i of each four of 16 bits."""
+    return (fours >> 16 * i).to(tl.int16).to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -70,22 +113,10 @@ def _place(i: tl.constexpr):
 
 
 @triton.jit
-def _ask(at, size):
-    """Have `size` bytes come into the second cache."""
-    tl.inline_asm_elementwise("""{
-        .reg .pred first;
-        .reg .b32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 first, thread, 0;
-        @first cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, thread;
-        }""", "=r,l,r", [at.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _row(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, residual, following, y, zero, d: tl.constexpr, ways: tl.constexpr,
-         OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
-         ASKING: tl.constexpr, ASKED: tl.constexpr, EARLY: tl.constexpr):
+def _row(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, residual, cos, sin, keys, values, position, slots, following, y, zero,
+         d: tl.constexpr, ways: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, h: tl.constexpr,
+         SCALED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr, TURNED: tl.constexpr, ASKING: tl.constexpr,
+         ASKED: tl.constexpr, EARLY: tl.constexpr):
     k = tl.arange(0, BLOCK)
     dtype: tl.constexpr = y.dtype.element_ty
     if GATED:  # an output of the first weight, the same of the second, the next of the first
@@ -105,6 +136,9 @@ def _row(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, residual, following, y, zero, d:
         gdc_wait()  # for x; the weight is older
     if ADDED:
         before = tl.load(residual + o, mask=o < outputs, other=0).to(tl.float32)
+    if TURNED:
+        angle, slot = o % h // 2, tl.load(position).to(tl.int64)
+        cosine, sine = tl.load(cos + angle), tl.load(sin + angle)
     total = tl.zeros([OUTPUTS, BLOCK], tl.float32)
     for start in range(0, d, BLOCK):
         next_words, inside = words, start + k < d
@@ -126,7 +160,7 @@ def _row(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, residual, following, y, zero, d:
     if ASKING > 0:
         last = tl.program_id(0) - (tl.num_programs(0) - ASKING)
         if last >= 0:
-            _ask(following.to(tl.pointer_type(tl.int8)) + last.to(tl.int64) * ASKED, last * 0 + ASKED)
+            ask(following.to(tl.pointer_type(tl.int8)) + last.to(tl.int64) * ASKED, ASKED)
     if EARLY:
         gdc_launch_dependents()
     out = tl.sum(total, 1)
@@ -139,8 +173,19 @@ def _row(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, residual, following, y, zero, d:
         out = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
     if ADDED:
         out = before + out.to(tl.float32)
-    tl.store(y + first + o, out.to(dtype), mask=o < outputs)
+    place, kept = first + o.to(tl.int64), o < outputs
+    if TURNED:
+        even, odd = tl.split(tl.reshape(out.to(tl.float32), [OUTPUTS // 2, 2]))
+        cosine, _ = tl.split(tl.reshape(cosine, [OUTPUTS // 2, 2]))
+        sine, _ = tl.split(tl.reshape(sine, [OUTPUTS // 2, 2]))
+        if first <= o0:  # a query or a key
+            even, odd = even * cosine - odd * sine, even * sine + odd * cosine
+        out = tl.reshape(tl.join(even, odd), [OUTPUTS])
+        if first > 0:  # a key or a value
+            y, place, kept = keys, (o // h * slots + slot) * h + o % h, kept & (slot < slots)
+            if first > o0:
+                y = values
+    tl.store(y + place, out.to(dtype), mask=kept)
 
 
-define("row(Tensor[] weights, Tensor[] scales, Tensor x, Tensor? residual=None, bool gated=False, "
-       "Tensor? following=None) -> Tensor", empty_row, CUDA=row)
+define("row(Tensor[] weights, Tensor[] scales, Tensor x) -> Tensor", empty_row, CUDA=row)

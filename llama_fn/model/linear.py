@@ -190,5 +190,6 @@ def in_pieces(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]
 @typed
 def packed(weight: Quantized, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
     """`written_out` of an 8-bit weight and bfloat16 rows by torch's kernel, which makes no bfloat16 matrix of it."""
-    rows = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), weight.values, weight.scale.to(x.dtype))
+    rows, scale = in_memory(x.reshape(-1, x.shape[-1])), in_memory(weight.scale.to(x.dtype))  # inductor has them there
+    rows = torch._weight_int8pack_mm(rows, weight.values, scale)
     return rows.reshape(*x.shape[:-1], -1)

@@ -1,4 +1,5 @@
-"""All layers of one token a row by a kernel in C++ (`one_token.cpp`), beside the definition: `block` after `block`.
+"""All layers of one token a row, beside the definition, `block` after `block`: on the CPU by a kernel in C++
+(`one_token.cpp`), on a GPU by those of `gpu_token`.
 
 To call a layer's kernels one by one takes Python 0.2 ms a layer: what it knows of a tensor has left the processor's
 cache when the weights have gone through it.
@@ -16,42 +17,47 @@ from llama_fn.model import avx2
 from llama_fn.model.block import Block
 from llama_fn.model.cache import Cache, KeysValues
 from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
-from llama_fn.model.rope import Rotation
+from llama_fn.model.rope import rotation
+from llama_fn.model.transformer import Params, embed
 from llama_fn.shapes import traced, transforms
 
 # What was found of weights and a cache, for as long as they live.
 _known: dict[Hashable, tuple[bool, list[weakref.ref]]] = {}
 
 
-def one_token(blocks: tuple[Block, ...], x: Tensor, rotation: Rotation, cache: Cache | None, positions: Tensor | None,
-              eps: float) -> Tensor | None:
-    """What the last layer says of one token a row; keys and values are written to the cache that is given. None where
-    this is not for the kernel: it takes numbers of which nothing is asked but values, and whose products are of few
-    rows (see `avx2.takes`). Between layers nothing is rounded to x's dtype, but keys, values, and what products take.
+def one_token(params: Params, tokens: Tensor, cache: Cache, slots: int) -> Tensor | None:
+    """What the last layer says of one token a row; keys and values are written to the cache that is given, of which
+    `slots` may be in use. None where this is not for a kernel: those take numbers of which nothing is asked but values,
+    and few rows. On the CPU nothing is rounded to 16 bits between layers, but keys, values, and what products take.
     """
-    if (type(x) is not Tensor or x.device.type != "cpu" or x.ndim < 2 or x.shape[-2] != 1 or not x.is_contiguous()
-            or cache is None or not _values()):
+    if tokens.shape[-1] != 1 or not _values():
         return None
     matrices, norms = [], []
-    for weights in blocks:
+    for weights in params.blocks:
         matrices += *weights.attention, *weights.feed_forward
         norms += weights.attention_norm, weights.ffn_norm
     values, scales = avx2.parts(matrices)
-    leaves = [*values, *scales, *norms, *cache.k, *cache.v]
+    leaves = [params.embedding, *values, *scales, *norms, *cache.k, *cache.v]
     if any(type(leaf) not in (Tensor, Parameter) for leaf in leaves):
         return None
-    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (*leaves, x)):
+    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
         return None
 
     def fit() -> bool:
-        return all(_fits(weights, x, rotation, KeysValues(k, v), positions)
-                   for weights, k, v in zip(blocks, cache.k, cache.v, strict=True))
+        return all(_fits(weights, params.embedding, tokens.shape[:-1], KeysValues(k, v))
+                   for weights, k, v in zip(params.blocks, cache.k, cache.v, strict=True))
 
-    if not _once(fit, leaves, x.dtype, x.shape, positions.dtype, positions.shape):
+    if cache.length.dtype != torch.int64 or not _once(fit, leaves, tokens.shape):
         return None
+    if tokens.is_cuda:
+        from llama_fn.model import gpu_token  # it imports triton, which is only where there is a GPU
+
+        return gpu_token.one_token(params, tokens, cache, slots)
+    config, positions, x = params.config, cache.length[..., None], embed(params.embedding, tokens)
+    angles = rotation(positions, config.head_dim, config.rope_theta, config.rope_scaling)
     avx2.load()
-    return torch.ops.llama_fn.one_token(x, *rotation, norms, values, scales, cache.k, cache.v, positions, eps,
-                                         torch.get_num_threads())
+    return torch.ops.llama_fn.one_token(x, *angles, norms, values, scales, cache.k, cache.v, positions,
+                                         config.norm_eps, torch.get_num_threads())
 
 
 def head(norm: Tensor, output: Any, x: Tensor, eps: float) -> Tensor | None:
@@ -91,24 +97,27 @@ def _scaled(weights: list[Any]) -> bool:
                for weight in weights if isinstance(weight, Quantized))
 
 
-def _fits(params: Block, x: Tensor, rotation: Rotation, cache: KeysValues, positions: Tensor) -> bool:
-    """Whether a layer's weights and cache have the kernel's dtypes and lie as it reads them."""
+def _fits(params: Block, embedding: Tensor, batch: torch.Size, cache: KeysValues) -> bool:
+    """Whether a layer's weights and cache are as all of these kernels read them, and as those of their device do."""
     matrices, norms = [*params.attention, *params.feed_forward], (params.attention_norm, params.ffn_norm)
-    d, kind, integers = x.shape[-1], type(matrices[0]), isinstance(matrices[0], Quantized | Grouped)
-    if integers:
-        whole, numbers = GROUP, [part for matrix in matrices for part in matrix]
-        made = (x.dtype in (torch.bfloat16, torch.float16) and all(type(m) is kind and as_made(m) for m in matrices)
-                and _scaled(matrices))
+    d, dtype, kind, numbers = embedding.shape[-1], embedding.dtype, type(matrices[0]), matrices
+    if isinstance(matrices[0], Quantized | Grouped):
+        numbers = [part for matrix in matrices for part in matrix]
+        made = all(type(m) is kind and as_made(m) for m in matrices) and _scaled(matrices) and dtype.itemsize == 2
     else:
-        whole, numbers = 8, matrices
-        made = all(isinstance(matrix, Tensor) and matrix.dtype == x.dtype in avx2.FLOATS for matrix in matrices)
-    if not made or not avx2.level() or not all(leaf.is_contiguous() for leaf in (*numbers, *norms, *cache)):
+        made = all(isinstance(matrix, Tensor) and matrix.dtype == dtype for matrix in matrices)
+    leaves = (*numbers, *norms, *cache)
+    if not made or not all(leaf.is_contiguous() and leaf.device == embedding.device for leaf in leaves):
         return False
-    (*batch, k, _, h), (_, g, _, _), f = cache.k.shape, matrices[0].shape, matrices[4].shape[0]
-    shapes = [(k, g, h, d), (k, h, d), (k, h, d), (d, k, g, h), (f, d), (f, d), (d, f), (d,), (d,), (*batch, 1, d)]
-    return ([leaf.shape for leaf in (*matrices, *norms, x)] == shapes and cache.v.shape == cache.k.shape
-            and positions.shape == (*batch, 1) and positions.dtype == torch.int64
-            and all(part.shape == (*batch, 1, h // 2) and part.dtype == torch.float32 for part in rotation)
-            and norms[0].dtype == norms[1].dtype in avx2.FLOATS and cache.k.dtype == cache.v.dtype in avx2.FLOATS
-            and not (d % whole or k * g * h % whole or f % whole or h % 8)
-            and 0 < x.numel() <= d * avx2.most(matrices[0]))
+    (k, g, h, _), f, room = matrices[0].shape, matrices[4].shape[0], cache.k.shape[-2]
+    shapes = [(k, g, h, d), (k, h, d), (k, h, d), (d, k, g, h), (f, d), (f, d), (d, f), (d,), (d,)]
+    if ([leaf.shape for leaf in (*matrices, *norms)] != shapes or norms[0].dtype != norms[1].dtype
+            or any(leaf.shape != (*batch, k, room, h) or leaf.dtype != cache.k.dtype for leaf in cache)):
+        return False
+    if embedding.is_cuda:
+        return (kind is not Grouped and 0 < batch.numel() <= (64 if kind is Quantized else 16)
+                and norms[0].dtype == cache.k.dtype == dtype in (torch.bfloat16, torch.float16))
+    whole = GROUP if numbers is not matrices else 8
+    return (bool(avx2.level()) and not (d % whole or k * g * h % whole or f % whole or h % 8)
+            and all(each in avx2.FLOATS for each in (dtype, norms[0].dtype, cache.k.dtype))
+            and 0 < batch.numel() <= avx2.most(matrices[0]))

@@ -27,12 +27,17 @@ class Rotation(NamedTuple):
 def rotation(positions: Int[Tensor, "*b t"], head_dim: int, theta: float,
              scaling: RopeScaling | None = None) -> Rotation:
     """Built from integers, in float32, whatever the model's dtype: a bfloat16 position of 257 would be 256."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions[..., None].float() * scaled(1.0 / theta**exponents, scaling)
+    angles = positions[..., None].float() * frequencies(head_dim, theta, scaling, positions.device)
     # As Meta's `freqs_cis`: inductor takes what is complex from eager kernels, once, and would else compute powers,
     # cosines and sines again in every layer, number by number (of a compiled gradient, a sixth of the time).
     turned = torch.polar(torch.ones_like(angles), angles)
     return Rotation(turned.real, turned.imag)
+
+
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Float[Tensor, "p"]:
+    """The angle of each pair at position 1, in radians."""
+    exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
+    return scaled(1.0 / theta**exponents, scaling)
 
 
 @typed

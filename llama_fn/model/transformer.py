@@ -68,17 +68,18 @@ def _layers(params: Params, tokens: Tensor, cache: Cache | None, layer: Callable
     config, count = params.config, tokens.shape[-1]
     check_tokens(tokens, config.vocab_size)
     check_sizes(params, cache)
-    positions, slots = torch.arange(count, device=tokens.device), None
+    start, slots = 0, None
     if cache is not None:
         check_room(cache, count)
-        positions, slots = cache.length[..., None] + positions, reach(cache, count)
+        room = reach(cache, count)
+        # A layer may have kernels for all of them at once, in the cache that it is given, or say that it has none.
+        if (together := getattr(layer, "together", None)) and (x := together(params, tokens, cache, room)) is not None:
+            return x, cache._replace(length=grown(cache.length, count))
+        start, slots = cache.length[..., None], torch.arange(room, device=tokens.device)
+    positions = start + torch.arange(count, device=tokens.device)
     angles = rotation(positions.expand(tokens.shape), config.head_dim, config.rope_theta, config.rope_scaling)
 
     x = embed(params.embedding, tokens)
-    # A layer may have a kernel that does all of them at once, in the cache that it is given, or says that it cannot.
-    together = getattr(layer, "together", lambda *_: None)
-    if (y := together(params.blocks, x, angles, cache, positions, config.norm_eps)) is not None:
-        return y, cache._replace(length=grown(cache.length, count))
     layers = []
     for i, weights in enumerate(params.blocks):
         old = None if cache is None else KeysValues(cache.k[i], cache.v[i])

@@ -13,7 +13,6 @@ from torch.nn import Parameter
 
 from llama_fn.model import avx2
 from llama_fn.shapes import transforms
-from llama_fn.transforms.fused import fuse
 from llama_fn.transforms.inductor import ONE_LOOP, prepared, undisturbed
 
 
@@ -63,8 +62,6 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
     with torch.no_grad(), _compiling(), imagined:
         graph = make_fx(flat, decomposition_table=select_decomp_table())(*inputs)
     graph.graph = fx_graph_cse(graph.graph)  # queries, keys and values take the same rows, laid out in the same way
-    with imagined:
-        fuse(graph.graph)
     outside = _views_outside(graph.graph, inputs)
     graph.recompile()  # torch's cache between processes knows a graph by its code
     with torch.no_grad(), V.set_fake_mode(imagined), config.patch(options), \
