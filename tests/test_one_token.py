@@ -161,6 +161,11 @@ def test_a_weight_that_changed_where_it_lies_is_refused():
         params.blocks[1].feed_forward.w_up.data = other
         with pytest.raises(RuntimeError, match="a weight has changed its size or dtype"):
             one_token.one_token(params, tokens, cache, 9)
+    small = model_of(lf.random.key(0), torch.bfloat16, "int8")
+    assert one_token.one_token(small, tokens, cache, 9) is not None
+    small.blocks[1].feed_forward.w_up.scale.data = torch.ones(3)
+    with pytest.raises(RuntimeError, match="a weight has changed its size or dtype"):
+        one_token.one_token(small, tokens, cache, 9)
     params.blocks[1].feed_forward.w_up.data = torch.ones(3, 192, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"params.blocks.1.feed_forward.w_up` should be Float"):
         lf.jit_layers()(params, tokens, cache)

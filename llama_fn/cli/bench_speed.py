@@ -41,7 +41,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch
 PEERS = {"hf": ("Hugging Face", hugging_face), "llama.cpp": ("llama.cpp", llama_cpp),
          "gpt-fast": ("gpt-fast", gpt_fast)}
 READ = 2**29  # bytes that the memory's speed is measured with, on the CPU; of a GPU, eight times as many
-CHAIN = 32  # tokens of a row that a GPU is given to do at once, as without anybody who reads them
+# Tokens of a row that are measured together: a GPU is given them at once, as without anybody who reads them; and what
+# another library's threads do when it has ended falls on the first of them.
+CHAIN = {"cuda": 32, "cpu": 8}
 Figures = dict[str, str]
 
 
@@ -95,7 +97,7 @@ def matrix_numbers(config: Config) -> int:
 def decode(work: Work, rounds: int) -> Figures:
     """One token a row, the weights read once: the share of the memory's speed."""
     params, dtype, device = weights(work), DTYPES[work.dtype], device_of(work.device)
-    count = CHAIN if device.type == "cuda" else 1
+    count = CHAIN[device.type]
     if work.context + count > work.max_len:
         raise ValueError(f"bench: {count} tokens are measured together, and max_len = {work.max_len} has no room for "
                          f"them after {work.context}")

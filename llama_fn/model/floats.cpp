@@ -150,29 +150,35 @@ void pack(const float* x, int64_t rows, int64_t d, void* packed) {
 }
 
 template <class Step>
-Tensor products_by(const std::vector<Tensor>& values, const Rows& x, int64_t threads) {
-    const int64_t d = x.d;
-    const Floats packed((x.rows + Step::PACK) * d);
-    pack<Step>(x.at, x.rows, d, packed.at);
-    const auto some = x.rows == 1 ? streams<Step, 1> : x.rows == 2 ? streams<Step, 2> : tiles<Step>;
-    return shared(values, d, x, threads, [&](int64_t m, float* y, int64_t total, int64_t begin, int64_t end) {
-        some(values[m].data_ptr(), packed.at, x.rows, d, y, total, begin, end);
+void floats_by(const Matrices& matrices, const Rows& x, float* y, int64_t threads) {
+    const Floats packed((x.rows + Step::PACK) * x.d);
+    pack<Step>(x.at, x.rows, x.d, packed.at);
+    const auto of_rows = x.rows == 1 ? streams<Step, 1> : x.rows == 2 ? streams<Step, 2> : tiles<Step>;
+    shared(matrices, y, threads, [&](const Matrix& matrix, float* y, int64_t total, int64_t begin, int64_t end) {
+        of_rows(matrix.values, packed.at, x.rows, x.d, y, total, begin, end);
     });
 }
 
-// Of matrices "... d" of one dtype side by side, and rows "r d" of the same numbers in float32: "r o".
-Tensor products(const std::vector<Tensor>& values, const Rows& x, int64_t threads) {
+// Of matrices of one dtype side by side, and rows of the same numbers: "r o".
+void floats_times(const Matrices& matrices, const Rows& x, float* y, int64_t threads) {
     STD_TORCH_CHECK(0 < x.rows && 0 < x.d && x.d % 8 == 0, "floats: rows of whole registers");
-    return of_kind(values[0].scalar_type(), [&](auto number) {
+    of_kind(matrices[0].kind, [&](auto number) {
         using Number = decltype(number);
 #ifdef __AVX512F__
-        if (x.d % Sixteen<Number>::COUNT == 0) return products_by<Sixteen<Number>>(values, x, threads);
+        if (x.d % Sixteen<Number>::COUNT == 0) return floats_by<Sixteen<Number>>(matrices, x, y, threads);
 #endif
-        return products_by<Eight<Number>>(values, x, threads);
+        floats_by<Eight<Number>>(matrices, x, y, threads);
     });
 }
 
-Tensor floats(std::vector<Tensor> values, Tensor x, int64_t threads) { return products(values, Rows(x), threads); }
+Tensor floats(std::vector<Tensor> values, Tensor x, int64_t threads) {
+    const Rows rows(x);
+    Matrices matrices;
+    for (const auto& value : values) matrices.emplace_back(value, nullptr, rows.d);
+    auto y = torch::stable::new_empty(x, {rows.rows, outputs_of(matrices)});
+    floats_times(matrices, rows, (float*)y.data_ptr(), threads);
+    return y;
+}
 
 }  // namespace
 

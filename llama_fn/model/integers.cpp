@@ -156,7 +156,7 @@ void take(const float* x, int64_t rows, const Inputs& to) {
 
 // The outputs from `begin` to `end` of a matrix, in as many streams, to y "r total".
 template <class Weight, int ROWS, int STREAMS>
-void outputs(const uint8_t* values, const uint16_t* scale, const Inputs& x, float* y, int64_t total, int64_t begin,
+void outputs(const uint8_t* values, const void* scale, const Inputs& x, float* y, int64_t total, int64_t begin,
              int64_t end) {
     constexpr int64_t BLOCK = Weight::LANES;  // groups whose scales fill a register
     constexpr int COUNT = Weight::COUNT, GROUPS = Weight::GROUPS;
@@ -180,7 +180,7 @@ void outputs(const uint8_t* values, const uint16_t* scale, const Inputs& x, floa
                 Sums scales, minima;
                 if constexpr (Weight::SCALED) {
                     uint16_t last[2 * BLOCK] = {};
-                    const uint16_t* pairs = scale + 2 * (o[s] * groups + g);
+                    const uint16_t* pairs = (const uint16_t*)scale + 2 * (o[s] * groups + g);
                     if (count < BLOCK) std::copy(pairs, pairs + 2 * count, last), pairs = last;
                     Weight::scales(pairs, scales, minima);
                 }
@@ -214,7 +214,10 @@ void outputs(const uint8_t* values, const uint16_t* scale, const Inputs& x, floa
             }
         }
         UNROLLED for (int s = 0; s < STREAMS; s++)
-            UNROLLED for (int r = 0; r < ROWS; r++) y[r * total + o[s]] = sum_of(sums[s][r]);
+            UNROLLED for (int r = 0; r < ROWS; r++) {
+                const float sum = sum_of(sums[s][r]);
+                y[r * total + o[s]] = Weight::SCALED || !scale ? sum : sum * ((const float*)scale)[o[s]];
+            }
     }
 }
 
@@ -225,34 +228,36 @@ constexpr decltype(&outputs<Weight, 1, 1>) OF_ROWS[] = {
     outputs<Weight, 5, 1>, outputs<Weight, 6, 1>, outputs<Weight, 7, 1>, outputs<Weight, 8, 1>};
 
 template <class Weight>
-Tensor products_by(const std::vector<Tensor>& values, const std::vector<Tensor>& scales, const Rows& x,
-                   int64_t threads) {
+void integers_by(const Matrices& matrices, const Rows& x, float* y, int64_t threads) {
     const Inputs inputs(x.rows, x.d);
     take<Weight>(x.at, x.rows, inputs);
-    return shared(values, Weight::SCALED ? x.d / 2 : x.d, x, threads,
-                  [&](int64_t m, float* y, int64_t total, int64_t begin, int64_t end) {
-                      const auto* const pairs = Weight::SCALED ? (const uint16_t*)scales[m].data_ptr() : nullptr;
-                      OF_ROWS<Weight>[x.rows - 1]((const uint8_t*)values[m].data_ptr(), pairs, inputs, y, total, begin,
-                                                  end);
-                  });
+    shared(matrices, y, threads, [&](const Matrix& matrix, float* y, int64_t total, int64_t begin, int64_t end) {
+        OF_ROWS<Weight>[x.rows - 1]((const uint8_t*)matrix.values, matrix.scales, inputs, y, total, begin, end);
+    });
 }
 
-// Of matrices "... d" side by side, and 1 to 8 rows "r d" in float32: "r o". Four bits have scales, "... g 2".
-Tensor products(const std::vector<Tensor>& values, const std::vector<Tensor>& scales, const Rows& x, int64_t threads) {
+// Of matrices side by side, and 1 to 8 rows: "r o".
+void integers_times(const Matrices& matrices, const Rows& x, float* y, int64_t threads) {
     STD_TORCH_CHECK(0 < x.rows && x.rows <= 8 && 0 < x.d && x.d % GROUP == 0, "integers: 1 to 8 rows of whole groups");
     const auto by = [&](auto lanes) {
         using Register = decltype(lanes);
-        return scales.empty() ? products_by<Bytes<Register>>(values, scales, x, threads)
-                              : products_by<Nibbles<Register>>(values, scales, x, threads);
+        const bool bytes = matrices[0].kind == ScalarType::Char;
+        (bytes ? integers_by<Bytes<Register>> : integers_by<Nibbles<Register>>)(matrices, x, y, threads);
     };
 #ifdef __AVX512VNNI__
     if (x.d % (2 * GROUP) == 0) return by(Wide());
 #endif
-    return by(Narrow());
+    by(Narrow());
 }
 
 Tensor integers(std::vector<Tensor> values, std::vector<Tensor> scales, Tensor x, int64_t threads) {
-    return products(values, scales, Rows(x), threads);
+    const Rows rows(x);
+    Matrices matrices;
+    for (size_t m = 0; m < values.size(); m++)
+        matrices.emplace_back(values[m], scales.empty() ? nullptr : &scales[m], rows.d);
+    auto y = torch::stable::new_empty(x, {rows.rows, outputs_of(matrices)});
+    integers_times(matrices, rows, (float*)y.data_ptr(), threads);
+    return y;
 }
 
 }  // namespace

@@ -16,6 +16,8 @@ struct Leaf {
     const void* data;
     int64_t row, head, slot;  // strides
 
+    Leaf(const void* data, int64_t k, int64_t room, int64_t h)
+        : data(data), row(k * room * h), head(room * h), slot(h) {}
     explicit Leaf(const Tensor& leaf)
         : data(leaf.data_ptr()), row(leaf.stride(0)), head(leaf.stride(1)), slot(leaf.stride(2)) {}
 };
@@ -185,35 +187,36 @@ void join(float* said, int64_t parts, int64_t g, int64_t h, float* heads) {
     }
 }
 
-// Of queries "b k g h" in float32, divided by sqrt(h), and keys and values "b k s h": heads "b k g h".
-Tensor one_query(Tensor queries, Tensor keys, Tensor values, Tensor positions, int64_t threads) {
-    const int64_t b = queries.size(0), k = queries.size(1), g = queries.size(2), h = queries.size(3), rows = b * k;
-    STD_TORCH_CHECK(rows > 0 && g > 0 && h > 0 && h % 8 == 0 && keys.stride(3) == 1 && values.stride(3) == 1,
-                    "one_query: heads of whole registers");
-    STD_TORCH_CHECK(keys.scalar_type() == values.scalar_type() && positions.scalar_type() == ScalarType::Long,
-                    "one_query: keys and values of one dtype, positions of 64 bits");
-    const auto some = of_kind(keys.scalar_type(), [](auto number) { return slots<decltype(number)>; });
-    auto heads = torch::stable::new_empty(queries, {b, k, g, h});
-    const float* const from = (const float*)queries.data_ptr();
-    float* const to = (float*)heads.data_ptr();
-    const int64_t* const position = (const int64_t*)positions.data_ptr();
-    const Leaf key(keys), value(values);
-
+// Of queries "b k g h", divided by sqrt(h), and keys and values "b k s h" in numbers of a kind: heads "b k g h".
+void query(const float* queries, ScalarType kind, const Leaf& keys, const Leaf& values, const int64_t* positions,
+           int64_t b, int64_t k, int64_t g, int64_t h, int64_t room, int64_t threads, float* heads) {
+    const auto some = of_kind(kind, [](auto number) { return slots<decltype(number)>; });
     // Each row's slots go in as many parts as it takes for every thread to have the same number.
-    const int64_t parts = threads / std::gcd(rows, threads), size = Said::size(g, h);
+    const int64_t rows = b * k, parts = threads / std::gcd(rows, threads), size = Said::size(g, h);
     const Floats said(rows * parts * size);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < rows * parts; i++) {
             const int64_t row = i / parts, p = i % parts;
-            const int64_t count = std::min(position[row / k] + 1, keys.size(2)), chunks = (count + CHUNK - 1) / CHUNK;
-            some(from + row * g * h, key, value, row / k, row % k, chunks * p / parts * CHUNK,
+            const int64_t count = std::min(positions[row / k] + 1, room), chunks = (count + CHUNK - 1) / CHUNK;
+            some(queries + row * g * h, keys, values, row / k, row % k, chunks * p / parts * CHUNK,
                  std::min(chunks * (p + 1) / parts * CHUNK, count), g, h, Said::at(said.at + i * size, g));
         }
 #pragma omp for
-        for (int64_t row = 0; row < rows; row++) join(said.at + row * parts * size, parts, g, h, to + row * g * h);
+        for (int64_t row = 0; row < rows; row++) join(said.at + row * parts * size, parts, g, h, heads + row * g * h);
     }
+}
+
+Tensor one_query(Tensor queries, Tensor keys, Tensor values, Tensor positions, int64_t threads) {
+    const int64_t b = queries.size(0), k = queries.size(1), g = queries.size(2), h = queries.size(3);
+    STD_TORCH_CHECK(b * k > 0 && g > 0 && h > 0 && h % 8 == 0 && keys.stride(3) == 1 && values.stride(3) == 1,
+                    "one_query: heads of whole registers");
+    STD_TORCH_CHECK(keys.scalar_type() == values.scalar_type() && positions.scalar_type() == ScalarType::Long,
+                    "one_query: keys and values of one dtype, positions of 64 bits");
+    auto heads = torch::stable::new_empty(queries, {b, k, g, h});
+    query((const float*)queries.data_ptr(), keys.scalar_type(), Leaf(keys), Leaf(values),
+          (const int64_t*)positions.data_ptr(), b, k, g, h, keys.size(2), threads, (float*)heads.data_ptr());
     return heads;
 }
 

@@ -5,50 +5,24 @@
 
 namespace {
 
-// A layer's matrices, in the order of `Block`: floats, 8 bits with a scale an output, or 4 bits with their scales.
-struct Matrices {
-    const std::vector<Tensor>&values, &scales;
-    int64_t threads;
+// Of matrices of one kind side by side, and rows: "r o".
+void times(const Matrices& matrices, const Rows& x, float* y, int64_t threads) {
+    const bool integers = matrices[0].kind == ScalarType::Char || matrices[0].kind == ScalarType::Byte;
+    (integers ? integers_times : floats_times)(matrices, x, y, threads);
+}
 
-    // Whether they are still what they were when their caller looked.
-    void check(int64_t begin, std::initializer_list<int64_t> numbers) const {
-        for (const int64_t count : numbers) {
-            const auto& value = values[begin++];
-            const bool halves = !scales.empty() && value.scalar_type() == ScalarType::Byte;
-            STD_TORCH_CHECK(value.is_contiguous() && value.numel() == (halves ? count / 2 : count) &&
-                                value.scalar_type() == values[0].scalar_type(),
-                            "one_token: a weight has changed its size or dtype");
-        }
-    }
-
-    // Of those from `begin` to `end`, and rows: "r o".
-    Tensor times(int64_t begin, int64_t end, const Rows& x) const {
-        const std::vector<Tensor> some(values.begin() + begin, values.begin() + end);
-        if (scales.empty()) return products(some, x, threads);
-        const std::vector<Tensor> own(scales.begin() + begin, scales.begin() + end);
-        const bool bytes = some[0].scalar_type() == ScalarType::Char;
-        auto y = products(some, bytes ? std::vector<Tensor>() : own, x, threads);
-        float* to = (float*)y.data_ptr();
-        for (int64_t r = 0; bytes && r < x.rows; r++)
-            for (const auto& scale : own) {
-                const float* const from = (const float*)scale.data_ptr();
-                const int64_t count = scale.numel();
-                int64_t o = 0;
-                for (; o + 8 <= count; o += 8)
-                    _mm256_storeu_ps(to + o, _mm256_mul_ps(_mm256_loadu_ps(to + o), _mm256_loadu_ps(from + o)));
-                for (; o < count; o++) to[o] *= from[o];
-                to += count;
-            }
-        return y;
-    }
+// What a layer reads and writes, in the order of `Block`.
+struct Layer {
+    Matrices inner, output, gates, down;  // inner: of queries, keys and values
+    const void *attention_norm, *ffn_norm;
+    void *keys, *values;
 };
 
 // Numbers as floats.
-void read(const Tensor& from, float* to) {
-    of_kind(from.scalar_type(), [&](auto number) {
+void read(const void* from, ScalarType kind, int64_t count, float* to) {
+    of_kind(kind, [&](auto number) {
         using Number = decltype(number);
-        const auto* const at = (const typename Number::Type*)from.data_ptr();
-        const int64_t count = from.numel();
+        const auto* const at = (const typename Number::Type*)from;
         for (int64_t i = 0; i < count; i += 8) _mm256_storeu_ps(to + i, Number::load(at + i));
     });
 }
@@ -72,8 +46,9 @@ void write(const float* from, const Tensor& to) {
 }
 
 // RMSNorm of rows "r d", with room for the weight as floats.
-void norm(const float* x, const Tensor& factors, int64_t rows, int64_t d, double eps, float* weight, float* y) {
-    read(factors, weight);
+void norm(const float* x, const void* factors, ScalarType kind, int64_t rows, int64_t d, double eps, float* weight,
+          float* y) {
+    read(factors, kind, d, weight);
     for (int64_t r = 0; r < rows; r++, x += d, y += d) {
         __m256 squares = _mm256_setzero_ps();
         for (int64_t i = 0; i < d; i += 8) {
@@ -87,22 +62,21 @@ void norm(const float* x, const Tensor& factors, int64_t rows, int64_t d, double
     }
 }
 
-// The cosines or sines of each row's angles, "... 1 h/2", of which every other number may be another's.
-struct Angles {
-    const float* at;
-    int64_t row, pair;
+// Of each row's angles, "r h": the cosines twice, and the sines, the first less than none.
+void angles(const Tensor& cosines, const Tensor& sines, int64_t rows, int64_t h, float* cos, float* sin) {
+    const auto each = [&](const Tensor& from, float* to, float first) {
+        const float* const at = (const float*)from.data_ptr();
+        const int64_t row = from.stride(from.dim() - 2), pair = from.stride(from.dim() - 1);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < h; i++) to[r * h + i] = at[r * row + i / 2 * pair] * (i % 2 ? 1 : first);
+    };
+    each(cosines, cos, 1), each(sines, sin, -1);
+}
 
-    explicit Angles(const Tensor& x)
-        : at((const float*)x.data_ptr()), row(x.stride(x.dim() - 2)), pair(x.stride(x.dim() - 1)) {}
-};
-
-// Every pair of a head turned by its angle, times `scale`.
-void turn(const float* x, const Angles& cos, const Angles& sin, int64_t row, int64_t h, float scale, float* y) {
-    const float *c = cos.at + row * cos.row, *s = sin.at + row * sin.row;
-    for (int64_t p = 0; p < h; p += 2, c += cos.pair, s += sin.pair) {
-        y[p] = (x[p] * *c - x[p + 1] * *s) * scale;
-        y[p + 1] = (x[p] * *s + x[p + 1] * *c) * scale;
-    }
+// Eight numbers, every pair turned by its angle.
+__m256 turned(const float* x, const float* cos, const float* sin) {
+    const __m256 pairs = _mm256_loadu_ps(x), others = _mm256_permute_ps(pairs, 0b10110001);
+    return _mm256_fmadd_ps(pairs, _mm256_loadu_ps(cos), _mm256_mul_ps(others, _mm256_loadu_ps(sin)));
 }
 
 // silu(gate) * up, of rows "r 2 f" of both.
@@ -119,11 +93,9 @@ void swiglu(const float* x, int64_t rows, int64_t f, float* y, int64_t threads) 
         }
 }
 
-void add(float* x, const Tensor& y) {
-    const float* const from = (const float*)y.data_ptr();
-    const int64_t count = y.numel();
+void add(float* x, const float* y, int64_t count) {
     for (int64_t i = 0; i < count; i += 8)
-        _mm256_storeu_ps(x + i, _mm256_add_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(from + i)));
+        _mm256_storeu_ps(x + i, _mm256_add_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
 }
 
 // Of x "... 1 d", of each layer two norms "d", seven matrices, and a cache "... k s h", into which keys and values are
@@ -141,50 +113,69 @@ Tensor one_token(Tensor x, Tensor cosines, Tensor sines, std::vector<Tensor> nor
                     "one_token: rows of one token each");
     for (int64_t r = 0; r < rows; r++)
         STD_TORCH_CHECK(0 <= position[r] && position[r] < room, "the cache has no slot ", position[r]);
-    const Matrices matrices{values, scales, threads};
-    const Angles cos(cosines), sin(sines);
-
-    const auto empty = [&](int64_t width) { return torch::stable::new_empty(cosines, {rows, width}); };
-    auto seen = empty(d), inner = empty(f), queries = torch::stable::new_empty(cosines, {rows, k, q / k / h, h});
-    const Floats now(rows * d), weight(d), turned(h);
-    read(x, now.at);
-    for (int64_t layer = 0; layer < layers; layer++) {
+    // Whether all is still what it was when the caller looked, and where it lies.
+    const ScalarType kept = keys[0].scalar_type(), normed = norms[0].scalar_type();
+    const auto matrix = [&](int64_t n, int64_t outputs, int64_t d) {
+        const Tensor* const scale = scales.empty() ? nullptr : &scales[n];
+        const Matrix found(values[n], scale, d);
+        const bool halves = found.kind == ScalarType::Byte;
+        STD_TORCH_CHECK(values[n].is_contiguous() && found.kind == values[0].scalar_type() &&
+                            values[n].numel() * (halves ? 2 : 1) == outputs * d &&
+                            (!scale || scale->numel() == (halves ? 2 * outputs * d / GROUP : outputs)),
+                        "one_token: a weight has changed its size or dtype");
+        return found;
+    };
+    std::vector<Layer> all;
+    for (int64_t layer = 0, n = 0; layer < layers; layer++, n += 7) {
         const auto &key = keys[layer], &value = cached[layer];
-        matrices.check(7 * layer, {q * d, k * h * d, k * h * d, q * d, f * d, f * d, f * d});
+        const auto &first = norms[2 * layer], &second = norms[2 * layer + 1];
         STD_TORCH_CHECK(key.is_contiguous() && value.is_contiguous() && key.numel() == rows * k * room * h &&
-                            value.numel() == key.numel() && norms[2 * layer].numel() == d &&
-                            norms[2 * layer + 1].numel() == d,
-                        "one_token: a norm or a layer of the cache has changed its size");
+                            value.numel() == key.numel() && first.numel() == d && second.numel() == d &&
+                            key.scalar_type() == kept && value.scalar_type() == kept &&
+                            first.scalar_type() == normed && second.scalar_type() == normed,
+                        "one_token: a norm or a layer of the cache has changed its size or dtype");
+        all.push_back({{matrix(n, q, d), matrix(n + 1, k * h, d), matrix(n + 2, k * h, d)}, {matrix(n + 3, d, q)},
+                       {matrix(n + 4, f, d), matrix(n + 5, f, d)}, {matrix(n + 6, d, f)}, first.data_ptr(),
+                       second.data_ptr(), key.data_ptr(), value.data_ptr()});
+    }
 
-        norm(now.at, norms[2 * layer], rows, d, eps, weight.at, (float*)seen.data_ptr());
-        const auto all = matrices.times(7 * layer, 7 * layer + 3, Rows(seen));
-        of_kind(key.scalar_type(), [&](auto number) {
+    const Floats now(rows * d), weight(d), seen(rows * d), projected(rows * (q + 2 * k * h)), queries(rows * q),
+        heads(rows * q), gates(rows * 2 * f), inner(rows * f), cos(rows * h), sin(rows * h);
+    angles(cosines, sines, rows, h, cos.at, sin.at);
+    read(x.data_ptr(), x.scalar_type(), rows * d, now.at);
+    for (const auto& layer : all) {
+        norm(now.at, layer.attention_norm, normed, rows, d, eps, weight.at, seen.at);
+        times(layer.inner, {seen.at, rows, d}, projected.at, threads);
+        of_kind(kept, [&](auto number) {
             using Number = decltype(number);
             using Type = typename Number::Type;
-            Type *const to_keys = (Type*)key.data_ptr(), *const to_values = (Type*)value.data_ptr();
-            float* const to = (float*)queries.data_ptr();
-            const float* from = (const float*)all.data_ptr();
+            const __m256 scale = _mm256_set1_ps(1 / std::sqrt(float(h)));
+            const float* from = projected.at;
             for (int64_t r = 0; r < rows; r++, from += k * h) {
-                for (int64_t i = 0; i < q; i += h, from += h)
-                    turn(from, cos, sin, r, h, 1 / std::sqrt(float(h)), to + r * q + i);
+                const float *const c = cos.at + r * h, *const s = sin.at + r * h;
+                for (int64_t n = 0; n < q; n += h, from += h)
+                    for (int64_t i = 0; i < h; i += 8)
+                        _mm256_storeu_ps(queries.at + r * q + n + i,
+                                         _mm256_mul_ps(turned(from + i, c + i, s + i), scale));
                 for (int64_t n = 0; n < k; n++, from += h) {
                     const int64_t place = ((r * k + n) * room + position[r]) * h;
-                    turn(from, cos, sin, r, h, 1, turned.at);
                     for (int64_t i = 0; i < h; i += 8) {
-                        Number::store(to_keys + place + i, _mm256_loadu_ps(turned.at + i));
-                        Number::store(to_values + place + i, _mm256_loadu_ps(from + k * h + i));
+                        Number::store((Type*)layer.keys + place + i, turned(from + i, c + i, s + i));
+                        Number::store((Type*)layer.values + place + i, _mm256_loadu_ps(from + k * h + i));
                     }
                 }
             }
         });
-        const auto flat = [&](const Tensor& leaf) { return torch::stable::reshape(leaf, {rows, k, room, h}); };
-        const auto heads = one_query(queries, flat(key), flat(value), positions, threads);
-        add(now.at, matrices.times(7 * layer + 3, 7 * layer + 4, Rows(heads, rows, q)));
+        query(queries.at, kept, Leaf(layer.keys, k, room, h), Leaf(layer.values, k, room, h), position, rows, k,
+              q / k / h, h, room, threads, heads.at);
+        times(layer.output, {heads.at, rows, q}, seen.at, threads);
+        add(now.at, seen.at, rows * d);
 
-        norm(now.at, norms[2 * layer + 1], rows, d, eps, weight.at, (float*)seen.data_ptr());
-        const auto both = matrices.times(7 * layer + 4, 7 * layer + 6, Rows(seen));
-        swiglu((const float*)both.data_ptr(), rows, f, (float*)inner.data_ptr(), threads);
-        add(now.at, matrices.times(7 * layer + 6, 7 * layer + 7, Rows(inner)));
+        norm(now.at, layer.ffn_norm, normed, rows, d, eps, weight.at, seen.at);
+        times(layer.gates, {seen.at, rows, d}, gates.at, threads);
+        swiglu(gates.at, rows, f, inner.at, threads);
+        times(layer.down, {inner.at, rows, f}, seen.at, threads);
+        add(now.at, seen.at, rows * d);
     }
     auto result = torch::stable::empty_like(x);
     write(now.at, result);
@@ -195,16 +186,16 @@ Tensor one_token(Tensor x, Tensor cosines, Tensor sines, std::vector<Tensor> nor
 Tensor head(Tensor x, Tensor weight, std::vector<Tensor> values, std::vector<Tensor> scales, double eps,
             int64_t threads) {
     const int64_t d = weight.numel(), rows = x.numel() / d;
-    auto seen = torch::stable::new_empty(x, {rows, d}, ScalarType::Float);
-    const Floats now(rows * d), factors(d);
-    read(x, now.at);
-    norm(now.at, weight, rows, d, eps, factors.at, (float*)seen.data_ptr());
-    const auto y = Matrices{values, scales, threads}.times(0, 1, Rows(seen));
+    const Matrices output{Matrix(values[0], scales.empty() ? nullptr : &scales[0], d)};
+    const Floats now(rows * d), factors(d), seen(rows * d), y(rows * output[0].outputs);
+    read(x.data_ptr(), x.scalar_type(), rows * d, now.at);
+    norm(now.at, weight.data_ptr(), weight.scalar_type(), rows, d, eps, factors.at, seen.at);
+    times(output, {seen.at, rows, d}, y.at, threads);
     auto sizes = std::vector<int64_t>();
     for (int64_t axis = 0; axis < x.dim() - 1; axis++) sizes.push_back(x.size(axis));
-    sizes.push_back(y.size(1));
+    sizes.push_back(output[0].outputs);
     auto result = torch::stable::new_empty(x, sizes);
-    write((const float*)y.data_ptr(), result);
+    write(y.at, result);
     return result;
 }
 

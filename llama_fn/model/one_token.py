@@ -5,6 +5,7 @@ To call a layer's kernels one by one takes Python 0.2 ms a layer: what it knows 
 cache when the weights have gone through it.
 """
 
+import operator
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -38,9 +39,7 @@ def one_token(params: Params, tokens: Tensor, cache: Cache, slots: int) -> Tenso
         norms += weights.attention_norm, weights.ffn_norm
     values, scales = avx2.parts(matrices)
     leaves = [params.embedding, *values, *scales, *norms, *cache.k, *cache.v]
-    if any(type(leaf) not in (Tensor, Parameter) for leaf in leaves):
-        return None
-    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+    if not _numbers(leaves):
         return None
 
     def fit() -> bool:
@@ -64,15 +63,19 @@ def head(norm: Tensor, output: Any, x: Tensor, eps: float) -> Tensor | None:
     """`transformer.head` of few rows, by the same kernels, or None."""
     values, scales = avx2.parts([output])
     leaves = [*values, *scales, norm, x]
-    if any(type(leaf) not in (Tensor, Parameter) for leaf in leaves) or not _values() or not x.is_contiguous():
-        return None
-    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+    if not _numbers(leaves) or not _values() or not x.is_contiguous():
         return None
     made = _scaled([output]) and norm.dtype in avx2.FLOATS and norm.shape == x.shape[-1:] and norm.is_contiguous()
     if not made or not avx2.takes(output, x):
         return None
     avx2.load()
     return torch.ops.llama_fn.head(x, norm, values, scales, eps, torch.get_num_threads())
+
+
+def _numbers(leaves: list[Any]) -> bool:
+    """Whether these are tensors, of which no gradient is asked."""
+    return set(map(type, leaves)) <= {Tensor, Parameter} and not (torch.is_grad_enabled() and any(
+        map(operator.attrgetter("requires_grad"), leaves)))
 
 
 def _values() -> bool:
