@@ -146,9 +146,9 @@ def _library() -> Callable[[], object]:
 # Their kernels for the CPU are in C++.
 define("floats(Tensor[] values, Tensor x, int threads) -> Tensor", _empty_floats)
 define("integers(Tensor[] values, Tensor[] scales, Tensor x, int threads) -> Tensor", _empty_integers)
-define("one_token(Tensor x, Tensor cosines, Tensor sines, Tensor[] norms, Tensor[] values, Tensor[] scales, "
-       "Tensor(a!)[] keys, Tensor(b!)[] cached, Tensor positions, float eps, int threads) -> Tensor",
-       lambda x, *_: x.new_empty(x.shape))
+define("one_token(Tensor tokens, Tensor embedding, Tensor frequencies, Tensor[] norms, Tensor[] values, "
+       "Tensor[] scales, Tensor(a!)[] keys, Tensor(b!)[] cached, Tensor positions, float eps, int threads) -> Tensor",
+       lambda tokens, embedding, *_: embedding.new_empty((*tokens.shape, embedding.shape[1])))
 define("head(Tensor x, Tensor norm, Tensor[] values, Tensor[] scales, float eps, int threads) -> Tensor",
        lambda x, norm, values, *_: x.new_empty((*x.shape[:-1], values[0].shape[0])))
 define("one_query(Tensor queries, Tensor keys, Tensor values, Tensor positions, int threads) -> Tensor", _empty_heads)

@@ -5,8 +5,6 @@ queries and keys and writes to the cache, and what comes between products asks f
 """
 
 import math
-from collections.abc import Hashable
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -17,9 +15,8 @@ from llama_fn.model.gpu_after import Weights, added, gated, normed, turned
 from llama_fn.model.gpu_attention import attention
 from llama_fn.model.gpu_row import Turned
 from llama_fn.model.quantized import Quantized
-from llama_fn.model.rope import frequencies
+from llama_fn.model.rope import known_frequencies
 from llama_fn.model.transformer import Params
-from llama_fn.shapes import recording
 
 
 def one_token(params: Params, tokens: Tensor, cache: Cache, slots: int) -> Tensor:
@@ -51,25 +48,12 @@ def _flat(inputs: int, *weights: Tensor | Quantized) -> Weights:
 def begin(params: Params, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`transformer.embed` of tokens "b", NaN for one outside, and the `rope.Rotation` of their positions."""
     config, rows, (v, d) = params.config, len(tokens), params.embedding.shape
-    turns = _frequencies(config.head_dim, config.rope_theta, config.rope_scaling, tokens.device)
+    turns = known_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, tokens.device)
     x = params.embedding.new_empty((rows, d))
     cos, sin = (turns.new_empty((rows, len(turns))) for _ in range(2))
     _begin[rows,](params.embedding, tokens, positions, turns, x, cos, sin, v, d, len(turns),
                   triton.next_power_of_2(d), triton.next_power_of_2(len(turns)), num_warps=4)
     return x, cos, sin
-
-
-_known: dict[Hashable, Tensor] = {}
-
-
-def _frequencies(*what: Any) -> Tensor:
-    """`rope.frequencies`, computed once: eight kernels. What a GPU records is not there yet, so that it is not kept."""
-    if what in _known:
-        return _known[what]
-    turns = frequencies(*what)
-    if not recording(turns):
-        _known[what] = turns
-    return turns
 
 
 @triton.jit

@@ -27,8 +27,9 @@ void read(const void* from, ScalarType kind, int64_t count, float* to) {
     });
 }
 
-// Floats as a tensor's numbers.
-void write(const float* from, const Tensor& to) {
+// Floats as a tensor of other numbers like those of another.
+Tensor written(const float* from, const Tensor& like, const std::vector<int64_t>& sizes) {
+    auto to = torch::stable::new_empty(like, sizes);
     of_kind(to.scalar_type(), [&](auto number) {
         using Number = decltype(number);
         auto* const at = (typename Number::Type*)to.data_ptr();
@@ -43,6 +44,7 @@ void write(const float* from, const Tensor& to) {
             std::copy_n(eight, count - i, at + i);
         }
     });
+    return to;
 }
 
 // RMSNorm of rows "r d", with room for the weight as floats.
@@ -63,14 +65,12 @@ void norm(const float* x, const void* factors, ScalarType kind, int64_t rows, in
 }
 
 // Of each row's angles, "r h": the cosines twice, and the sines, the first less than none.
-void angles(const Tensor& cosines, const Tensor& sines, int64_t rows, int64_t h, float* cos, float* sin) {
-    const auto each = [&](const Tensor& from, float* to, float first) {
-        const float* const at = (const float*)from.data_ptr();
-        const int64_t row = from.stride(from.dim() - 2), pair = from.stride(from.dim() - 1);
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t i = 0; i < h; i++) to[r * h + i] = at[r * row + i / 2 * pair] * (i % 2 ? 1 : first);
-    };
-    each(cosines, cos, 1), each(sines, sin, -1);
+void angles(const int64_t* positions, const float* frequencies, int64_t rows, int64_t h, float* cos, float* sin) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < h; i += 2, cos += 2, sin += 2) {
+            const float angle = float(positions[r]) * frequencies[i / 2];
+            cos[0] = cos[1] = std::cos(angle), sin[1] = std::sin(angle), sin[0] = -sin[1];
+        }
 }
 
 // Eight numbers, every pair turned by its angle.
@@ -98,21 +98,25 @@ void add(float* x, const float* y, int64_t count) {
         _mm256_storeu_ps(x + i, _mm256_add_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
 }
 
-// Of x "... 1 d", of each layer two norms "d", seven matrices, and a cache "... k s h", into which keys and values are
-// written at `positions` "... 1".
-Tensor one_token(Tensor x, Tensor cosines, Tensor sines, std::vector<Tensor> norms, std::vector<Tensor> values,
-                 std::vector<Tensor> scales, std::vector<Tensor> keys, std::vector<Tensor> cached, Tensor positions,
-                 double eps, int64_t threads) {
-    const int64_t d = norms[0].numel(), rows = x.numel() / d, layers = keys.size();
+// Of tokens "... 1", the embedding "v d", the frequencies of a head's pairs, of each layer two norms "d", seven
+// matrices, and a cache "... k s h", into which keys and values are written at `positions`: "... 1 d".
+Tensor one_token(Tensor tokens, Tensor embedding, Tensor frequencies, std::vector<Tensor> norms,
+                 std::vector<Tensor> values, std::vector<Tensor> scales, std::vector<Tensor> keys,
+                 std::vector<Tensor> cached, Tensor positions, double eps, int64_t threads) {
+    const int64_t d = embedding.size(1), rows = tokens.numel(), layers = keys.size();
     const int64_t h = keys[0].size(-1), room = keys[0].size(-2), k = keys[0].size(-3), f = values[4].size(0);
     const int64_t q = values[0].numel() / values[1].numel() * k * h;
-    const int64_t* const position = (const int64_t*)positions.data_ptr();
-    STD_TORCH_CHECK(x.is_contiguous() && positions.is_contiguous() && positions.numel() == rows &&
-                        cosines.numel() == rows * h / 2 && values.size() == size_t(7 * layers) &&
-                        (!scales.empty() || values[0].scalar_type() == x.scalar_type()),
+    const ScalarType kind = embedding.scalar_type();
+    STD_TORCH_CHECK(embedding.is_contiguous() && tokens.is_contiguous() && positions.is_contiguous() &&
+                        positions.numel() == rows && frequencies.numel() == h / 2 &&
+                        values.size() == size_t(7 * layers) && (!scales.empty() || values[0].scalar_type() == kind),
                     "one_token: rows of one token each");
-    for (int64_t r = 0; r < rows; r++)
+    const auto *const token = (const int64_t*)tokens.data_ptr(), *const position = (const int64_t*)positions.data_ptr();
+    for (int64_t r = 0; r < rows; r++) {
         STD_TORCH_CHECK(0 <= position[r] && position[r] < room, "the cache has no slot ", position[r]);
+        STD_TORCH_CHECK(0 <= token[r] && token[r] < embedding.size(0), "the vocabulary has no token ", token[r]);
+    }
+
     // Whether all is still what it was when the caller looked, and where it lies.
     const ScalarType kept = keys[0].scalar_type(), normed = norms[0].scalar_type();
     const auto matrix = [&](int64_t n, int64_t outputs, int64_t d) {
@@ -141,8 +145,9 @@ Tensor one_token(Tensor x, Tensor cosines, Tensor sines, std::vector<Tensor> nor
 
     const Floats now(rows * d), weight(d), seen(rows * d), projected(rows * (q + 2 * k * h)), queries(rows * q),
         heads(rows * q), gates(rows * 2 * f), inner(rows * f), cos(rows * h), sin(rows * h);
-    angles(cosines, sines, rows, h, cos.at, sin.at);
-    read(x.data_ptr(), x.scalar_type(), rows * d, now.at);
+    angles(position, (const float*)frequencies.data_ptr(), rows, h, cos.at, sin.at);
+    for (int64_t r = 0; r < rows; r++)
+        read((const char*)embedding.data_ptr() + token[r] * d * embedding.element_size(), kind, d, now.at + r * d);
     for (const auto& layer : all) {
         norm(now.at, layer.attention_norm, normed, rows, d, eps, weight.at, seen.at);
         times(layer.inner, {seen.at, rows, d}, projected.at, threads);
@@ -177,9 +182,10 @@ Tensor one_token(Tensor x, Tensor cosines, Tensor sines, std::vector<Tensor> nor
         times(layer.down, {inner.at, rows, f}, seen.at, threads);
         add(now.at, seen.at, rows * d);
     }
-    auto result = torch::stable::empty_like(x);
-    write(now.at, result);
-    return result;
+    std::vector<int64_t> sizes;
+    for (int64_t axis = 0; axis < tokens.dim(); axis++) sizes.push_back(tokens.size(axis));
+    sizes.push_back(d);
+    return written(now.at, embedding, sizes);
 }
 
 // The logits of x "... d": output (norm x).
@@ -191,12 +197,10 @@ Tensor head(Tensor x, Tensor weight, std::vector<Tensor> values, std::vector<Ten
     read(x.data_ptr(), x.scalar_type(), rows * d, now.at);
     norm(now.at, weight.data_ptr(), weight.scalar_type(), rows, d, eps, factors.at, seen.at);
     times(output, {seen.at, rows, d}, y.at, threads);
-    auto sizes = std::vector<int64_t>();
-    for (int64_t axis = 0; axis < x.dim() - 1; axis++) sizes.push_back(x.size(axis));
-    sizes.push_back(output[0].outputs);
-    auto result = torch::stable::new_empty(x, sizes);
-    write(y.at, result);
-    return result;
+    std::vector<int64_t> sizes;
+    for (int64_t axis = 0; axis < x.dim(); axis++) sizes.push_back(x.size(axis));
+    sizes.back() = output[0].outputs;
+    return written(y.at, x, sizes);
 }
 
 }  // namespace

@@ -18,8 +18,8 @@ from llama_fn.model import avx2
 from llama_fn.model.block import Block
 from llama_fn.model.cache import Cache, KeysValues
 from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
-from llama_fn.model.rope import rotation
-from llama_fn.model.transformer import Params, embed
+from llama_fn.model.rope import known_frequencies
+from llama_fn.model.transformer import Params
 from llama_fn.shapes import traced, transforms
 
 # What was found of weights and a cache, for as long as they live.
@@ -52,11 +52,12 @@ def one_token(params: Params, tokens: Tensor, cache: Cache, slots: int) -> Tenso
         from llama_fn.model import gpu_token  # it imports triton, which is only where there is a GPU
 
         return gpu_token.one_token(params, tokens, cache, slots)
-    config, positions, x = params.config, cache.length[..., None], embed(params.embedding, tokens)
-    angles = rotation(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+    config = params.config
+    turns = known_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, tokens.device)
     avx2.load()
-    return torch.ops.llama_fn.one_token(x, *angles, norms, values, scales, cache.k, cache.v, positions,
-                                         config.norm_eps, torch.get_num_threads())
+    return torch.ops.llama_fn.one_token(
+        tokens.long().contiguous(), params.embedding, turns, norms, values, scales, cache.k, cache.v,
+        cache.length.contiguous(), config.norm_eps, torch.get_num_threads())
 
 
 def head(norm: Tensor, output: Any, x: Tensor, eps: float) -> Tensor | None:
@@ -109,7 +110,7 @@ def _fits(params: Block, embedding: Tensor, batch: torch.Size, cache: KeysValues
         made = all(type(m) is kind and as_made(m) for m in matrices) and _scaled(matrices) and dtype.itemsize == 2
     else:
         made = all(isinstance(matrix, Tensor) and matrix.dtype == dtype for matrix in matrices)
-    leaves = (*numbers, *norms, *cache)
+    leaves = (embedding, *numbers, *norms, *cache)
     if not made or not all(leaf.is_contiguous() and leaf.device == embedding.device for leaf in leaves):
         return False
     (k, g, h, _), f, room = matrices[0].shape, matrices[4].shape[0], cache.k.shape[-2]

@@ -11,7 +11,7 @@ from torch import Tensor
 from llama_fn.config import Config
 from llama_fn.model.block import Block, block
 from llama_fn.model.cache import Cache, KeysValues, check_room, reach
-from llama_fn.model.extent import grown
+from llama_fn.model.extent import ends, grown
 from llama_fn.model.linear import Kind, linear
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotation
@@ -125,7 +125,7 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
     if tokens.shape[-1] == 0:
         raise ValueError("there are no tokens (an empty prompt): begin a text with the tokenizer's bos_id")
     if concrete(tokens) and tokens.numel():
-        low, high = (int(x) for x in tokens.aminmax())
+        low, high = ends(tokens)
         if low < 0 or high >= vocab_size:
             raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {vocab_size} tokens, "
                              f"0 to {vocab_size - 1}; encode the text with the tokenizer that belongs to the model")
