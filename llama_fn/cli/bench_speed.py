@@ -118,7 +118,7 @@ def decode(work: Work, rounds: int) -> Figures:
         return all_of_them
 
     name, memory, size = memory_speed(device)
-    works: dict[str, Callable] = {"llama_fn": step, name: memory}
+    works: dict[str, Callable] = {name: memory, "llama_fn": step}
     for peer in work.compare:
         works[PEERS[peer][0]] = several(PEERS[peer][1](params, work.batch, 1, work.context, work.max_len))
     with torch.no_grad():
