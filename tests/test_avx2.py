@@ -49,6 +49,19 @@ def test_integers_sum_what_is_written_out(threads, key, kind, outputs, groups, r
 @given(key=keys(), dtype=st.sampled_from(avx2.FLOATS), outputs=st.lists(st.integers(1, 20), min_size=1, max_size=3),
        registers=st.integers(1, 40), rows=st.sampled_from([1, 2, 3]) | st.integers(4, 33))
 def test_floats_sum_what_is_written_out(threads, key, dtype, outputs, registers, rows):
+    check_floats(threads, key, dtype, outputs, registers, rows)
+
+
+@pytest.mark.parametrize("dtype", avx2.FLOATS)
+@pytest.mark.parametrize(("outputs", "registers", "rows"), [
+    ([101], 129, 4), ([7, 95, 48], 260, 8), ([49, 47], 256, 3), ([143], 300, 9), ([50], 700, 33)])
+def test_floats_are_summed_block_after_block_of_inputs(dtype, outputs, registers, rows):
+    for threads in (1, 2):
+        check_floats(threads, lf.random.key(threads), dtype, outputs, registers, rows)
+
+
+def check_floats(threads: int, key: torch.Tensor, dtype: torch.dtype, outputs: list[int], registers: int,
+                 rows: int) -> None:
     one, two = lf.random.split(key)
     numbers = lf.random.normal(one, (sum(outputs), 8 * registers), torch.float32).to(dtype)
     x = lf.random.normal(two, (rows, 8 * registers), torch.float32).to(dtype).float()  # as a layer's

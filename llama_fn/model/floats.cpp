@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t TILE = 3;     // outputs that are summed at once
 constexpr int64_t STREAMS = 4;
+constexpr int64_t BLOCK = 1024, TILES = 16;  // inputs that stay in the nearest cache, and for how many tiles
 
 // How a register of sums takes `COUNT` weights and inputs, and how many rows are summed at once.
 template <class Number>
@@ -63,16 +64,18 @@ struct Sixteen<BFloat16> {  // of pairs
 };
 #endif
 
-// Some outputs of `rows` rows, or one fewer, whose inputs lie as "d/COUNT ROWS COUNT", to y "r total". `next` are the
-// weights that come next.
+// Some outputs of `rows` rows, or one fewer, whose inputs lie as "d/COUNT ROWS COUNT", of the inputs from `begin` to
+// `end`: what is summed so far is kept from call to call, and the last writes to y "r total". `next` are the weights
+// that come next.
 template <class Step, int OUTPUTS, int ROWS>
-void tile(const typename Step::Weight* weight, const typename Step::Weight* next, int64_t d,
-          const typename Step::Input* x, int64_t rows, float* y, int64_t total) {
+void tile(const typename Step::Weight* weight, const typename Step::Weight* next, int64_t d, int64_t begin, int64_t end,
+          const typename Step::Input* x, int64_t rows, typename Step::Sums* kept, float* y, int64_t total) {
     constexpr int64_t COUNT = Step::COUNT, LINE = 64 / sizeof(*weight);
     typename Step::Sums sums[OUTPUTS][ROWS];
     UNROLLED for (int o = 0; o < OUTPUTS; o++)
-        UNROLLED for (int r = 0; r < ROWS; r++) sums[o][r] = Step::none();
-    _Pragma("GCC unroll 4") for (int64_t i = 0; i < d; i += COUNT, x += COUNT * ROWS) {  // 6 % faster
+        UNROLLED for (int r = 0; r < ROWS; r++) sums[o][r] = begin ? kept[o * ROWS + r] : Step::none();
+    x += begin * ROWS;
+    _Pragma("GCC unroll 4") for (int64_t i = begin; i < end; i += COUNT, x += COUNT * ROWS) {  // 6 % faster
         decltype(Step::weights(weight)) weights[OUTPUTS];
         UNROLLED for (int o = 0; o < OUTPUTS; o++) weights[o] = Step::weights(weight + o * d + i);
         if (i % LINE == 0)
@@ -82,6 +85,11 @@ void tile(const typename Step::Weight* weight, const typename Step::Weight* next
             asm("" : "+v"(inputs));  // else gcc loads them for every output: a tenth slower
             UNROLLED for (int o = 0; o < OUTPUTS; o++) sums[o][r] = Step::add(sums[o][r], weights[o], inputs);
         }
+    }
+    if (end < d) {
+        UNROLLED for (int o = 0; o < OUTPUTS; o++)
+            UNROLLED for (int r = 0; r < ROWS; r++) kept[o * ROWS + r] = sums[o][r];
+        return;
     }
     for (int r = 0; r < rows; r++)
         UNROLLED for (int o = 0; o < OUTPUTS; o++) y[r * total + o] = sum_of(sums[o][r]);
@@ -93,19 +101,29 @@ constexpr decltype(&tile<Step, 1, 1>) TILE_OF[] = {
     tile<Step, OUTPUTS, Step::PACK / 4>, tile<Step, OUTPUTS, Step::PACK / 2>, tile<Step, OUTPUTS, Step::PACK * 3 / 4>,
     tile<Step, OUTPUTS, Step::PACK>};
 
-// The outputs from `begin` to `end` of a matrix, of rows that are packed, to y "r total".
+// The outputs from `begin` to `end` of a matrix, of rows that are packed, to y "r total". Some tiles take a block of
+// inputs one after the other, so that it stays in the nearest cache: of eight rows a third faster.
 template <class Step>
 void tiles(const void* values, const void* x, int64_t rows, int64_t d, float* y, int64_t total, int64_t begin,
            int64_t end) {
     constexpr int64_t PACK = Step::PACK;
     const auto* const weight = (const typename Step::Weight*)values;
-    for (int64_t o = begin, count; o < end; o += count) {
-        count = end - o < TILE ? 1 : TILE;
-        const auto* const next = weight + std::min(o + count, end - count) * d;
+    const auto* const inputs = (const typename Step::Input*)x;
+    typename Step::Sums kept[TILES + 1][TILE * PACK];  // of the last, two may be of one output
+    const bool once = rows <= PACK;  // else a tile's weights are what comes again
+    const int64_t block = once ? BLOCK : d, outputs = once ? TILES * TILE : TILE;
+    for (int64_t first = begin; first < end; first += outputs) {
+        const int64_t last = std::min(first + outputs, end), whole = first + (last - first) / TILE * TILE;
         for (int64_t r = 0; r < rows; r += PACK) {
             const int64_t some = std::min(PACK, rows - r), quarters = (some * 4 + PACK - 1) / PACK;
-            const auto sum = count == TILE ? TILE_OF<Step, TILE>[quarters - 1] : TILE_OF<Step, 1>[quarters - 1];
-            sum(weight + o * d, next, d, (const typename Step::Input*)x + r * d, some, y + r * total + o, total);
+            for (int64_t i = 0; i < d; i += block)
+                for (int64_t o = first, n = 0, count; o < last; o += count, n++) {
+                    count = o < whole ? TILE : 1;
+                    const auto sum = count == TILE ? TILE_OF<Step, TILE>[quarters - 1] : TILE_OF<Step, 1>[quarters - 1];
+                    const auto* const next = weight + std::min(o + count, end - count) * d;
+                    sum(weight + o * d, next, d, i, std::min(i + block, d), inputs + r * d, some, kept[n],
+                        y + r * total + o, total);
+                }
         }
     }
 }
