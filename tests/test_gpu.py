@@ -147,7 +147,8 @@ def test_all_layers_of_a_token_are_block_after_block(batch, key, heads, width, h
     tokens = (lf.random.bits(key, (*batch, 1)) * 37 >> 32).to(DEVICE)
     wide = lf.tree.map(lambda x: x.double() if x.is_floating_point() else x, (lf.dequantize(params), noise))
     exact, after = lf.trunk(wide[0], tokens, wide[1])
-    y = gpu_token.one_token(params, tokens, noise, 41)
+    apart = noise._replace(length=torch.stack((noise.length, noise.length + 1), -1)[..., 0])
+    y = gpu_token.one_token(params, torch.stack((tokens, tokens + 1), -1)[..., 0], apart, 41)
     assert y.dtype == HALF and (y - exact).abs().max() <= 8e-3 * exact.abs().max()
     for mine, other in zip(noise.k + noise.v, after.k + after.v, strict=True):
         assert (mine - other).abs().max() <= 4e-3 * other.abs().max()

@@ -130,6 +130,22 @@ def test_weights_of_two_kinds_are_left_to_others():
     assert "one_token" not in names_of(mixed, token_rows(config, 1), cache)
 
 
+def test_layers_of_several_kinds_are_left_to_others():
+    params, tokens = model_of(lf.random.key(0), torch.bfloat16, None), token_rows(CONFIG, 1)
+    cache, last = lf.init_cache(CONFIG, max_len=9, dtype=torch.bfloat16), params.blocks[-1]
+    assert one_token.one_token(params, tokens, cache, 9) is not None
+    bytes_, fours = (lf.quantize(params, bits) for bits in ("int8", "int4"))
+    for blocks in ((*bytes_.blocks[:-1], fours.blocks[-1]), (*params.blocks[:-1], last._replace(
+            attention_norm=last.attention_norm.float(), ffn_norm=last.ffn_norm.float()))):
+        assert one_token.one_token(params._replace(blocks=blocks), tokens, cache, 9) is None
+    assert one_token.one_token(params, tokens, cache._replace(k=(*cache.k[:-1], cache.k[-1].float()),
+                                                              v=(*cache.v[:-1], cache.v[-1].float())), 9) is None
+    assert one_token.one_token(params, tokens.to("meta"), cache, 9) is None
+    narrow = bytes_.output._replace(values=bytes_.output.values[:, :128])
+    assert one_token.head(params.norm, bytes_.output, torch.ones(1, 192, dtype=torch.bfloat16), 1e-5) is not None
+    assert one_token.head(params.norm, narrow, torch.ones(1, 192, dtype=torch.bfloat16), 1e-5) is None
+
+
 def test_a_trunk_is_without_head():
     params, tokens = model_of(lf.random.key(0), torch.float32, None), token_rows(CONFIG, 2, 1)
     cache, calls = lf.init_cache(CONFIG, (2,), max_len=9), Calls()
@@ -163,8 +179,13 @@ def test_a_weight_that_changed_where_it_lies_is_refused():
             one_token.one_token(params, tokens, cache, 9)
     small = model_of(lf.random.key(0), torch.bfloat16, "int8")
     assert one_token.one_token(small, tokens, cache, 9) is not None
-    small.blocks[1].feed_forward.w_up.scale.data = torch.ones(3)
-    with pytest.raises(RuntimeError, match="a weight has changed its size or dtype"):
+    for other in (torch.ones(3), torch.ones(320, dtype=torch.bfloat16), torch.ones(1).expand(320)):
+        small.blocks[1].feed_forward.w_up.scale.data = other
+        with pytest.raises(RuntimeError, match="a weight has changed its size or dtype"):
+            one_token.one_token(small, tokens, cache, 9)
+    small.blocks[1].feed_forward.w_up.scale.data = torch.ones(320)
+    small.blocks[1].ffn_norm.data = torch.ones(2 * 192, dtype=torch.bfloat16)[::2]
+    with pytest.raises(RuntimeError, match="a norm or a layer of the cache has changed"):
         one_token.one_token(small, tokens, cache, 9)
     params.blocks[1].feed_forward.w_up.data = torch.ones(3, 192, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"params.blocks.1.feed_forward.w_up` should be Float"):

@@ -23,8 +23,8 @@ def one_token(params: Params, tokens: Tensor, cache: Cache, slots: int) -> Tenso
     """What the last layer says of one token a row, whose keys and values are written to the cache; its first `slots`
     are attended to. Rounded where `block` rounds, but for the inner steps of a rotation and a gate.
     """
-    blocks, eps, positions = params.blocks, params.config.norm_eps, cache.length.reshape(-1)
-    x, cos, sin = begin(params, tokens.reshape(-1), positions)
+    blocks, eps, positions = params.blocks, params.config.norm_eps, cache.length.reshape(-1).contiguous()
+    x, cos, sin = begin(params, tokens.reshape(-1).contiguous(), positions)
     d, y = x.shape[1], normed(blocks[0].attention_norm, x, eps)
     for weights, after, *leaves in zip(blocks, [*blocks[1:], None], cache.k, cache.v, strict=True):
         (wq, wk, wv, wo), (gate, up, down) = weights.attention, weights.feed_forward

@@ -125,7 +125,9 @@ Tensor one_token(Tensor tokens, Tensor embedding, Tensor frequencies, std::vecto
         const bool halves = found.kind == ScalarType::Byte;
         STD_TORCH_CHECK(values[n].is_contiguous() && found.kind == values[0].scalar_type() &&
                             values[n].numel() * (halves ? 2 : 1) == outputs * d &&
-                            (!scale || scale->numel() == (halves ? 2 * outputs * d / GROUP : outputs)),
+                            (!scale || (scale->numel() == (halves ? 2 * outputs * d / GROUP : outputs) &&
+                                        scale->is_contiguous() &&
+                                        scale->scalar_type() == (halves ? ScalarType::BFloat16 : ScalarType::Float))),
                         "one_token: a weight has changed its size or dtype");
         return found;
     };
@@ -136,7 +138,8 @@ Tensor one_token(Tensor tokens, Tensor embedding, Tensor frequencies, std::vecto
         STD_TORCH_CHECK(key.is_contiguous() && value.is_contiguous() && key.numel() == rows * k * room * h &&
                             value.numel() == key.numel() && first.numel() == d && second.numel() == d &&
                             key.scalar_type() == kept && value.scalar_type() == kept &&
-                            first.scalar_type() == normed && second.scalar_type() == normed,
+                            first.scalar_type() == normed && second.scalar_type() == normed &&
+                            first.is_contiguous() && second.is_contiguous(),
                         "one_token: a norm or a layer of the cache has changed its size or dtype");
         all.push_back({{matrix(n, q, d), matrix(n + 1, k * h, d), matrix(n + 2, k * h, d)}, {matrix(n + 3, d, q)},
                        {matrix(n + 4, f, d), matrix(n + 5, f, d)}, {matrix(n + 6, d, f)}, first.data_ptr(),

@@ -43,15 +43,20 @@ def one_token(params: Params, tokens: Tensor, cache: Cache, slots: int) -> Tenso
         return None
 
     def fit() -> bool:
-        return all(_fits(weights, params.embedding, tokens.shape[:-1], KeysValues(k, v))
-                   for weights, k, v in zip(params.blocks, cache.k, cache.v, strict=True))
+        kinds = {(type(weights.attention.wq), weights.attention_norm.dtype) for weights in params.blocks}
+        kept = {leaf.dtype for leaf in (*cache.k, *cache.v)}
+        return len(kinds) == len(kept) == 1 and all(
+            _fits(weights, params.embedding, tokens.shape[:-1], KeysValues(k, v))
+            for weights, k, v in zip(params.blocks, cache.k, cache.v, strict=True))
 
-    if cache.length.dtype != torch.int64 or not _once(fit, leaves, tokens.shape):
+    here = tokens.device == cache.length.device == params.embedding.device
+    if not here or cache.length.dtype != torch.int64 or not _once(fit, leaves, tokens.shape):
         return None
     if tokens.is_cuda:
         from llama_fn.model import gpu_token  # it imports triton, which is only where there is a GPU
 
-        return gpu_token.one_token(params, tokens, cache, slots)
+        with torch.cuda.device(tokens.device):  # where triton launches
+            return gpu_token.one_token(params, tokens, cache, slots)
     config = params.config
     turns = known_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, tokens.device)
     avx2.load()
@@ -67,6 +72,7 @@ def head(norm: Tensor, output: Any, x: Tensor, eps: float) -> Tensor | None:
     if not _numbers(leaves) or not _values() or not x.is_contiguous():
         return None
     made = _scaled([output]) and norm.dtype in avx2.FLOATS and norm.shape == x.shape[-1:] and norm.is_contiguous()
+    made = made and output.shape[-1:] == norm.shape and x.device == norm.device == values[0].device
     if not made or not avx2.takes(output, x):
         return None
     avx2.load()
@@ -122,6 +128,7 @@ def _fits(params: Block, embedding: Tensor, batch: torch.Size, cache: KeysValues
         return (kind is not Grouped and 0 < batch.numel() <= (64 if kind is Quantized else 16)
                 and norms[0].dtype == cache.k.dtype == dtype in (torch.bfloat16, torch.float16))
     whole = GROUP if numbers is not matrices else 8
-    return (bool(avx2.level()) and not (d % whole or k * g * h % whole or f % whole or h % 8)
+    return (embedding.device.type == "cpu" and bool(avx2.level())
+            and not (d % whole or k * g * h % whole or f % whole or h % 8)
             and all(each in avx2.FLOATS for each in (dtype, norms[0].dtype, cache.k.dtype))
             and 0 < batch.numel() <= avx2.most(matrices[0]))

@@ -50,7 +50,7 @@ def known_frequencies(*what: Any) -> Float[Tensor, "p"]:
     if what in _known:
         return _known[what]
     found = frequencies(*what)
-    if not recording(found):
+    if type(found) is Tensor and not recording(found):
         _known[what] = found
     return found
 
