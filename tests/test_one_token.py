@@ -7,11 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Calls, keys, random_params, token_rows
+from torch._subclasses import FakeTensorMode
 
 import llama_fn as lf
 from llama_fn.cli.bench_transforms import peak_bytes
 from llama_fn.model import avx2, one_token
 from llama_fn.model.cache import Forked
+from llama_fn.model.rope import frequencies, known_frequencies
 
 pytestmark = pytest.mark.skipif(not avx2.level(), reason="this processor has no AVX2")
 CONFIG = lf.Config(dim=192, n_layers=3, n_heads=12, n_kv_heads=4, vocab_size=37, hidden_dim=320, max_seq_len=64)
@@ -144,6 +146,14 @@ def test_layers_of_several_kinds_are_left_to_others():
     narrow = bytes_.output._replace(values=bytes_.output.values[:, :128].contiguous())
     assert one_token.head(params.norm, bytes_.output, torch.ones(1, 192, dtype=torch.bfloat16), 1e-5) is not None
     assert one_token.head(params.norm, narrow, torch.ones(1, 192, dtype=torch.bfloat16), 1e-5) is None
+
+
+def test_frequencies_are_computed_once_where_they_are_no_imagination():
+    what = 8, 123.0, None, torch.device("cpu")
+    with FakeTensorMode():
+        known_frequencies(*what)
+    once = known_frequencies(*what)
+    assert type(once) is torch.Tensor and known_frequencies(*what) is once and (once == frequencies(*what)).all()
 
 
 def test_a_trunk_is_without_head():
