@@ -163,7 +163,7 @@ def test_a_token_outside_the_vocabulary_is_nan(token):
     assert (x[[0, 2]] == params.embedding[[3, 5]]).all() and x[1].isnan().all()
 
 
-def test_one_row_of_16_bits_on_a_gpu_is_for_these_kernels():
+def test_few_rows_of_16_bits_on_a_gpu_are_for_these_kernels():
     config = lf.Config(dim=12, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=37, hidden_dim=8, max_seq_len=64)
     params = random_params(config, lf.random.key(0), torch.float32)
 

@@ -97,7 +97,7 @@ def matrix_numbers(config: Config) -> int:
 def decode(work: Work, rounds: int) -> Figures:
     """One token a row, the weights read once: the share of the memory's speed."""
     params, dtype, device = weights(work), DTYPES[work.dtype], device_of(work.device)
-    count = CHAIN[device.type]
+    count = CHAIN.get(device.type, CHAIN["cpu"])
     if work.context + count > work.max_len:
         raise ValueError(f"bench: {count} tokens are measured together, and max_len = {work.max_len} has no room for "
                          f"them after {work.context}")

@@ -96,7 +96,7 @@ struct Rows {
     explicit Rows(const Tensor& x) : Rows((const float*)x.data_ptr(), x.size(0), x.size(1)) {}
 };
 
-// A matrix "outputs d" of floats; of 8 bits, with a scale an output or none; or of 4 bits, with two numbers a group.
+// A matrix "outputs d" of floats; of 8 bits, with a scale an output; or of 4 bits, with two numbers a group.
 // What asks a tensor takes 50 ns an answer, and more where the tensor has left the cache.
 struct Matrix {
     const void *values, *scales;

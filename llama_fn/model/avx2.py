@@ -50,12 +50,10 @@ def sums(weights: Sequence[Tensor | Quantized | Grouped], x: Tensor) -> list[Ten
     _loaded(x)
     values, scales = parts(weights)
     rest = x.float().contiguous(), torch.get_num_threads()
-    if not scales:
-        rows = torch.ops.llama_fn.floats(values, *rest)
-    else:
-        rows = torch.ops.llama_fn.integers(values, scales if isinstance(weights[0], Grouped) else [], *rest)
-    ys = rows.split([math.prod(w.shape[:-1]) for w in weights], -1)
-    return [y * w.scale.flatten() if isinstance(w, Quantized) else y for y, w in zip(ys, weights, strict=True)]
+    if isinstance(weights[0], Quantized):  # of a tree that was cast they may be otherwise
+        scales = [scale.float().contiguous() for scale in scales]
+    rows = torch.ops.llama_fn.integers(values, scales, *rest) if scales else torch.ops.llama_fn.floats(values, *rest)
+    return list(rows.split([math.prod(w.shape[:-1]) for w in weights], -1))
 
 
 def parts(weights: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -70,8 +68,8 @@ def _empty_floats(values: list[Tensor], x: Tensor, threads: int) -> Tensor:
 
 
 def _empty_integers(values: list[Tensor], scales: list[Tensor], x: Tensor, threads: int) -> Tensor:
-    width = x.shape[-1] // 2 if scales else x.shape[-1]
-    return x.new_empty((x.shape[0], sum(value.numel() // width for value in values)))
+    numbers = sum(value.numel() * (2 if value.dtype == torch.uint8 else 1) for value in values)
+    return x.new_empty((x.shape[0], numbers // x.shape[-1]))
 
 
 def attends(queries: Tensor, keys: Tensor, values: Tensor) -> bool:

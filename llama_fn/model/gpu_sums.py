@@ -52,6 +52,21 @@ def share(weights: list[Tensor], x: Tensor) -> int:
     return triton.cdiv(triton.cdiv(x.shape[1], parts), BLOCK) * BLOCK
 
 
+def _pairs(power: str, kind: str) -> str:
+    """Of four bytes two times two numbers: see `_exact`."""
+    two = """
+        prmt.b32 two, $2, 0, {};
+        lop3.b32 low, two, 0x007f007f, {power}, 0xea;
+        lop3.b32 eighth, two, 0x00800080, {power}, 0xea;
+        sub.{kind} ${}, low, eighth;"""
+    parts = (two.format(which, i, power=power, kind=kind) for i, which in enumerate(("0x4140", "0x4342")))
+    return "{ .reg .b32 two, low, eighth;" + "".join(parts) + " }"
+
+
+BFLOAT16 = tl.constexpr(_pairs("0x43004300", "bf16x2"))
+FLOAT16 = tl.constexpr(_pairs("0x64006400", "f16x2"))
+
+
 @triton.jit
 def _exact(number, dtype: tl.constexpr, PAIRS: tl.constexpr):
     """Bytes as numbers of 16 bits. In `PAIRS`: the seven lower bits as the last ones of a power of two, less that power
@@ -60,29 +75,9 @@ def _exact(number, dtype: tl.constexpr, PAIRS: tl.constexpr):
     if not PAIRS:
         exact = number.to(dtype)
     elif dtype == tl.bfloat16:
-        exact = tl.inline_asm_elementwise("""{
-            .reg .b32 two, low, eighth;
-            prmt.b32 two, $2, 0, 0x4140;
-            lop3.b32 low, two, 0x007f007f, 0x43004300, 0xea;
-            lop3.b32 eighth, two, 0x00800080, 0x43004300, 0xea;
-            sub.bf16x2 $0, low, eighth;
-            prmt.b32 two, $2, 0, 0x4342;
-            lop3.b32 low, two, 0x007f007f, 0x43004300, 0xea;
-            lop3.b32 eighth, two, 0x00800080, 0x43004300, 0xea;
-            sub.bf16x2 $1, low, eighth;
-            }""", "=r,=r,r", [number], dtype=tl.bfloat16, is_pure=True, pack=4)
+        exact = tl.inline_asm_elementwise(BFLOAT16, "=r,=r,r", [number], dtype=tl.bfloat16, is_pure=True, pack=4)
     else:
-        exact = tl.inline_asm_elementwise("""{
-            .reg .b32 two, low, eighth;
-            prmt.b32 two, $2, 0, 0x4140;
-            lop3.b32 low, two, 0x007f007f, 0x64006400, 0xea;
-            lop3.b32 eighth, two, 0x00800080, 0x64006400, 0xea;
-            sub.f16x2 $0, low, eighth;
-            prmt.b32 two, $2, 0, 0x4342;
-            lop3.b32 low, two, 0x007f007f, 0x64006400, 0xea;
-            lop3.b32 eighth, two, 0x00800080, 0x64006400, 0xea;
-            sub.f16x2 $1, low, eighth;
-            }""", "=r,=r,r", [number], dtype=tl.float16, is_pure=True, pack=4)
+        exact = tl.inline_asm_elementwise(FLOAT16, "=r,=r,r", [number], dtype=tl.float16, is_pure=True, pack=4)
     return exact
 
 

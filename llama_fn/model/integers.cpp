@@ -100,7 +100,7 @@ struct Wide {
 
     static Sums none() { return _mm512_setzero_ps(); }
     static Sums at(const float* x) { return _mm512_loadu_ps(x); }
-    static Words first(int groups) { 
+    static Words first(int groups) {
         return groups == 1 ? _mm512_setzero_si512() : _mm512_mask_set1_epi32(_mm512_setzero_si512(), 0xff00, 1);
     }
     template <int GROUPS>
@@ -216,7 +216,7 @@ void outputs(const uint8_t* values, const void* scale, const Inputs& x, float* y
         UNROLLED for (int s = 0; s < STREAMS; s++)
             UNROLLED for (int r = 0; r < ROWS; r++) {
                 const float sum = sum_of(sums[s][r]);
-                y[r * total + o[s]] = Weight::SCALED || !scale ? sum : sum * ((const float*)scale)[o[s]];
+                y[r * total + o[s]] = Weight::SCALED ? sum : sum * ((const float*)scale)[o[s]];
             }
     }
 }
@@ -254,7 +254,7 @@ Tensor integers(std::vector<Tensor> values, std::vector<Tensor> scales, Tensor x
     const Rows rows(x);
     Matrices matrices;
     for (size_t m = 0; m < values.size(); m++)
-        matrices.emplace_back(values[m], scales.empty() ? nullptr : &scales[m], rows.d);
+        matrices.emplace_back(values[m], &scales[m], rows.d);
     auto y = torch::stable::new_empty(x, {rows.rows, outputs_of(matrices)});
     integers_times(matrices, rows, (float*)y.data_ptr(), threads);
     return y;

@@ -150,11 +150,16 @@ def _for_triton(weight: Tensor | Kind, x: Tensor) -> bool:
     """
     if not x.is_cuda or not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling():
         return False
-    values, most = (weight.values, 64) if isinstance(weight, Quantized) else (weight, 16)
+    values = weight.values if isinstance(weight, Quantized) else weight
     scaled = not isinstance(weight, Quantized) or weight.scale.is_contiguous()
     return (isinstance(values, Tensor) and values.is_contiguous() and scaled and values.dtype in (x.dtype, torch.int8)
-            and x.dtype in (torch.bfloat16, torch.float16) and 0 < x.shape[:-1].numel() <= most
+            and x.dtype in (torch.bfloat16, torch.float16) and 0 < x.shape[:-1].numel() <= most_by_triton(weight)
             and not transforms() and not x.requires_grad)
+
+
+def most_by_triton(weight: Tensor | Kind) -> int:
+    """The rows for which these kernels are the fastest."""
+    return 64 if isinstance(weight, Quantized) else 16
 
 
 @typed

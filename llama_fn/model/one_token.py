@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from llama_fn.model import avx2
 from llama_fn.model.block import Block
 from llama_fn.model.cache import Cache, KeysValues
+from llama_fn.model.linear import most_by_triton
 from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
 from llama_fn.model.rope import known_frequencies
 from llama_fn.model.transformer import Params
@@ -125,7 +126,7 @@ def _fits(params: Block, embedding: Tensor, batch: torch.Size, cache: KeysValues
             or any(leaf.shape != (*batch, k, room, h) or leaf.dtype != cache.k.dtype for leaf in cache)):
         return False
     if embedding.is_cuda:
-        return (kind is not Grouped and 0 < batch.numel() <= (64 if kind is Quantized else 16)
+        return (kind is not Grouped and 0 < batch.numel() <= most_by_triton(matrices[0])
                 and norms[0].dtype == cache.k.dtype == dtype in (torch.bfloat16, torch.float16))
     whole = GROUP if numbers is not matrices else 8
     return (embedding.device.type == "cpu" and bool(avx2.level())
