@@ -18,9 +18,9 @@ from llama_fn.model.cache import KeysValues
 from llama_fn.model.rope import Rotation, rotate, rotation
 
 pytest.importorskip("triton", reason="there is no triton for this system")
-from llama_fn.model import gpu_after, gpu_attention, gpu_row, gpu_sums, gpu_token
-from llama_fn.model.gpu_after import Weights
+from llama_fn.model import gpu_after, gpu_attention, gpu_heads, gpu_row, gpu_sums, gpu_token
 from llama_fn.model.gpu_row import Turned, row
+from llama_fn.model.gpu_sums import Weights
 
 
 def sums(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -131,11 +131,59 @@ def test_queries_and_keys_are_turned_and_keys_and_values_kept(rows, key, k, g, p
     assert (leaves[0] == after[0]).all() and (leaves[1] == after[1]).all()  # no other slot was written to
 
 
+@pytest.mark.parametrize("slots", [70, 33, 32, 7])
+@settings(max_examples=4)
+@given(key=keys(), rows=st.integers(2, 4), k=st.integers(1, 3), pairs=st.integers(1, 5), d=st.integers(1, 600),
+       bytes_=st.booleans())
+def test_a_head_is_turned_kept_and_attended_to_and_reads_no_slot_beyond(slots, key, rows, k, pairs, d, bytes_):
+    one, two, three, *others = lf.random.split(key, 6)
+    h, x = 2 * pairs, lf.random.normal(one, (rows, d), torch.float64).to(HALF).to(DEVICE)
+    weights = [2 * lf.random.normal(n, (k * h, d), torch.float64) / d**0.5 for n in others]
+    weights = [((40 * w).clamp(-128, 127).to(torch.int8) if bytes_ else w.to(HALF)).to(DEVICE) for w in weights]
+    scales = [torch.arange(1, 1 + len(w), device=DEVICE) / 20 / len(w) for w in weights] if bytes_ else []
+    positions = slots + 2 - (lf.random.bits(two, (rows,)) * min(slots + 3, 40) >> 32).to(DEVICE)  # two are beyond
+    angles = [part.contiguous() for part in rotation(positions + 3, h, 1e4)]
+    leaves = [lf.random.normal(n, (rows, k, slots + 1, h), torch.float32).to(HALF).to(DEVICE) for n in (two, three)]
+    wide = [w.double() * (scales[i][:, None] if bytes_ else 1) for i, w in enumerate(weights)]
+    queries, *own = (linear.written_out(w, x.double()).to(HALF).view(rows, 1, k, h) for w in wide)
+    turn = Rotation(*(part[:, None] for part in angles))
+    queries, own[0] = rotate(queries, turn), rotate(own[0], turn)
+    mine = torch.arange(slots + 1, device=DEVICE) == positions[:, None]
+    beyond = torch.arange(slots + 1, device=DEVICE) >= positions[:, None]
+    leaves = [leaf.masked_fill(beyond[:, None, :, None], math.nan) for leaf in leaves]
+    after = [torch.where(mine[:, None, :, None], new[:, 0, :, None], leaf)
+             for new, leaf in zip(own, leaves, strict=True)]
+    y = gpu_heads.attended(Weights(weights, scales), x, Turned(*angles, *leaves, positions), slots)
+    exact = attending.written_out(queries[:, 0, :, None, None].double(), *(leaf[:, :, :slots].nan_to_num().double()
+                                  for leaf in after), positions[:, None])[..., 0, 0, :]
+    assert y.dtype == HALF and (y - exact).abs().max() <= 4e-3 * max(1, exact.abs().max())
+    for leaf, other in zip(leaves, after, strict=True):  # no other slot was written to
+        assert (leaf.isnan() == other.isnan()).all() and (leaf - other).nan_to_num().abs().max() <= 8e-3
+
+
+@given(keys(), st.integers(1, 150), st.integers(1, 700), st.sampled_from([2, 17]), st.booleans())
+def test_gated_sums_are_the_gate_of_products(key, o, d, rows, bytes_):
+    one, *others = lf.random.split(key, 3)
+    x = lf.random.normal(one, (rows, d), torch.float64).to(HALF).to(DEVICE)
+    weights = [lf.random.normal(n, (o, d), torch.float64) / d**0.5 for n in others]
+    weights = [((40 * w).clamp(-128, 127).to(torch.int8) if bytes_ else w.to(HALF)).to(DEVICE) for w in weights]
+    scales = [(torch.arange(1, 1 + o, device=DEVICE) + i) / 40 / o for i in range(2)] if bytes_ else []
+    gate, up = (linear.written_out(w.double() * (scales[i][:, None] if bytes_ else 1), x.double())
+                for i, w in enumerate(weights))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_sums, "share", lambda weights, x: -(-x.shape[1] // 128) * 128)
+        y = gpu_sums.gated_sums(Weights(weights, scales), x)
+    exact = F.silu(gate) * up
+    assert (y.dtype, y.shape) == (HALF, exact.shape)
+    assert ((y - exact).abs() <= 2**-9 * (1 + gate.abs() + up.abs()) ** 2).all()
+
+
+@pytest.mark.parametrize("many", [2, 264])
 @pytest.mark.parametrize("batch", [(), (1, 1), (3,)])
 @settings(max_examples=2)
 @given(key=keys(), heads=st.sampled_from([(6, 2), (4, 4), (5, 1)]), width=st.sampled_from([6, 8]),
        hidden=st.sampled_from([33, 76]), bits=st.sampled_from([None, "int8"]))
-def test_all_layers_of_a_token_are_block_after_block(batch, key, heads, width, hidden, bits):
+def test_all_layers_of_a_token_are_block_after_block(many, batch, key, heads, width, hidden, bits):
     n, k = heads
     config = lf.Config(dim=n * width, n_layers=2, n_heads=n, n_kv_heads=k, vocab_size=37, hidden_dim=hidden,
                        max_seq_len=64)
@@ -148,7 +196,9 @@ def test_all_layers_of_a_token_are_block_after_block(batch, key, heads, width, h
     wide = lf.tree.map(lambda x: x.double() if x.is_floating_point() else x, (lf.dequantize(params), noise))
     exact, after = lf.trunk(wide[0], tokens, wide[1])
     apart = noise._replace(length=torch.stack((noise.length, noise.length + 1), -1)[..., 0])
-    y = gpu_token.one_token(params, torch.stack((tokens, tokens + 1), -1)[..., 0], apart, 41)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_token, "MANY", many)
+        y = gpu_token.one_token(params, torch.stack((tokens, tokens + 1), -1)[..., 0], apart, 41)
     assert y.dtype == HALF and (y - exact).abs().max() <= 8e-3 * exact.abs().max()
     for mine, other in zip(noise.k + noise.v, after.k + after.v, strict=True):
         assert (mine - other).abs().max() <= 4e-3 * other.abs().max()

@@ -41,6 +41,12 @@ def mine(w0, w1, w2, s0, s1, s2, o0, o1, o2, OUTPUTS: tl.constexpr):
 
 
 @triton.jit
+def silu(x, dtype: tl.constexpr):
+    """Of float32, rounded as by itself."""
+    return (x / (1 + tl.exp(-x))).to(dtype).to(tl.float32)
+
+
+@triton.jit
 def ask(at, size: tl.constexpr):
     """Have `size` bytes come into the second cache."""
     tl.inline_asm_elementwise("""{

@@ -2,8 +2,6 @@
 add up the parts of their `sums`.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -11,24 +9,18 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_fn.model import gpu
+from llama_fn.model.gpu import silu
 from llama_fn.model.gpu_row import Turned, row
-from llama_fn.model.gpu_sums import share, sums
-
-
-class Weights(NamedTuple):
-    """What takes the same rows: matrices "o d" of one dtype, and the scales of their outputs if they have any."""
-
-    values: list[Tensor]
-    scales: list[Tensor]
+from llama_fn.model.gpu_sums import Weights, gated_sums, share, summed, sums_of
 
 
 def turned(weights: Weights, x: Tensor, places: Turned, following: Weights | None) -> Tensor:
     """Queries "b o", turned, of the rows "b d"; keys, turned, and values are written to their `places`."""
     if len(x) == 1:
         return row(*weights, x, turned=places, following=_first(following))
-    queries, (parts, arguments) = x.new_empty((len(x), len(weights.values[0]))), _parts(weights, x, following)
+    queries, (parts, told) = x.new_empty((len(x), len(weights.values[0]))), sums_of(weights, x)
     _turn[len(x), triton.cdiv(parts.shape[2], 512)](
-        *arguments, queries, *places, *places.keys.shape[1:], len(parts), 512, bool(weights.scales), gpu.early(x),
+        *told, queries, *places, *places.keys.shape[1:], len(parts), 512, bool(weights.scales), gpu.early(x),
         num_warps=4, **gpu.launch(gpu.early(x)))
     return queries
 
@@ -37,8 +29,10 @@ def gated(weights: Weights, x: Tensor, following: Weights | None) -> Tensor:
     """silu(W0 x) * W1 x."""
     if len(x) == 1:
         return row(*weights, x, gated=True, following=_first(following))
-    y, (parts, arguments) = x.new_empty((len(x), len(weights.values[0]))), _parts(weights, x, following)
-    _gate[len(x), triton.cdiv(y.shape[1], 512)](*arguments, y, len(parts), 512, bool(weights.scales), gpu.early(x),
+    if share(weights.values, x) >= x.shape[1]:
+        return gated_sums(weights, x)
+    y, (parts, told) = x.new_empty((len(x), len(weights.values[0]))), sums_of(weights, x)
+    _gate[len(x), triton.cdiv(y.shape[1], 512)](*told, y, len(parts), 512, bool(weights.scales), gpu.early(x),
                                                 num_warps=4, **gpu.launch(gpu.early(x)))
     return y
 
@@ -49,9 +43,9 @@ def added(weights: Weights, x: Tensor, residual: Tensor, norm: Tensor | None, ep
     if len(x) == 1:
         y = row(*weights, x, residual=residual, following=_first(following))
         return y, y if norm is None else normed(norm, y, eps)
-    y, (parts, arguments) = torch.empty_like(residual), _parts(weights, x, following)
+    y, (parts, told) = torch.empty_like(residual), sums_of(weights, x)
     after, block = torch.empty_like(y), triton.next_power_of_2(y.shape[1])
-    _add[len(x),](*arguments, residual, y, y if norm is None else norm, after, eps, len(parts), block,
+    _add[len(x),](*told, residual, y, y if norm is None else norm, after, eps, len(parts), block,
                   bool(weights.scales), norm is not None, gpu.early(x), num_warps=max(1, min(16, block // 256)),
                   **gpu.launch(gpu.early(x)))
     return y, after
@@ -70,35 +64,15 @@ def _first(following: Weights | None) -> Tensor | None:
     return None if following is None else following.values[0]
 
 
-def _parts(weights: Weights, x: Tensor, following: Weights | None) -> tuple[Tensor, tuple]:
-    """The sums, and what the kernels are told of them."""
-    parts = sums(weights.values, x, share(weights.values, x), _first(following))
-    outputs = [len(value) for value in weights.values]
-    return parts, (parts, *gpu.filled(weights.scales or [parts]), *outputs, *[0] * (gpu.MOST - len(outputs)))
-
-
-@triton.jit
-def _summed(parts, s0, s1, s2, o0, o1, o2, o, there, dtype: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr):
-    """Outputs `o` of this program's row, rounded as by themselves."""
-    width, row, rows = o0 + o1 + o2, tl.program_id(0), tl.num_programs(0)
-    total = tl.zeros(o.shape, tl.float32)
-    for p in tl.static_range(P):
-        total += tl.load(parts + (p * rows + row).to(tl.int64) * width + o, mask=there, other=0)
-    if SCALED:
-        scale = tl.where(o < o0, s0 + o, tl.where(o < o0 + o1, s1 + (o - o0), s2 + (o - o0 - o1)))
-        total *= tl.load(scale, mask=there, other=0)
-    return total.to(dtype).to(tl.float32)
-
-
 @triton.jit
 def _turn(parts, s0, s1, s2, o0, o1, o2, queries, cos, sin, keys, values, positions, k, slots, h, P: tl.constexpr,
           BLOCK: tl.constexpr, SCALED: tl.constexpr, EARLY: tl.constexpr):
-    row, o = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, rows, o = tl.program_id(0), tl.num_programs(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     dtype: tl.constexpr = queries.dtype.element_ty
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    out = _summed(parts, s0, s1, s2, o0, o1, o2, o, o < o0 + o1 + o2, dtype, P, SCALED)
+    out = summed(parts, s0, s1, s2, o0, o1, o2, row, rows, o, o < o0 + o1 + o2, dtype, P, SCALED)
     even, odd = tl.split(tl.reshape(out, [BLOCK // 2, 2]))
     pair = tl.program_id(1) * BLOCK + 2 * tl.arange(0, BLOCK // 2)
     angle = row * (h // 2) + pair % h // 2
@@ -115,21 +89,20 @@ def _turn(parts, s0, s1, s2, o0, o1, o2, queries, cos, sin, keys, values, positi
 @triton.jit
 def _gate(parts, s0, s1, s2, o0, o1, o2, y, P: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
           EARLY: tl.constexpr):
-    row, o = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, rows, o = tl.program_id(0), tl.num_programs(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     dtype: tl.constexpr = y.dtype.element_ty
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    gate = _summed(parts, s0, s1, s2, o0, o1, o2, o, o < o0, dtype, P, SCALED)
-    up = _summed(parts, s0, s1, s2, o0, o1, o2, o0 + o, o < o0, dtype, P, SCALED)
-    gate = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(y + row * o0 + o, (gate * up).to(dtype), mask=o < o0)
+    gate = summed(parts, s0, s1, s2, o0, o1, o2, row, rows, o, o < o0, dtype, P, SCALED)
+    up = summed(parts, s0, s1, s2, o0, o1, o2, row, rows, o0 + o, o < o0, dtype, P, SCALED)
+    tl.store(y + row * o0 + o, silu(gate, dtype) * up, mask=o < o0)
 
 
 @triton.jit
 def _add(parts, s0, s1, s2, o0, o1, o2, residual, y, norm, after, eps, P: tl.constexpr, BLOCK: tl.constexpr,
          SCALED: tl.constexpr, NORMED: tl.constexpr, EARLY: tl.constexpr):
-    row, o = tl.program_id(0), tl.arange(0, BLOCK)
+    row, rows, o = tl.program_id(0), tl.num_programs(0), tl.arange(0, BLOCK)
     dtype: tl.constexpr = y.dtype.element_ty
     if NORMED:
         factors = tl.load(norm + o, mask=o < o0, other=0).to(tl.float32)
@@ -137,7 +110,7 @@ def _add(parts, s0, s1, s2, o0, o1, o2, residual, y, norm, after, eps, P: tl.con
         gdc_launch_dependents()
         gdc_wait()
     before = tl.load(residual + row * o0 + o, mask=o < o0, other=0).to(tl.float32)
-    out = (before + _summed(parts, s0, s1, s2, o0, o1, o2, o, o < o0, dtype, P, SCALED)).to(dtype)
+    out = (before + summed(parts, s0, s1, s2, o0, o1, o2, row, rows, o, o < o0, dtype, P, SCALED)).to(dtype)
     tl.store(y + row * o0 + o, out, mask=o < o0)
     if NORMED:
         tl.store(after + row * o0 + o, _normalized(out, factors, o0, eps), mask=o < o0)

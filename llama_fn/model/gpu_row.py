@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_fn.model import gpu
-from llama_fn.model.gpu import ask, mine
+from llama_fn.model.gpu import ask, mine, silu
 from llama_fn.model.operators import define
 
 ASKED = 4096  # bytes of the next weights that a program asks for
@@ -170,7 +170,7 @@ def _row(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, residual, cos, sin, keys, values
     if GATED:
         o = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
         gate, up = tl.split(tl.reshape(out.to(tl.float32), [OUTPUTS // 2, 2]))
-        out = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
+        out = silu(gate, dtype) * up
     if ADDED:
         out = before + out.to(tl.float32)
     place, kept = first + o.to(tl.int64), o < outputs

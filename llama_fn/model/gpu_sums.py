@@ -1,8 +1,11 @@
 """Few rows times matrices on a GPU, which torch has no kernel for that reads them, bytes too, at the memory's speed.
 
-The first block of weights is older than the step, so that it is on its way before the kernel before has ended. Sizes of
-blocks are the fastest of some ten that were measured (H100).
+The first block of weights is older than the step: it comes into registers while the kernel before ends, and programs of
+the kernel after may come as soon as these have begun, each in the place of one that ends. Sizes of blocks are the
+fastest of some fifty that were measured (H100).
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,28 +14,27 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_fn.model import gpu
-from llama_fn.model.gpu import ask, mine
+from llama_fn.model.gpu import mine, silu
 from llama_fn.model.operators import define
 
 OUTPUTS, BLOCK = 64, 128  # that a program multiplies at once, and inputs
-ASKED = 2**22  # bytes of the next weights that the last programs ask for
+FIRST = 512  # inputs of the first block of bytes, for up to 16 rows
+ENOUGH = 256  # programs: two on each of a Hopper's processors
 
 
-def sums(weights: list[Tensor], x: Tensor, share: int, following: Tensor | None = None) -> Tensor:
+class Weights(NamedTuple):
+    """What takes the same rows: matrices "o d" of one dtype, and the scales of their outputs if they have any."""
+
+    values: list[Tensor]
+    scales: list[Tensor]
+
+
+def sums(weights: list[Tensor], x: Tensor, share: int) -> Tensor:
     """Products summed in float32, of up to `gpu.MOST` weights "o d" of one dtype and rows "b d": "p b o", the outputs
-    of all weights side by side. The sum over p is missing: a program sums a `share` of the inputs. `following` is the
-    weight that will be read next.
+    of all weights side by side. The sum over p is missing: a program sums a `share` of the inputs.
     """
-    y, x, ahead = empty_sums(weights, x, share), x.contiguous(), gpu.early(x)
-    outputs, (rows, d), bytes_ = [len(weight) for weight in weights], x.shape, weights[0].dtype == torch.int8
-    programs, asking, asked = sum(triton.cdiv(o, OUTPUTS) for o in outputs), 0, 0
-    if ahead and following is not None and following.data_ptr() % 16 == 0:
-        asking = max(1, programs * len(y) // 4)
-        asked = min(ASKED, following.nbytes) // asking // 16 * 16
-    _few_rows[programs, len(y)](
-        *gpu.filled(weights), *outputs, *[0] * (gpu.MOST - len(outputs)), x, following if asked else x, y, rows, d,
-        share, max(16, triton.next_power_of_2(rows)), OUTPUTS, BLOCK, 3 if bytes_ else 4, asking, asked, bytes_, ahead,
-        num_warps=4, **gpu.launch(ahead))
+    y = empty_sums(weights, x, share)
+    _launch(weights, [], x, y, share, len(y), gated=False)
     return y
 
 
@@ -42,14 +44,40 @@ def empty_sums(weights: list[Tensor], x: Tensor, share: int) -> Tensor:
     return x.new_empty((triton.cdiv(d, share), rows, sum(len(weight) for weight in weights)), dtype=torch.float32)
 
 
+def sums_of(weights: Weights, x: Tensor) -> tuple[Tensor, tuple]:
+    """The sums, and what `summed` is told of them: parts, scales and outputs."""
+    parts, outputs = sums(weights.values, x, share(weights.values, x)), [len(value) for value in weights.values]
+    return parts, (parts, *gpu.filled(weights.scales or [parts]), *outputs, *[0] * (gpu.MOST - len(outputs)))
+
+
+def gated_sums(weights: Weights, x: Tensor) -> Tensor:
+    """silu(W0 x) * W1 x of rows "b d" and two weights "o d": "b o". For weights of which a program sums all inputs, by
+    their `share`.
+    """
+    y = x.new_empty((len(x), len(weights.values[0])))
+    _launch(*weights, x, y, share(weights.values, x), 1, gated=True)
+    return y
+
+
+def _launch(weights: list[Tensor], scales: list[Tensor], x: Tensor, y: Tensor, share: int, parts: int, gated: bool):
+    outputs, (rows, d), bytes_ = [len(weight) for weight in weights], x.shape, weights[0].dtype == torch.int8
+    programs = triton.cdiv(2 * outputs[0], OUTPUTS) if gated else sum(triton.cdiv(o, OUTPUTS) for o in outputs)
+    ahead, first = gpu.early(x), FIRST if bytes_ and rows <= 16 and share % FIRST == 0 else BLOCK
+    _few_rows[programs, parts](
+        *gpu.filled(weights), *gpu.filled(scales or [y]), *outputs, *[0] * (gpu.MOST - len(outputs)), x.contiguous(), y,
+        rows, d, share, max(16, triton.next_power_of_2(rows)), OUTPUTS, first, BLOCK, 3 if bytes_ else 4, bytes_,
+        gated, bool(scales), ahead, num_warps=4, **gpu.launch(ahead))
+
+
 def share(weights: list[Tensor], x: Tensor) -> int:
     """How many of the inputs, in whole blocks, a program should sum, so that there are some hundred programs. (It is an
     argument of `sums` so that it stands in a compiled graph: torch's cache between processes does not look at sizes
     within one.)
     """
-    programs = 396 if weights[0].dtype == torch.int8 else 256
-    parts = max(1, round(programs * OUTPUTS / sum(len(weight) for weight in weights)))
-    return triton.cdiv(triton.cdiv(x.shape[1], parts), BLOCK) * BLOCK
+    bytes_, tiles = weights[0].dtype == torch.int8, sum(len(weight) for weight in weights) / OUTPUTS
+    parts = max(1, round((396 if bytes_ else 256) / tiles))
+    shares = [triton.cdiv(triton.cdiv(x.shape[1], parts), block) * block for block in (FIRST, BLOCK)]
+    return shares[0] if bytes_ and tiles * triton.cdiv(x.shape[1], shares[0]) >= ENOUGH else shares[1]
 
 
 def _pairs(power: str, kind: str) -> str:
@@ -82,11 +110,18 @@ def _exact(number, dtype: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _few_rows(w0, w1, w2, o0, o1, o2, x, following, y, rows, d: tl.constexpr, share: tl.constexpr, ROWS: tl.constexpr,
-              OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ASKING: tl.constexpr,
-              ASKED: tl.constexpr, BYTES: tl.constexpr, EARLY: tl.constexpr):
-    weight, _, outputs, o, first = mine(w0, w1, w2, w0, w1, w2, o0, o1, o2, OUTPUTS)
-    row, k, begin = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.program_id(1) * share
+def _few_rows(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, y, rows, d: tl.constexpr, share: tl.constexpr, ROWS: tl.constexpr,
+              OUTPUTS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+              BYTES: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, EARLY: tl.constexpr):
+    if GATED:  # an output of the first weight, the same of the second, the next of the first
+        outputs, first, both = o0, 0, tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+        o, weight = both // 2, tl.where(both % 2 == 1, w1, w0)
+        if SCALED:
+            factors = tl.load(tl.where(both % 2 == 1, s1, s0) + o, mask=o < o0, other=0)
+        weight = weight[None, :] if BYTES else weight[:, None]
+    else:
+        weight, _, outputs, o, first = mine(w0, w1, w2, s0, s1, s2, o0, o1, o2, OUTPUTS)
+    row, k, begin = tl.arange(0, ROWS), tl.arange(0, FIRST), tl.program_id(1) * share
     if BYTES:  # rows times outputs: where a byte is made a number, there the product takes it
         row, o, of_row, of_output = row[:, None], o[None, :], k[None, :], k[:, None]
     else:  # outputs times rows: 6 % faster
@@ -97,27 +132,45 @@ def _few_rows(w0, w1, w2, o0, o1, o2, x, following, y, rows, d: tl.constexpr, sh
     numbers = tl.load(weight + of_output, mask=own & (begin + of_output < d), other=0)
     if EARLY:
         gdc_wait()  # for x; the weight is older
+        gdc_launch_dependents()
     inputs = tl.load(x + of_row, mask=there & (begin + of_row < d), other=0)
     total = tl.zeros([ROWS, OUTPUTS] if BYTES else [OUTPUTS, ROWS], tl.float32)
-    for start in tl.range(BLOCK, share, BLOCK, num_stages=STAGES):
+    k = tl.arange(0, BLOCK)
+    of_row, of_output = (k[None, :], k[:, None]) if BYTES else (k[:, None], k[None, :])
+    for start in tl.range(FIRST, share, BLOCK, num_stages=STAGES):
         more = tl.load(weight + start + of_output, mask=own & (begin + start + of_output < d), other=0)
         taken = tl.load(x + start + of_row, mask=there & (begin + start + of_row < d), other=0)
         total = _product(more, taken, total, BYTES, EARLY)
     total = _product(numbers, inputs, total, BYTES, EARLY)
-    if ASKED > 0:
-        programs = tl.num_programs(0) * tl.num_programs(1)
-        last = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) - (programs - ASKING)
-        if last >= 0:
-            ask(following.to(tl.pointer_type(tl.int8)) + last.to(tl.int64) * ASKED, ASKED)
-    if EARLY:
-        gdc_launch_dependents()
-    place = (tl.program_id(1).to(tl.int64) * rows + row) * (o0 + o1 + o2) + first + o
-    tl.store(y + place, total, mask=there & own)
+    if GATED:
+        dtype: tl.constexpr = y.dtype.element_ty
+        out = total if BYTES else tl.trans(total)
+        if SCALED:
+            out *= factors[None, :]
+        gate, up = tl.split(tl.reshape(out.to(dtype).to(tl.float32), [ROWS, OUTPUTS // 2, 2]))
+        row, o = tl.arange(0, ROWS)[:, None], tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)[None, :]
+        tl.store(y + row.to(tl.int64) * o0 + o, silu(gate, dtype) * up, mask=(row < rows) & (o < o0))
+    else:
+        place = (tl.program_id(1).to(tl.int64) * rows + row) * (o0 + o1 + o2) + first + o
+        tl.store(y + place, total, mask=there & own)
 
 
 @triton.jit
 def _product(weights, inputs, total, BYTES: tl.constexpr, PAIRS: tl.constexpr):
     return tl.dot(inputs, _exact(weights, inputs.dtype, PAIRS), total) if BYTES else tl.dot(weights, inputs, total)
+
+
+@triton.jit
+def summed(parts, s0, s1, s2, o0, o1, o2, row, rows, o, there, dtype: tl.constexpr, P: tl.constexpr,
+           SCALED: tl.constexpr):
+    """Outputs `o` of a row's `sums`, times their scales, rounded as by themselves."""
+    total = tl.zeros(o.shape, tl.float32)
+    for p in tl.static_range(P):
+        total += tl.load(parts + (p * rows + row).to(tl.int64) * (o0 + o1 + o2) + o, mask=there, other=0)
+    if SCALED:
+        scale = tl.where(o < o0, s0 + o, tl.where(o < o0 + o1, s1 + (o - o0), s2 + (o - o0 - o1)))
+        total *= tl.load(scale, mask=there, other=0)
+    return total.to(dtype).to(tl.float32)
 
 
 define("sums(Tensor[] weights, Tensor x, int share) -> Tensor", empty_sums, CUDA=sums)
