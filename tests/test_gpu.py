@@ -23,9 +23,9 @@ from llama_fn.model.gpu_row import Turned, row
 from llama_fn.model.gpu_sums import Weights
 
 
-def sums(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def sums(weights: list[torch.Tensor], x: torch.Tensor, share: int | None = None) -> torch.Tensor:
     """Of rows "b d", the operator's parts "p b o"."""
-    return torch.ops.llama_fn.sums(weights, x, gpu_sums.share(weights, x))
+    return torch.ops.llama_fn.sums(weights, x, share or gpu_sums.share(weights, x))
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,15 +36,17 @@ if DEVICE == "cpu":
     operators.LIBRARY.impl("attention", gpu_attention.attention, "CPU")
 
 
-@given(keys(), st.lists(st.integers(1, 80), min_size=1, max_size=3), st.integers(1, 700),
-       st.sampled_from([2, 17, 33]), st.booleans())
-def test_sums_of_several_weights_are_products_summed_in_float32(key, outputs, d, rows, bytes_):
+@pytest.mark.parametrize(("rows", "share"), [(2, None), (17, None), (33, 512), (2, 512), (2, 1024)])
+@settings(max_examples=8)
+@given(key=keys(), outputs=st.lists(st.integers(1, 80), min_size=1, max_size=3), d=st.integers(1, 700),
+       bytes_=st.booleans())
+def test_sums_of_several_weights_are_products_summed_in_float32(rows, share, key, outputs, d, bytes_):
     one, *others = lf.random.split(key, 1 + len(outputs))
     x = lf.random.normal(one, (rows, d), torch.float64).to(HALF).to(DEVICE)
     weights = [lf.random.normal(k, (o, d), torch.float64) for k, o in zip(others, outputs, strict=True)]
     weights = [(40 * w).clamp(-128, 127).to(torch.int8) if bytes_ else w.to(HALF) for w in weights]
     weights = [w.to(DEVICE) for w in weights]
-    y = sums(weights, x)
+    y = sums(weights, x, share)
     assert y.dtype == torch.float32 and y.shape[1:] == (rows, sum(outputs)) and y.isfinite().all()
     whole = torch.cat(weights).double()
     exact, terms = (linear.written_out(a, b) for a, b in ((whole, x.double()), (whole.abs(), x.double().abs())))
@@ -161,8 +163,9 @@ def test_a_head_is_turned_kept_and_attended_to_and_reads_no_slot_beyond(slots, k
         assert (leaf.isnan() == other.isnan()).all() and (leaf - other).nan_to_num().abs().max() <= 8e-3
 
 
-@given(keys(), st.integers(1, 150), st.integers(1, 700), st.sampled_from([2, 17]), st.booleans())
-def test_gated_sums_are_the_gate_of_products(key, o, d, rows, bytes_):
+@given(keys(), st.integers(1, 150), st.integers(1, 700), st.sampled_from([2, 17]), st.booleans(),
+       st.sampled_from([128, 512]))
+def test_gated_sums_are_the_gate_of_products(key, o, d, rows, bytes_, unit):
     one, *others = lf.random.split(key, 3)
     x = lf.random.normal(one, (rows, d), torch.float64).to(HALF).to(DEVICE)
     weights = [lf.random.normal(n, (o, d), torch.float64) / d**0.5 for n in others]
@@ -171,7 +174,7 @@ def test_gated_sums_are_the_gate_of_products(key, o, d, rows, bytes_):
     gate, up = (linear.written_out(w.double() * (scales[i][:, None] if bytes_ else 1), x.double())
                 for i, w in enumerate(weights))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_sums, "share", lambda weights, x: -(-x.shape[1] // 128) * 128)
+        patch.setattr(gpu_sums, "share", lambda weights, x: -(-x.shape[1] // unit) * unit)
         y = gpu_sums.gated_sums(Weights(weights, scales), x)
     exact = F.silu(gate) * up
     assert (y.dtype, y.shape) == (HALF, exact.shape)
@@ -184,7 +187,7 @@ def test_gated_sums_are_the_gate_of_products(key, o, d, rows, bytes_):
 @given(key=keys(), heads=st.sampled_from([(6, 2), (4, 4), (5, 1)]), width=st.sampled_from([6, 8]),
        hidden=st.sampled_from([33, 76]), bits=st.sampled_from([None, "int8"]))
 def test_all_layers_of_a_token_are_block_after_block(many, batch, key, heads, width, hidden, bits):
-    n, k = heads
+    n, k = heads if many > 2 else (4, 4)
     config = lf.Config(dim=n * width, n_layers=2, n_heads=n, n_kv_heads=k, vocab_size=37, hidden_dim=hidden,
                        max_seq_len=64)
     params = lf.tree.map(lambda x: x.to(HALF), random_params(config, key, torch.float32))
