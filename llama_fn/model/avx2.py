@@ -23,7 +23,7 @@ from torch.fx import Graph
 from llama_fn.model.operators import define
 from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
 
-KERNELS = ("floats", "integers", "one_query", "one_token")  # files, and their operators
+KERNELS = ("floats", "integers", "one_query", "many_queries", "one_token")  # files, and their operators
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -93,6 +93,23 @@ def _empty_heads(queries: Tensor, keys: Tensor, values: Tensor, positions: Tenso
     return queries.new_empty(queries.shape)
 
 
+def many_queries(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """Of queries "b k g t h" over the slots up to `positions` "b t" of keys and values "b k s h": heads "b k g t h" of
+    the queries' dtype, which lie as "b t k g h". Slots beyond a row's largest position are not read.
+    """
+    _loaded(queries)
+    numbers = (x.to(queries.dtype) for x in (queries, keys, values))
+    queries, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in numbers)
+    heads = torch.ops.llama_fn.many_queries(queries, keys, values, positions.long().contiguous(),
+                                            torch.get_num_threads())
+    return heads.permute(0, 2, 3, 1, 4)
+
+
+def _empty_many(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, threads: int) -> Tensor:
+    b, k, g, t, h = queries.shape
+    return queries.new_empty((b, t, k, g, h))
+
+
 def level() -> str:
     """What the processor has, "AVX2" or "AVX512"; "" where these kernels are not made."""
     capability = torch.backends.cpu.get_cpu_capability() if sys.platform == "linux" else ""
@@ -150,3 +167,4 @@ define("one_token(Tensor tokens, Tensor embedding, Tensor frequencies, Tensor[] 
 define("head(Tensor x, Tensor norm, Tensor[] values, Tensor[] scales, float eps, int threads) -> Tensor",
        lambda x, norm, values, *_: x.new_empty((*x.shape[:-1], values[0].shape[0])))
 define("one_query(Tensor queries, Tensor keys, Tensor values, Tensor positions, int threads) -> Tensor", _empty_heads)
+define("many_queries(Tensor queries, Tensor keys, Tensor values, Tensor positions, int threads) -> Tensor", _empty_many)
