@@ -17,11 +17,13 @@ using Vector = __m512;
 constexpr int64_t LANES = 16, TILE_ROWS = 8;
 Vector all_of(float x) { return _mm512_set1_ps(x); }
 Vector multiplied_and_added(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+Vector larger(Vector a, Vector b) { return _mm512_max_ps(a, b); }  // the second, if one of them is NaN
 #else
 using Vector = __m256;
 constexpr int64_t LANES = 8, TILE_ROWS = 4;
 Vector all_of(float x) { return _mm256_set1_ps(x); }
 Vector multiplied_and_added(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }
 #endif
 using Integers = int32_t __attribute__((vector_size(sizeof(Vector))));
 constexpr int64_t MANY = VECTORS * LANES;  // queries at once
@@ -131,30 +133,30 @@ struct Held {
 // Scores to weights, relative to the largest so far, of slots from `begin`; hidden ones have none.
 template <class Words>
 void weights_of(const Held& held, int64_t begin, int64_t count, bool hides, float scale) {
-    for (int64_t v = 0; v < VECTORS; v++) {
-        float* const scores = held.scores + v * LANES;
-        const Integers positions = *(const Integers*)(held.positions + v * LANES);
-        Vector most = all_of(LEAST);
-        for (int64_t s = 0; s < count; s++) {
-            Vector& score = vector_at(scores + s * MANY);
-            if (hides) score = positions < (int32_t)(begin + s) ? all_of(-INFINITY) : score;
-            most = score > most ? score : most;
+    Vector most[VECTORS];
+    UNROLLED for (int v = 0; v < VECTORS; v++) most[v] = all_of(LEAST);
+    for (int64_t s = 0; s < count; s++)
+        UNROLLED for (int v = 0; v < VECTORS; v++) {
+            Vector& score = vector_at(held.scores + s * MANY + v * LANES);
+            if (hides) {
+                const Integers positions = *(const Integers*)(held.positions + v * LANES);
+                score = positions < (int32_t)(begin + s) ? all_of(-INFINITY) : score;
+            }
+            most[v] = larger(score, most[v]);
         }
-        most *= scale;
-        Vector &before = vector_at(held.most + v * LANES), &total = vector_at(held.total + v * LANES);
-        most = most > before ? most : before;
-        const Vector factor = power_of_two(before - most);
-        Vector sum{};
+    for (int64_t v = 0; v < VECTORS; v++) {
+        Vector &before = vector_at(held.most + v * LANES), &total = vector_at(held.total + v * LANES), sum{};
+        const Vector now = larger(most[v] * scale, before), factor = power_of_two(before - now);
         for (int64_t s = 0; s < count; s += Words::COUNT) {
             Vector weights[Words::COUNT];
             UNROLLED for (int i = 0; i < Words::COUNT; i++) {
-                const Vector score = vector_at(scores + (s + i) * MANY);
-                weights[i] = power_of_two(multiplied_and_added(score, all_of(scale), -most));
+                const Vector score = vector_at(held.scores + (s + i) * MANY + v * LANES);
+                weights[i] = power_of_two(multiplied_and_added(score, all_of(scale), -now));
                 sum += weights[i];
             }
-            vector_at(scores + s / Words::COUNT * MANY) = Words::joined(weights);
+            vector_at(held.scores + s / Words::COUNT * MANY + v * LANES) = Words::joined(weights);
         }
-        vector_at(held.factors + v * LANES) = factor, total = multiplied_and_added(total, factor, sum), before = most;
+        vector_at(held.factors + v * LANES) = factor, total = multiplied_and_added(total, factor, sum), before = now;
     }
 }
 
@@ -178,13 +180,16 @@ void attend_many(const Queries& queries, const Leaf& keys, const Leaf& values, c
         m = first + std::min(m, count - 1);
         return (Type*)of.data + row * of.row + head * of.head + m % g * of.group + m / g * of.query;
     };
-    for (int64_t m = 0; m < MANY; m += 8)
+    for (int64_t m = 0; m < MANY; m += 8) {
+        const Type* at[8];
+        for (int j = 0; j < 8; j++) at[j] = place(queries, m + j);
         for (int64_t i = 0; i < width; i += 8) {
             __m256 words[8];
-            UNROLLED for (int j = 0; j < 8; j++) words[j] = Words::eight(place(queries, m + j) + i * Words::COUNT);
+            UNROLLED for (int j = 0; j < 8; j++) words[j] = Words::eight(at[j] + i * Words::COUNT);
             transpose(words);
             UNROLLED for (int j = 0; j < 8; j++) _mm256_store_ps(held.queries + (i + j) * MANY + m, words[j]);
         }
+    }
     int64_t least = room, end = 0;
     for (int64_t m = 0; m < MANY; m++) {
         const int64_t at = std::min(positions[row * t + (first + std::min(m, count - 1)) / g], room - 1);
@@ -217,14 +222,18 @@ void attend_many(const Queries& queries, const Leaf& keys, const Leaf& values, c
                             held.sums + i * MANY);
     }
 
-    for (int64_t m = 0; m < MANY; m += 8)
+    for (int64_t m = 0; m < count; m += 8) {
+        const __m256 share = _mm256_div_ps(_mm256_set1_ps(1), _mm256_load_ps(held.total + m));
+        Type* at[8];
+        for (int j = 0; j < 8; j++) at[j] = place(heads, m + j);
         for (int64_t i = 0; i < h; i += 8) {
-            __m256 words[8];
+            __m256 sums[8];
             UNROLLED for (int j = 0; j < 8; j++)
-                words[j] = _mm256_div_ps(_mm256_load_ps(held.sums + (i + j) * MANY + m), _mm256_load_ps(held.total + m));
-            transpose(words);
-            for (int j = 0; j < 8 && m + j < count; j++) Number::store(place(heads, m + j) + i, words[j]);
+                sums[j] = _mm256_mul_ps(_mm256_load_ps(held.sums + (i + j) * MANY + m), share);
+            transpose(sums);
+            for (int j = 0; j < 8; j++) Number::store(at[j] + i, sums[j]);
         }
+    }
 }
 
 // Of queries "b k g t h", and keys and values "b k s h": heads "b t k g h".
