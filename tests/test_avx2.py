@@ -214,10 +214,12 @@ def test_one_query_reads_leaves_however_they_lie(lie):
         assert (avx2.one_query(lie(queries), *others, positions) == plain).all()
 
 
-def test_one_query_is_chosen_in_a_compiled_step_for_values_alone(monkeypatch):
+@pytest.mark.parametrize(("t", "own"), [(1, "one_query"), (2, "many_queries"), (7, "many_queries")])
+def test_attentions_kernels_are_chosen_in_a_compiled_step_for_values_alone(monkeypatch, t, own):
     def names(change=lambda *args: args, seen=lambda f, args: f(*args)) -> list[str]:
         queries, keys, values, positions = heads_of(lf.random.key(7), 2, 3, 5, 21, 24, torch.bfloat16)
-        args = change(queries[..., None, :].bfloat16(), keys, values, positions[:, None])
+        queries, positions = queries[..., None, :].expand(2, 3, 5, t, 24), positions[:, None].expand(2, t)
+        args = change(queries.bfloat16(), keys, values, positions)
         calls = Calls()
         with calls:
             y = seen(attention.attend, args)
@@ -227,7 +229,7 @@ def test_one_query_is_chosen_in_a_compiled_step_for_values_alone(monkeypatch):
     assert names() == []
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     monkeypatch.setattr(avx2, "level", lambda: "AVX2")
-    assert names() == ["one_query"]
+    assert names() == [own]
     assert names(lambda q, k, v, p: (q, k, v, p), lambda f, args: torch.vmap(f)(*args)) == []
     assert names(lambda q, k, v, p: (q.requires_grad_(), k, v, p)) == []
     for other in (torch.float64, torch.float32):
@@ -235,12 +237,12 @@ def test_one_query_is_chosen_in_a_compiled_step_for_values_alone(monkeypatch):
         assert names(lambda q, k, v, p, other=other: (q, k, v.to(other), p)) == []
     assert names(lambda q, k, v, p: (q.double(), k, v, p)) == []
     assert names(lambda q, k, v, p: (q[..., :20], k[..., :20], v[..., :20], p)) == []
-    assert names(lambda q, k, v, p: (q.expand(2, 3, 5, 2, 24), k, v, p.expand(2, 2))) == []
+    assert names(lambda q, k, v, p: (q, k[..., :t, :], v[..., :t, :], None)) == ["many_queries"]
     assert names(lambda q, k, v, p: (q, *(Forked(x[:1, :, :2], x[..., 2:, :]) for x in (k, v)), p.clamp(2))) == []
     monkeypatch.setattr(avx2, "level", lambda: "")
     assert names() == []
     monkeypatch.setattr(avx2, "level", lambda: "AVX512")
-    assert names() == ["one_query"]
+    assert names() == [own]
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     assert names() == []
 
