@@ -78,8 +78,8 @@ def test_many_queries_make_no_number_of_what_is_none(dtype, slot):
     keys[:, 1, slot, 5], values[:, 1, slot, 5] = kept, math.nan  # zero times this is none, as in the definition
     y, expected = avx2.many_queries(queries, keys, values, positions), torch.zeros_like(expected)
     expected[:, 1, :, :, 5] = seen[:, None]
-    most = attended(queries, keys, values.where(torch.arange(91)[:, None] <= positions.amax(-1)[:, None, None, None], 0),
-                    positions).isnan()
+    visible = torch.arange(91)[:, None] <= positions.amax(-1)[:, None, None, None]
+    most = attended(queries, keys, values.where(visible, 0), positions).isnan()
     assert (expected <= y.isnan()).all() and (y.isnan() <= most).all() and (y == plain)[~y.isnan()].all()
 
 

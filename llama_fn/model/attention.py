@@ -154,7 +154,8 @@ def many_by_cpp(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k 
     if positions is None:
         positions = torch.arange(t, device=queries.device).expand(*batch, t)
     keys, values = (leaf.reshape(-1, *leaf.shape[-3:]) for leaf in (keys, values))
-    return avx2.many_queries(queries.reshape(-1, k, g, t, h), keys, values, positions.reshape(-1, t)).reshape(queries.shape)
+    heads = avx2.many_queries(queries.reshape(-1, k, g, t, h), keys, values, positions.reshape(-1, t))
+    return heads.reshape(queries.shape)
 
 
 def attend(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> Tensor:

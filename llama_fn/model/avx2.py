@@ -1,5 +1,6 @@
 """A step of a few rows on a processor with AVX2, or AVX-512, by kernels in C++: products (`floats.cpp`,
-`integers.cpp`), attention of one query a row (`one_query.cpp`), and all of it (`one_token.cpp`, see `one_token`).
+`integers.cpp`), attention of one query a row (`one_query.cpp`), and all of it (`one_token.cpp`, see `one_token`); and
+attention of many queries (`many_queries.cpp`).
 
 Torch has none that read at the memory's speed there (its own of four bits reads 7 GB/s of 30). Inductor's loops know
 floats alone, go through a weight's numbers for each row by itself, reach a third of these kernels' speed in attention,
@@ -9,6 +10,7 @@ and take twice as long to trace.
 import functools
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ from torch.fx import Graph
 from llama_fn.model.operators import define
 from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
 
+HEADERS = ("avx2.h", "words.h")
 KERNELS = ("floats", "integers", "one_query", "many_queries", "one_token")  # files, and their operators
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -98,8 +101,8 @@ def many_queries(queries: Tensor, keys: Tensor, values: Tensor, positions: Tenso
     the queries' dtype, which lie as "b t k g h". Slots beyond a row's largest position are not read.
     """
     _loaded(queries)
-    numbers = (x.to(queries.dtype) for x in (queries, keys, values))
-    queries, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in numbers)
+    alike = (x.to(queries.dtype) for x in (queries, keys, values))
+    queries, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in alike)
     heads = torch.ops.llama_fn.many_queries(queries, keys, values, positions.long().contiguous(),
                                             torch.get_num_threads())
     return heads.permute(0, 2, 3, 1, 4)
@@ -140,9 +143,9 @@ def _library() -> Callable[[], object]:
     """
     from torch._inductor.codecache import CppCodeCache
 
-    files = [Path(__file__).with_name(name) for name in ("avx2.h", *(f"{kernel}.cpp" for kernel in KERNELS))]
+    files = [Path(__file__).with_name(name) for name in (*HEADERS, *(f"{kernel}.cpp" for kernel in KERNELS))]
     # A folder of compilations may be shared by processors: they are compiled for this one's instructions.
-    source = f"// {level()}\n" + "".join(file.read_text().replace('#include "avx2.h"', "") for file in files)
+    source = f"// {level()}\n" + re.sub(r'#(include ".*"|pragma once)', "", "".join(file.read_text() for file in files))
     # The flags say which instructions there are. Torch 2.11 asks g++ all the same.
     known = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
     options = {"needs_vec_isa": False} if known else {}
