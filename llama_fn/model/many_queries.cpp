@@ -23,7 +23,7 @@ struct Held {
     static int64_t size(int64_t h) { return 2 * h * (WIDTH + SLOTS) + (SLOTS + 4) * WIDTH; }
 };
 
-// The scores of `count` slots from `begin` made weights, relative to the largest so far, of which hidden ones have none;
+// Scores of `count` slots from `begin` made weights, relative to the largest so far, of which hidden ones have none;
 // and by what factor what was summed before is to become smaller. `scale` is log2 e / sqrt(h).
 template <class Words>
 void weights_of(const Held& held, int64_t begin, int64_t count, bool hides, float scale) {
