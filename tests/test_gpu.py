@@ -327,3 +327,17 @@ def test_these_kernels_are_chosen_in_a_compiled_step_on_a_gpu(monkeypatch, kind,
         assert linear._kernel(weight, x.requires_grad_()).__name__ == "product"
         assert not attending._for_triton(x)
     assert seen == [False, False]
+
+
+@pytest.mark.parametrize("position", [0, 3])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_head_of_a_query_or_key_that_is_none_says_none(which, position):
+    one, *others = lf.random.split(lf.random.key(7), 4)
+    x = lf.random.normal(one, (2, 16), torch.float32).to(HALF).to(DEVICE)
+    weights = [lf.random.normal(n, (16, 16), torch.float32).to(HALF).to(DEVICE) for n in others]
+    weights[which][0, 0] = math.nan
+    positions = torch.full((2,), position, device=DEVICE)
+    angles = [part.contiguous() for part in rotation(positions, 8, 1e4)]
+    leaves = [torch.zeros((2, 2, 8, 8), dtype=HALF, device=DEVICE) for _ in range(2)]
+    y = gpu_heads.attended(Weights(weights, []), x, Turned(*angles, *leaves, positions), 8)
+    assert y[:, 0].isnan().all() and y[:, 1].isfinite().all()

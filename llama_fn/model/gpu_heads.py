@@ -51,8 +51,9 @@ def _head(parts, s0, s1, s2, o0, o1, o2, heads, cos, sin, keys, values, position
     tl.store(keys + position * h + width, own_key.to(dtype), mask=inside & (position < slots))
     tl.store(values + position * h + width, own_value.to(dtype), mask=inside & (position < slots))
     query *= factor
-    total = tl.where(position < seen, 1.0, 0.0)  # its own slot
-    most = tl.where(position < seen, tl.sum(query * own_key, 0), -float("inf"))
+    score = tl.sum(query * own_key, 0)  # of its own slot
+    total = tl.where(position < seen, tl.exp(score - score), 0.0)  # 1, or none
+    most = tl.where(position < seen, score, -float("inf"))
     out = own_value * total
     start = 0
     while start < older:  # softmax block by block (Milakov and Gimelshein 2018)

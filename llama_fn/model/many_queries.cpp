@@ -40,12 +40,12 @@ void weights_of(const Held& held, int64_t begin, int64_t count, bool hides, floa
         }
     for (int64_t v = 0; v < VECTORS; v++) {
         Vector &before = vector_at(held.most + v * LANES), &total = vector_at(held.total + v * LANES), sum{};
-        const Vector now = larger(most[v] * scale, before), factor = power_of_two(before - now);
+        const Vector now = larger(most[v], before), factor = power_of_two((before - now) * scale);
         for (int64_t s = 0; s < count; s += Words::COUNT) {
             Vector weights[Words::COUNT];
             UNROLLED for (int i = 0; i < Words::COUNT; i++) {
                 const Vector score = vector_at(held.scores + (s + i) * WIDTH + v * LANES);
-                weights[i] = power_of_two(multiplied_and_added(score, all_of(scale), -now));
+                weights[i] = power_of_two((score - now) * scale);  // never above 0, however large the two are
                 sum += weights[i];
             }
             vector_at(held.scores + s / Words::COUNT * WIDTH + v * LANES) = Words::joined(weights);
