@@ -76,7 +76,7 @@ def _empty_integers(values: list[Tensor], scales: list[Tensor], x: Tensor, threa
 
 
 def attends(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether `one_query` computes this."""
+    """Whether `one_query` and `many_queries` compute this."""
     return (queries.device.type == "cpu" and level() != "" and queries.numel() > 0
             and keys.dtype == values.dtype in FLOATS and keys.shape[-1] % 8 == 0)
 

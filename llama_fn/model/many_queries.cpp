@@ -139,6 +139,11 @@ Tensor many_queries(Tensor queries, Tensor keys, Tensor values, Tensor positions
                         keys.stride(3) == 1 && values.stride(3) == 1, "many_queries: heads of whole registers");
     STD_TORCH_CHECK(keys.scalar_type() == kind && values.scalar_type() == kind &&
                         positions.scalar_type() == ScalarType::Long, "many_queries: one dtype, positions of 64 bits");
+    const auto like = [&](const Tensor& leaf) {
+        return leaf.size(0) == b && leaf.size(1) == k && leaf.size(2) == room && leaf.size(3) == h;
+    };
+    STD_TORCH_CHECK(like(keys) && like(values) && positions.numel() == b * t && positions.is_contiguous() &&
+                        threads > 0, "many_queries: keys, values and positions of these queries");
     auto heads = torch::stable::new_empty(queries, {b, t, k, g, h});
     Queries from(queries), to(heads);
     to.head = g * h, to.group = h, to.query = k * g * h;
