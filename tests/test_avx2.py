@@ -4,6 +4,7 @@ Where the processor has no AVX2 they are not chosen, and of them there is nothin
 """
 
 import math
+from concurrent.futures import Executor, Future
 
 import pytest
 import torch
@@ -253,23 +254,39 @@ def test_tracing_knows_the_shape_of_heads():
     assert (imagined.shape, imagined.dtype) == (y.shape, y.dtype)
 
 
+class InTurn(Executor):
+    """One thing after the other, each when it is asked for."""
+
+    def __init__(self, _: int):
+        pass
+
+    def submit(self, f, *args, **kwargs):
+        done = Future()
+        try:
+            done.set_result(f(*args, **kwargs))
+        except OSError as error:
+            done.set_exception(error)
+        return done
+
+
 def test_kernels_that_could_not_be_compiled_are_tried_again(monkeypatch):
     from torch._inductor.codecache import CppCodeCache
 
-    def load(*args, **kwargs):
-        tries.append(args)
+    def compiled(source, **kwargs):
+        tries.append(source)
         if len(tries) == 1:
             raise OSError("no space left on device")
 
     tries = []
-    avx2._library.cache_clear()
-    monkeypatch.setattr(CppCodeCache, "load", load)
+    avx2._made.cache_clear()
+    monkeypatch.setattr(avx2, "ThreadPoolExecutor", InTurn)
+    monkeypatch.setattr(CppCodeCache, "load", compiled)
     with pytest.raises(OSError, match="no space"):
-        avx2._library()()
-    avx2._library()()
-    avx2._library()()
-    assert len(tries) == 2
-    avx2._library.cache_clear()
+        avx2.load()
+    for kernels in (avx2.STEP, avx2.PROMPT, avx2.STEP):
+        avx2.load(kernels)
+    assert len(tries) == 4 and tries[:2] == tries[2:]
+    avx2._made.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["tensor", "int8", "int4"])

@@ -28,6 +28,17 @@ def sums(weights: list[torch.Tensor], x: torch.Tensor, share: int | None = None)
     return torch.ops.llama_fn.sums(weights, x, share or gpu_sums.share(weights, x))
 
 
+def matrices(keys, outputs, d: int, bytes_: bool, size: float = 1) -> tuple[Weights, list[torch.Tensor]]:
+    """Random weights "o d", and what they are in float64."""
+    values = [size * lf.random.normal(key, (o, d), torch.float64) / d**0.5
+              for key, o in zip(keys, outputs, strict=True)]
+    values = [((40 / size * w).clamp(-128, 127).to(torch.int8) if bytes_ else w.to(HALF)).to(DEVICE) for w in values]
+    scales = [size * (1 + i / 2) * torch.arange(1, 1 + o, device=DEVICE) / 40 / o
+              for i, o in enumerate(outputs) if bytes_]
+    wide = [w.double() * (scales[i][:, None] if bytes_ else 1) for i, w in enumerate(values)]
+    return Weights(values, scales), wide
+
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.float16  # the interpreter has no product of bfloat16 matrices
 if DEVICE == "cpu":
@@ -113,20 +124,16 @@ def test_a_row_is_the_product_and_what_is_made_of_it(key, outputs, d, bytes_, wh
 def test_queries_and_keys_are_turned_and_keys_and_values_kept(rows, key, k, g, pairs, d, bytes_):
     one, two, three, *others = lf.random.split(key, 6)
     h, x = 2 * pairs, lf.random.normal(one, (rows, d), torch.float64).to(HALF).to(DEVICE)
-    weights = [lf.random.normal(n, (o, d), torch.float64) / d**0.5
-               for n, o in zip(others, (k * g * h, k * h, k * h), strict=True)]
-    weights = [((40 * w).clamp(-128, 127).to(torch.int8) if bytes_ else w.to(HALF)).to(DEVICE) for w in weights]
-    scales = [torch.arange(1, 1 + len(w), device=DEVICE) / 40 / len(w) for w in weights] if bytes_ else []
+    weights, wide = matrices(others, (k * g * h, k * h, k * h), d, bytes_)
     slots = (lf.random.bits(one, (rows,)) * 7 >> 32).to(DEVICE)
     angles = [part.contiguous() for part in rotation(slots + 3, h, 1e4)]
     leaves = [lf.random.normal(n, (rows, k, 7, h), torch.float32).to(HALF).to(DEVICE) for n in (two, three)]
     after, every = [leaf.clone() for leaf in leaves], torch.arange(rows, device=DEVICE)
-    wide = [w.double() * (scales[i][:, None] if bytes_ else 1) for i, w in enumerate(weights)]
     queries, keys_, values = (linear.written_out(w, x.double()).to(HALF).view(rows, -1, h) for w in wide)
     turn = Rotation(*(part[:, None] for part in angles))
     queries, keys_ = (rotate(part[:, None], turn)[:, 0] for part in (queries, keys_))
     after[0][every, :, slots], after[1][every, :, slots] = keys_, values
-    y = gpu_after.turned(Weights(weights, scales), x, Turned(*angles, *leaves, slots), None)
+    y = gpu_after.turned(weights, x, Turned(*angles, *leaves, slots), None)
     for mine, other in zip((y.view_as(queries), *leaves), (queries, *after), strict=True):
         assert mine.dtype == HALF and (mine - other).abs().max() <= 2e-3 * max(1, other.abs().max())
     leaves[0][every, :, slots], leaves[1][every, :, slots] = keys_, values
@@ -140,13 +147,10 @@ def test_queries_and_keys_are_turned_and_keys_and_values_kept(rows, key, k, g, p
 def test_a_head_is_turned_kept_and_attended_to_and_reads_no_slot_beyond(slots, key, rows, k, pairs, d, bytes_):
     one, two, three, *others = lf.random.split(key, 6)
     h, x = 2 * pairs, lf.random.normal(one, (rows, d), torch.float64).to(HALF).to(DEVICE)
-    weights = [2 * lf.random.normal(n, (k * h, d), torch.float64) / d**0.5 for n in others]
-    weights = [((40 * w).clamp(-128, 127).to(torch.int8) if bytes_ else w.to(HALF)).to(DEVICE) for w in weights]
-    scales = [torch.arange(1, 1 + len(w), device=DEVICE) / 20 / len(w) for w in weights] if bytes_ else []
+    weights, wide = matrices(others, 3 * [k * h], d, bytes_, size=2)
     positions = slots + 2 - (lf.random.bits(two, (rows,)) * min(slots + 3, 40) >> 32).to(DEVICE)  # two are beyond
     angles = [part.contiguous() for part in rotation(positions + 3, h, 1e4)]
     leaves = [lf.random.normal(n, (rows, k, slots + 1, h), torch.float32).to(HALF).to(DEVICE) for n in (two, three)]
-    wide = [w.double() * (scales[i][:, None] if bytes_ else 1) for i, w in enumerate(weights)]
     queries, *own = (linear.written_out(w, x.double()).to(HALF).view(rows, 1, k, h) for w in wide)
     turn = Rotation(*(part[:, None] for part in angles))
     queries, own[0] = rotate(queries, turn), rotate(own[0], turn)
@@ -155,12 +159,27 @@ def test_a_head_is_turned_kept_and_attended_to_and_reads_no_slot_beyond(slots, k
     leaves = [leaf.masked_fill(beyond[:, None, :, None], math.nan) for leaf in leaves]
     after = [torch.where(mine[:, None, :, None], new[:, 0, :, None], leaf)
              for new, leaf in zip(own, leaves, strict=True)]
-    y = gpu_heads.attended(Weights(weights, scales), x, Turned(*angles, *leaves, positions), slots)
+    y = gpu_heads.attended(weights, x, Turned(*angles, *leaves, positions), slots)
     exact = attending.written_out(queries[:, 0, :, None, None].double(), *(leaf[:, :, :slots].nan_to_num().double()
                                   for leaf in after), positions[:, None])[..., 0, 0, :]
     assert y.dtype == HALF and (y - exact).abs().max() <= 4e-3 * max(1, exact.abs().max())
     for leaf, other in zip(leaves, after, strict=True):  # no other slot was written to
-        assert (leaf.isnan() == other.isnan()).all() and (leaf - other).nan_to_num().abs().max() <= 8e-3
+        assert (leaf.isnan() == other.isnan()).all() and (
+            leaf - other).nan_to_num().abs().max() <= 2e-3 * max(1, other.nan_to_num().abs().max())
+
+
+@pytest.mark.parametrize("position", [0, 3])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_head_of_a_query_or_key_that_is_none_says_none(which, position):
+    one, *others = lf.random.split(lf.random.key(7), 4)
+    x = lf.random.normal(one, (2, 12), torch.float32).to(HALF).to(DEVICE)
+    weights = [lf.random.normal(n, (24, 12), torch.float32).to(HALF).to(DEVICE) for n in others]
+    weights[which][0, 0] = math.nan
+    positions = torch.full((2,), position, device=DEVICE)
+    angles = [part.contiguous() for part in rotation(positions, 8, 1e4)]
+    leaves = [torch.zeros((2, 3, 7, 8), dtype=HALF, device=DEVICE) for _ in range(2)]
+    y = gpu_heads.attended(Weights(weights, []), x, Turned(*angles, *leaves, positions), 7)
+    assert y[:, 0].isnan().all() and y[:, 1:].isfinite().all()
 
 
 @given(keys(), st.integers(1, 150), st.integers(1, 700), st.sampled_from([2, 17]), st.booleans(),
@@ -168,17 +187,14 @@ def test_a_head_is_turned_kept_and_attended_to_and_reads_no_slot_beyond(slots, k
 def test_gated_sums_are_the_gate_of_products(key, o, d, rows, bytes_, unit):
     one, *others = lf.random.split(key, 3)
     x = lf.random.normal(one, (rows, d), torch.float64).to(HALF).to(DEVICE)
-    weights = [lf.random.normal(n, (o, d), torch.float64) / d**0.5 for n in others]
-    weights = [((40 * w).clamp(-128, 127).to(torch.int8) if bytes_ else w.to(HALF)).to(DEVICE) for w in weights]
-    scales = [(torch.arange(1, 1 + o, device=DEVICE) + i) / 40 / o for i in range(2)] if bytes_ else []
-    gate, up = (linear.written_out(w.double() * (scales[i][:, None] if bytes_ else 1), x.double())
-                for i, w in enumerate(weights))
+    weights, wide = matrices(others, [o, o], d, bytes_)
+    gate, up = (linear.written_out(w, x.double()) for w in wide)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_sums, "share", lambda weights, x: -(-x.shape[1] // unit) * unit)
-        y = gpu_sums.gated_sums(Weights(weights, scales), x)
+        y = gpu_sums.gated_sums(weights, x)
     exact = F.silu(gate) * up
     assert (y.dtype, y.shape) == (HALF, exact.shape)
-    assert ((y - exact).abs() <= 2**-9 * (1 + gate.abs() + up.abs()) ** 2).all()
+    assert ((y - exact).abs() <= 2**-11 * 4.2 * (gate * up).abs() + 2e-5).all()  # two factors, silu, and the product
 
 
 @pytest.mark.parametrize("many", [2, 264])
@@ -327,17 +343,3 @@ def test_these_kernels_are_chosen_in_a_compiled_step_on_a_gpu(monkeypatch, kind,
         assert linear._kernel(weight, x.requires_grad_()).__name__ == "product"
         assert not attending._for_triton(x)
     assert seen == [False, False]
-
-
-@pytest.mark.parametrize("position", [0, 3])
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_head_of_a_query_or_key_that_is_none_says_none(which, position):
-    one, *others = lf.random.split(lf.random.key(7), 4)
-    x = lf.random.normal(one, (2, 16), torch.float32).to(HALF).to(DEVICE)
-    weights = [lf.random.normal(n, (16, 16), torch.float32).to(HALF).to(DEVICE) for n in others]
-    weights[which][0, 0] = math.nan
-    positions = torch.full((2,), position, device=DEVICE)
-    angles = [part.contiguous() for part in rotation(positions, 8, 1e4)]
-    leaves = [torch.zeros((2, 2, 8, 8), dtype=HALF, device=DEVICE) for _ in range(2)]
-    y = gpu_heads.attended(Weights(weights, []), x, Turned(*angles, *leaves, positions), 8)
-    assert y[:, 0].isnan().all() and y[:, 1].isfinite().all()

@@ -127,3 +127,15 @@ def test_tracing_knows_the_shape_of_many_heads():
     args = heads_of(lf.random.key(6), 2, 3, 5, 7, 21, 24, torch.bfloat16)
     imagined, y = avx2.many_queries(*(x.to("meta") for x in args)), avx2.many_queries(*args)
     assert (imagined.shape, imagined.stride(), imagined.dtype) == (y.shape, y.stride(), y.dtype)
+
+
+@pytest.mark.parametrize("wrong", [
+    {1: (1, 3, 24, 24)}, {1: (2, 2, 24, 24)}, {1: (2, 3, 24, 16)}, {2: (2, 3, 23, 24)}, {2: (2, 3, 24, 16)},
+    {3: (2, 6)},
+])
+def test_many_queries_of_other_leaves_are_refused(wrong):
+    args = heads_of(lf.random.key(6), 2, 3, 5, 7, 21, 24, torch.float32)
+    shapes = {1: (2, 3, 24, 24), 2: (2, 3, 24, 24), 3: (2, 7)} | wrong
+    args = [args[0], *(torch.zeros(shapes[i], dtype=args[i].dtype) for i in (1, 2, 3))]
+    with pytest.raises(RuntimeError, match="keys, values and positions of these queries"):
+        avx2.many_queries(*args)

@@ -12,8 +12,8 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from torch.fx import Graph
 from llama_fn.model.operators import define
 from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
 
-HEADERS = ("avx2.h", "words.h")
-KERNELS = ("floats", "integers", "one_query", "many_queries", "one_token")  # files, and their operators
+STEP, PROMPT = ("floats", "integers", "one_query", "one_token"), ("many_queries",)  # files, and their operators
+KERNELS = (*STEP, *PROMPT)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -50,7 +50,7 @@ def sums(weights: Sequence[Tensor | Quantized | Grouped], x: Tensor) -> list[Ten
     """Of weights "... d" of one kind and rows "r d", in float32, the outputs "r o". Beside integers, an input is off by
     at most 2^-16 of the largest of its 64.
     """
-    _loaded(x)
+    _loaded(x, STEP)
     values, scales = parts(weights)
     rest = x.float().contiguous(), torch.get_num_threads()
     if isinstance(weights[0], Quantized):  # of a tree that was cast they may be otherwise
@@ -85,7 +85,7 @@ def one_query(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) 
     """Of queries "b k g h" in float32 over the slots up to `positions` "b" of keys and values "b k s h": heads
     "b k g h". Slots beyond are not read.
     """
-    _loaded(queries)
+    _loaded(queries, STEP)
     keys, values = (leaf if leaf.stride(-1) == 1 else leaf.contiguous() for leaf in (keys, values))
     scaled = (queries * queries.shape[-1] ** -0.5).contiguous()
     return torch.ops.llama_fn.one_query(scaled, keys, values, positions.long().contiguous(),
@@ -100,7 +100,7 @@ def many_queries(queries: Tensor, keys: Tensor, values: Tensor, positions: Tenso
     """Of queries "b k g t h" over the slots up to `positions` "b t" of keys and values "b k s h": heads "b k g t h" of
     the queries' dtype, which lie as "b t k g h". Slots beyond a row's largest position are not read.
     """
-    _loaded(queries)
+    _loaded(queries, PROMPT)
     alike = (x.to(queries.dtype) for x in (queries, keys, values))
     queries, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in alike)
     heads = torch.ops.llama_fn.many_queries(queries, keys, values, positions.long().contiguous(),
@@ -121,44 +121,55 @@ def level() -> str:
 
 def ready(graph: Graph) -> None:
     """Wait for the kernels that a graph has."""
-    own = {getattr(torch.ops.llama_fn, kernel).default for kernel in KERNELS}
-    if any(node.target in own for node in graph.nodes):
-        _library()()
+    there = {node.target for node in graph.nodes}
+    for kernels in (STEP, PROMPT):
+        if any(getattr(torch.ops.llama_fn, kernel).default in there for kernel in kernels):
+            load(kernels)
 
 
-def load() -> None:
-    """Have the kernels there."""
-    _library()()
+def load(kernels: tuple[str, ...] = STEP) -> None:
+    """Have these kernels there."""
+    try:
+        _made()[kernels].result()
+    except Exception:
+        _made.cache_clear()  # a disk may be full but once
+        raise
 
 
-def _loaded(x: Tensor) -> None:
+def _loaded(x: Tensor, kernels: tuple[str, ...]) -> None:
     """`load`, or begin to where this is tracing."""
-    _library() if isinstance(x, FakeTensor) else load()
+    _made() if isinstance(x, FakeTensor) else load(kernels)
 
 
 @functools.cache
-def _library() -> Callable[[], object]:
-    """What loads the kernels. They are compiled as inductor's loops are, and kept between processes with them;
-    meanwhile the rest is traced, since that takes six seconds.
+def _made() -> dict[tuple[str, ...], Future]:
+    """The kernels, some beside others, soon to be loaded. They are compiled as inductor's loops are, and kept between
+    processes with them; meanwhile the rest is traced, since that takes six seconds.
     """
     from torch._inductor.codecache import CppCodeCache
 
-    files = [Path(__file__).with_name(name) for name in (*HEADERS, *(f"{kernel}.cpp" for kernel in KERNELS))]
-    # A folder of compilations may be shared by processors: they are compiled for this one's instructions.
-    source = f"// {level()}\n" + re.sub(r'#(include ".*"|pragma once)', "", "".join(file.read_text() for file in files))
     # The flags say which instructions there are. Torch 2.11 asks g++ all the same.
     known = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
     options = {"needs_vec_isa": False} if known else {}
-    made = ThreadPoolExecutor(1).submit(CppCodeCache.load, source, extra_flags=("-mavx2", "-mfma", "-mf16c"), **options)
+    compiler = ThreadPoolExecutor(2)
+    return {kernels: compiler.submit(CppCodeCache.load, _source(kernels), extra_flags=("-mavx2", "-mfma", "-mf16c"),
+                                     **options) for kernels in (STEP, PROMPT)}
 
-    def load() -> object:
-        try:
-            return made.result()
-        except Exception:
-            _library.cache_clear()  # a disk may be full but once
-            raise
 
-    return load
+def _source(kernels: tuple[str, ...]) -> str:
+    """These files as one, with what they include. A folder of compilations may be shared by processors: they are
+    compiled for this one's instructions.
+    """
+    source, seen = f"// {level()}\n", set()
+
+    def take(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = Path(__file__).with_name(name).read_text().replace("#pragma once\n", "")
+        return re.sub(r'#include "(.*)"', lambda found: take(found[1]), text)
+
+    return source + "".join(take(f"{kernel}.cpp") for kernel in kernels)
 
 
 # Their kernels for the CPU are in C++.

@@ -1,7 +1,7 @@
 """All layers of one token on a GPU, a few kernels each, beside the definition: `block` after `block`.
 
-By itself, a norm, a rotation or a sum is a small kernel of 1 to 3 us, in which no weight is read. Here a product turns
-queries and keys and writes to the cache, and its last programs ask for the first weights of the next.
+By itself, a norm, a rotation or a sum is a small kernel of 1 to 3 us, in which no weight is read. Of one row a product
+turns queries and keys and writes to the cache, and its last programs ask for the first weights of the next.
 """
 
 import math

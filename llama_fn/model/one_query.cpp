@@ -8,19 +8,7 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 16;                                   // slots
-constexpr float LEAST = std::numeric_limits<float>::lowest();  // of no score, or of scores that are all -inf
-
-// Keys or values "b k s h".
-struct Leaf {
-    const void* data;
-    int64_t row, head, slot;  // strides
-
-    Leaf(const void* data, int64_t k, int64_t room, int64_t h)
-        : data(data), row(k * room * h), head(room * h), slot(h) {}
-    explicit Leaf(const Tensor& leaf)
-        : data(leaf.data_ptr()), row(leaf.stride(0)), head(leaf.stride(1)), slot(leaf.stride(2)) {}
-};
+constexpr int64_t CHUNK = 16;  // slots
 
 // What slots say to the heads that share them: of each the largest score, the sum of exp(score - largest), and that of
 // exp(score - largest) times the values, "g h".
