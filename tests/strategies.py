@@ -1,5 +1,6 @@
 """Hypothesis strategies, what the laws are tried on; and what notes the operators that are called."""
 
+import ctypes
 import dataclasses
 import math
 import zlib
@@ -46,6 +47,18 @@ def scaled_configs(**limits) -> st.SearchStrategy[lf.Config]:
 def keys() -> st.SearchStrategy:
     """Random keys, of any seed."""
     return st.integers(0, 2**64 - 1).map(lf.random.key)
+
+
+def leave_no_number_in_memory() -> None:
+    """Free memory of NaN in all small sizes, which is what who asks for memory in this thread is given next (glibc)."""
+    c = ctypes.CDLL(None)
+    c.malloc.restype, c.free.argtypes, c.memset.argtypes = (ctypes.c_void_p, [ctypes.c_void_p],
+                                                            [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t])
+    for size in range(24, 1033, 16):
+        pieces = [c.malloc(ctypes.c_size_t(size)) for _ in range(7)]
+        for piece in pieces:
+            c.memset(piece, 0xff, size)
+            c.free(piece)
 
 
 def unicode_texts(**limits) -> st.SearchStrategy[str]:

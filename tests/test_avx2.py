@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Calls, keys, random_params
+from strategies import Calls, keys, leave_no_number_in_memory, random_params
 from test_linear import plain, weight_of
 
 import llama_fn as lf
@@ -30,11 +30,23 @@ def weights_of(kind: str, key: torch.Tensor, outputs: list[int], d: int) -> list
 @given(key=keys(), kind=KINDS, outputs=st.lists(st.integers(1, 40), min_size=1, max_size=3), groups=st.integers(1, 21),
        rows=st.integers(1, 8))
 def test_integers_sum_what_is_written_out(threads, key, kind, outputs, groups, rows):
+    check_integers(threads, key, kind, outputs, groups, rows)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_integers_are_summed_piece_after_piece(kind, rows):
+    for threads in (1, 2, 3):
+        check_integers(threads, lf.random.key(threads), kind, [211, 90], 150, rows)
+
+
+def check_integers(threads: int, key: torch.Tensor, kind: str, outputs: list[int], groups: int, rows: int) -> None:
     one, two, three = lf.random.split(key, 3)
     weights = weights_of(kind, one, outputs, 64 * groups)
     x = lf.random.normal(two, (rows, 64 * groups), torch.float32)
     x = x * torch.exp(3 * lf.random.normal(three, (rows, groups), torch.float32)).repeat_interleave(64, -1)
     largest = x.abs().unflatten(-1, (groups, 64)).amax(-1).repeat_interleave(64, -1).double()
+    leave_no_number_in_memory()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
         ys = avx2.sums(weights, x)
@@ -55,9 +67,10 @@ def test_floats_sum_what_is_written_out(threads, key, dtype, outputs, registers,
 
 @pytest.mark.parametrize("dtype", avx2.FLOATS)
 @pytest.mark.parametrize(("outputs", "registers", "rows"), [
-    ([101], 129, 4), ([7, 95, 48], 260, 8), ([49, 47], 256, 3), ([143], 300, 9), ([50], 700, 33)])
-def test_floats_are_summed_block_after_block_of_inputs(dtype, outputs, registers, rows):
-    for threads in (1, 2):
+    ([101], 129, 4), ([7, 95, 48], 260, 8), ([49, 47], 256, 3), ([143], 300, 9), ([50], 700, 33), ([101, 31], 700, 1),
+    ([83], 697, 2)])
+def test_floats_are_summed_piece_after_piece_and_block_after_block_of_inputs(dtype, outputs, registers, rows):
+    for threads in (1, 2, 3):
         check_floats(threads, lf.random.key(threads), dtype, outputs, registers, rows)
 
 
@@ -67,6 +80,7 @@ def check_floats(threads: int, key: torch.Tensor, dtype: torch.dtype, outputs: l
     numbers = lf.random.normal(one, (sum(outputs), 8 * registers), torch.float32).to(dtype)
     x = lf.random.normal(two, (rows, 8 * registers), torch.float32).to(dtype).float()  # as a layer's
     with pytest.MonkeyPatch.context() as patch:
+        leave_no_number_in_memory()
         patch.setattr(torch, "get_num_threads", lambda: threads)
         ys = avx2.sums(numbers.split(outputs), x)
     for weight, y in zip(numbers.double().split(outputs), ys, strict=True):

@@ -129,7 +129,9 @@ struct Inputs {
 
 template <class Weight>
 void take(const float* x, int64_t rows, const Inputs& to) {
-    for (int64_t r = 0; r < rows; r++)
+    for (int64_t r = 0; r < rows; r++) {
+        for (auto* each : {to.step.at, to.sum.at})
+            std::fill(each + r * to.padded + to.groups, each + (r + 1) * to.padded, 0.f);
         for (int64_t g = 0; g < to.groups; g++, x += GROUP) {
             __m256 most = _mm256_setzero_ps(), all = most;
             UNROLLED for (int i = 0; i < GROUP; i += 8) {
@@ -152,24 +154,26 @@ void take(const float* x, int64_t rows, const Inputs& to) {
             // An infinite or NaN input makes that of its sum; integers cannot say it.
             to.step.at[r * to.padded + g] = largest / 32767 + 0 * total, to.sum.at[r * to.padded + g] = total;
         }
+    }
 }
 
-// The outputs from `begin` to `end` of a matrix, in as many streams, to y "r total".
+// Of a matrix's outputs from `begin` to `end`, in as many streams, some pieces, to y "r total": each an output of every
+// stream.
 template <class Weight, int ROWS, int STREAMS>
 void outputs(const uint8_t* values, const void* scale, const Inputs& x, float* y, int64_t total, int64_t begin,
-             int64_t end) {
+             int64_t end, int64_t piece, int64_t last_piece) {
     constexpr int64_t BLOCK = Weight::LANES;  // groups whose scales fill a register
     constexpr int COUNT = Weight::COUNT, GROUPS = Weight::GROUPS;
     using Sums = typename Weight::Sums;
     using Words = typename Weight::Words;
     const int64_t each = (end - begin + STREAMS - 1) / STREAMS, d = x.d, groups = x.groups, padded = x.padded;
     const int16_t* const numbers = x.numbers();
-    for (int64_t i = 0; i < each; i++) {
+    for (; piece < last_piece; piece++) {
         int64_t o[STREAMS];
         const uint8_t* at[STREAMS];
         Sums sums[STREAMS][ROWS];
         UNROLLED for (int s = 0; s < STREAMS; s++) {
-            o[s] = std::min(begin + s * each + i, end - 1);
+            o[s] = std::min(begin + s * each + piece, end - 1);
             at[s] = values + o[s] * groups / Weight::GROUPS * Weight::SIZE;
             UNROLLED for (int r = 0; r < ROWS; r++) sums[s][r] = Weight::none();
         }
@@ -222,17 +226,21 @@ void outputs(const uint8_t* values, const void* scale, const Inputs& x, float* y
 }
 
 // Of 1 to 8 rows: as many streams as are fastest (of one row, 3 are 8 % faster than 4 in four bits).
-template <class Weight>
-constexpr decltype(&outputs<Weight, 1, 1>) OF_ROWS[] = {
-    outputs<Weight, 1, 3>, outputs<Weight, 2, 2>, outputs<Weight, 3, 2>, outputs<Weight, 4, 1>,
-    outputs<Weight, 5, 1>, outputs<Weight, 6, 1>, outputs<Weight, 7, 1>, outputs<Weight, 8, 1>};
+constexpr int STREAMS_OF[] = {3, 2, 2, 1, 1, 1, 1, 1};
+
+template <class Weight, size_t... ROWS>
+constexpr auto of_rows(std::index_sequence<ROWS...>) {
+    return std::array{outputs<Weight, ROWS + 1, STREAMS_OF[ROWS]>...};
+}
 
 template <class Weight>
 void integers_by(const Matrices& matrices, const Rows& x, float* y, int64_t threads) {
     const Inputs inputs(x.rows, x.d);
     take<Weight>(x.at, x.rows, inputs);
-    shared(matrices, y, threads, [&](const Matrix& matrix, float* y, int64_t total, int64_t begin, int64_t end) {
-        OF_ROWS<Weight>[x.rows - 1]((const uint8_t*)matrix.values, matrix.scales, inputs, y, total, begin, end);
+    const auto some = of_rows<Weight>(std::make_index_sequence<8>())[x.rows - 1];
+    const int64_t size = STREAMS_OF[x.rows - 1], bytes = x.d / GROUP * Weight::SIZE / Weight::GROUPS;
+    shared(matrices, y, threads, size, bytes, [&](const Matrix& matrix, float* y, auto... pieces) {
+        some((const uint8_t*)matrix.values, matrix.scales, inputs, y, pieces...);
     });
 }
 

@@ -95,6 +95,7 @@ void attend_many(const Queries& queries, const Leaf& keys, const Leaf& values, c
     const Type* const key = (const Type*)keys.data + row * keys.row + head * keys.head;
     const Type* const value = (const Type*)values.data + row * values.row + head * values.head;
     const Floats nothing(h);
+    std::fill_n(nothing.at, h, 0.f);
     for (int64_t s = 0; s < end; s += SLOTS) {
         const int64_t there = std::min(SLOTS, end - s), whole = (there + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
         const auto slot = [&](const Type* leaf, int64_t stride, int64_t i) {
