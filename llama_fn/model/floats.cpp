@@ -12,11 +12,11 @@ namespace {
 constexpr int64_t TILE = 3;  // outputs that are summed at once
 constexpr int64_t BLOCK = 1024, TILES = 16;  // inputs that stay in the nearest cache, and for how many tiles
 
-// How a register of sums takes `COUNT` weights and inputs, how many rows are summed at once, and what takes one row or
-// two, in how many streams.
+// How a register of sums takes `COUNT` weights and inputs; how many rows are summed at once, and in how many streams
+// weights are read of one or two; and what takes one row.
 template <class Number>
 struct Eight {
-    using Few = Eight;
+    using One = Eight;
     using Weight = typename Number::Type;
     using Input = float;
     using Sums = __m256;
@@ -31,7 +31,7 @@ struct Eight {
 #ifdef __AVX512F__
 template <class Number>
 struct Sixteen {
-    using Few = Sixteen;
+    using One = Sixteen;
     using Weight = typename Number::Type;
     using Input = float;
     using Sums = __m512;
@@ -49,11 +49,11 @@ struct Sixteen {
 #ifdef __AVX512BF16__
 template <>
 struct Sixteen<BFloat16> {  // of pairs
-    using Few = struct Halves;
+    using One = struct Halves;
     using Weight = uint16_t;
     using Input = uint16_t;
     using Sums = __m512;
-    static constexpr int64_t COUNT = 32, PACK = 8;
+    static constexpr int64_t COUNT = 32, PACK = 8, STREAMS = 4;
     static Sums none() { return _mm512_setzero_ps(); }
     static __m512i weights(const Weight* at) { return _mm512_loadu_si512(at); }
     static __m512i inputs(const Input* at) { return _mm512_loadu_si512(at); }
@@ -66,7 +66,7 @@ struct Sixteen<BFloat16> {  // of pairs
     }
 };
 
-// Of one row or two: memory is read 2 % faster by 32 bytes than by 64.
+// Of one row: memory is read 2 % faster by 32 bytes than by 64.
 struct Halves : Sixteen<BFloat16> {
     struct Words {
         __m256i first, last;
@@ -199,15 +199,13 @@ void pack(const Rows& x, int64_t most, int64_t some, typename Step::Input* packe
     }
 }
 
-// Of one row or two.
-template <class Step>
+template <class Step, int ROWS>
 void few_by(const Matrices& matrices, const Rows& x, float* y, int64_t threads) {
-    const Floats packed(x.rows * x.d);
-    pack<Step>(x, x.rows, 1, (typename Step::Input*)packed.at);
-    const auto some = x.rows == 1 ? streams<Step, 1> : streams<Step, 2>;
+    const Floats packed(ROWS * x.d);
+    pack<Step>(x, ROWS, 1, (typename Step::Input*)packed.at);
     const int64_t bytes = x.d * sizeof(typename Step::Weight);
     shared(matrices, y, threads, Step::STREAMS, bytes, [&](const Matrix& matrix, float* y, auto... pieces) {
-        some(matrix.values, packed.at, x.d, y, pieces...);
+        streams<Step, ROWS>(matrix.values, packed.at, x.d, y, pieces...);
     });
 }
 
@@ -227,7 +225,8 @@ void floats_times(const Matrices& matrices, const Rows& x, float* y, int64_t thr
     STD_TORCH_CHECK(0 < x.rows && 0 < x.d && x.d % 8 == 0, "floats: rows of whole registers");
     const auto by = [&](auto step) {
         using Step = decltype(step);
-        (x.rows <= 2 ? few_by<typename Step::Few> : many_by<Step>)(matrices, x, y, threads);
+        const auto some = x.rows == 1 ? few_by<typename Step::One, 1> : x.rows == 2 ? few_by<Step, 2> : many_by<Step>;
+        some(matrices, x, y, threads);
     };
     of_kind(matrices[0].kind, [&](auto number) {
         using Number = decltype(number);
