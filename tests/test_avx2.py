@@ -4,6 +4,9 @@ Where the processor has no AVX2 they are not chosen, and of them there is nothin
 """
 
 import math
+import os
+import subprocess
+import sys
 from concurrent.futures import Executor, Future
 
 import pytest
@@ -68,10 +71,20 @@ def test_floats_sum_what_is_written_out(threads, key, dtype, outputs, registers,
 @pytest.mark.parametrize("dtype", avx2.FLOATS)
 @pytest.mark.parametrize(("outputs", "registers", "rows"), [
     ([101], 129, 4), ([7, 95, 48], 260, 8), ([49, 47], 256, 3), ([143], 300, 9), ([50], 700, 33), ([101, 31], 700, 1),
-    ([83], 697, 2)])
+    ([83], 697, 2), ([300], 8, 3)])
 def test_floats_are_summed_piece_after_piece_and_block_after_block_of_inputs(dtype, outputs, registers, rows):
     for threads in (1, 2, 3):
         check_floats(threads, lf.random.key(threads), dtype, outputs, registers, rows)
+
+
+def test_fewer_threads_than_were_asked_for_compute_all():
+    """OpenMP may give fewer; how many at most, it is told before it begins."""
+    program = ("import torch, llama_fn as lf; from llama_fn.model import avx2; torch.get_num_threads = lambda: 5;"
+               "one, two = lf.random.split(lf.random.key(0)); w = lf.random.normal(one, (47, 64), torch.float32);"
+               "x = lf.random.normal(two, (1, 64), torch.float32);"
+               "assert (avx2.sums([w], x)[0] - x @ w.T).abs().max() <= 1e-4")
+    limited = {**os.environ, "OMP_THREAD_LIMIT": "2"}
+    subprocess.run([sys.executable, "-c", program], env=limited, check=True, capture_output=True)
 
 
 def check_floats(threads: int, key: torch.Tensor, dtype: torch.dtype, outputs: list[int], registers: int,

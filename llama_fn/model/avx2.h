@@ -139,23 +139,26 @@ constexpr int64_t CLAIM = 128 << 10;  // bytes that are taken at once; of half o
 
 // Of matrices side by side, whose outputs are of so many bytes each: y "r total". `some` computes pieces, each of
 // `size` outputs, of those from `begin` to `end`. A thread takes those of its share in their order, and then of others'
-// what is left: of two cores that read memory one is 7 % slower, now this one and now that.
+// what is left (OpenMP may give fewer than were asked for): of two cores that read memory one is 7 % slower, now this
+// one and now that.
 template <class Some>
 void shared(const Matrices& matrices, float* y, int64_t threads, int64_t size, int64_t bytes, const Some& some) {
     const int64_t total = outputs_of(matrices), count = std::max(int64_t(1), CLAIM / (size * bytes));
     std::vector<Taken> taken(matrices.size() * threads);
 #pragma omp parallel num_threads(threads)
     {
-        const int64_t all = omp_get_num_threads(), mine = omp_get_thread_num();
-        for (int64_t n = 0; n < all; n++) {
-            const int64_t share = (mine + n) % all;
+        for (int64_t n = 0; n < threads; n++) {
+            const int64_t share = (omp_get_thread_num() + n) % threads;
             float* to = y;
             for (size_t m = 0; m < matrices.size(); to += matrices[m++].outputs) {
-                const int64_t outputs = matrices[m].outputs, begin = outputs * share / all;
-                const int64_t end = outputs * (share + 1) / all, pieces = (end - begin + size - 1) / size;
+                const int64_t outputs = matrices[m].outputs, begin = outputs * share / threads;
+                const int64_t end = outputs * (share + 1) / threads, pieces = (end - begin + size - 1) / size;
                 auto& next = taken[m * threads + share].pieces;
-                for (int64_t piece; (piece = next.fetch_add(count, std::memory_order_relaxed)) < pieces;)
-                    some(matrices[m], to, total, begin, end, piece, std::min(piece + count, pieces));
+                while (next.load(std::memory_order_relaxed) < pieces) {  // many threads may look, few take
+                    const int64_t piece = next.fetch_add(count, std::memory_order_relaxed);
+                    if (piece < pieces)
+                        some(matrices[m], to, total, begin, end, piece, std::min(piece + count, pieces));
+                }
             }
         }
     }

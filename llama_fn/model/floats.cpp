@@ -180,7 +180,8 @@ void streams(const void* values, const void* packed, int64_t d, float* y, int64_
                     sums[s][r] = Step::add(sums[s][r], weights, Step::inputs(x + ROWS * i + COUNT * r));
             }
         UNROLLED for (int s = 0; s < STREAMS; s++)
-            UNROLLED for (int r = 0; r < ROWS; r++) y[r * total + o[s]] = sum_of(sums[s][r]);
+            if (begin + s * each + piece < end)  // else the last is computed again, and may be another thread's
+                UNROLLED for (int r = 0; r < ROWS; r++) y[r * total + o[s]] = sum_of(sums[s][r]);
     }
 }
 

@@ -217,11 +217,13 @@ void outputs(const uint8_t* values, const void* scale, const Inputs& x, float* y
                 }
             }
         }
-        UNROLLED for (int s = 0; s < STREAMS; s++)
+        UNROLLED for (int s = 0; s < STREAMS; s++) {
+            if (begin + s * each + piece >= end) break;  // the last is computed again, and may be another thread's
             UNROLLED for (int r = 0; r < ROWS; r++) {
                 const float sum = sum_of(sums[s][r]);
                 y[r * total + o[s]] = Weight::SCALED ? sum : sum * ((const float*)scale)[o[s]];
             }
+        }
     }
 }
 
