@@ -138,8 +138,8 @@ struct alignas(64) Taken {
 constexpr int64_t CLAIM = 128 << 10;  // bytes that are taken at once; of half of that a product is 1 % slower
 
 // Of matrices side by side, whose outputs are of so many bytes each: y "r total". `some` computes pieces, each of
-// `size` outputs, of those from `begin` to `end`. A thread takes those of its share in their order, then what is left of
-// others': of two cores that read memory one is 7 % slower, now this one and now that, and OpenMP may give fewer
+// `size` outputs, of those from `begin` to `end`. A thread takes those of its share in their order, then what is left
+// of others': of two cores that read memory one is 7 % slower, now this one and now that, and OpenMP may give fewer
 // threads than were asked for.
 template <class Some>
 void shared(const Matrices& matrices, float* y, int64_t threads, int64_t size, int64_t bytes, const Some& some) {
