@@ -80,7 +80,7 @@ auto of_kind(ScalarType kind, const Some& some) {
 }
 
 // Room for floats, of which the first lies where a line of the cache begins: half of what lies across two is read at
-// half the speed. Nothing is written there: zeros took a product's inputs a tenth of its time.
+// half the speed. Nothing is written there: a product asks for some at every call.
 class Floats {
     const std::unique_ptr<float[]> memory;
 
@@ -139,8 +139,8 @@ constexpr int64_t CLAIM = 128 << 10;  // bytes that are taken at once; of half o
 
 // Of matrices side by side, whose outputs are of so many bytes each: y "r total". `some` computes pieces, each of
 // `size` outputs, of those from `begin` to `end`. A thread takes those of its share in their order, then what is left
-// of others': of two cores that read memory one is 7 % slower, now this one and now that, and OpenMP may give fewer
-// threads than were asked for.
+// of others': of two cores that read fast memory one is 7 % slower, now this one and now that, and OpenMP may give
+// fewer threads than were asked for.
 template <class Some>
 void shared(const Matrices& matrices, float* y, int64_t threads, int64_t size, int64_t bytes, const Some& some) {
     const int64_t total = outputs_of(matrices), count = std::max(int64_t(1), CLAIM / (size * bytes));
