@@ -1,4 +1,4 @@
-"""Every example runs, and so does the README's first block."""
+"""Every example runs."""
 
 import re
 import runpy
@@ -104,13 +104,6 @@ def test_quantize_tells_what_bits_cost(tmp_path, monkeypatch, capsys, texts):
     assert 1 <= float(perplexity[0]) < 1.02 * float(perplexity[1]) and float(bits[2]) < 1.3 * float(bits[0])
     assert size == ("3,839,040", "1,426,752", "1,065,024")
     assert f"bits a byte of {(tmp_path / 'stories.txt').stat().st_size:,} bytes" in last
-
-
-@pytest.mark.slow
-def test_the_first_block_of_the_readme_runs(tmp_path):
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
-    (tmp_path / "block.py").write_text(block)
-    run("-W", "ignore::DeprecationWarning", "block.py", cwd=tmp_path)
 
 
 def test_the_readme_and_ci_run_the_same_tests():
