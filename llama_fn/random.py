@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama_fn import tree
+from llama_fn.ranges import integer, is_integer
 from llama_fn.shapes import typed
 
 Key = Int[Tensor, "2"]
@@ -28,6 +29,7 @@ MANTISSA_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.
 @typed
 def key(seed: int, device: torch.device | str | None = None) -> Key:
     """The key of a seed in [0, 2**64): its high and low words."""
+    seed = integer("random.key: seed", seed)
     if not 0 <= seed < 2**64:
         raise ValueError(f"random.key: a seed lies in [0, 2**64), got {seed}")
     return torch.tensor([seed >> 32, seed & MASK], device=device)
@@ -36,14 +38,14 @@ def key(seed: int, device: torch.device | str | None = None) -> Key:
 @typed
 def split(key: Key, num: int | tuple[int, ...] = 2) -> Int[Tensor, "*num 2"]:
     """`num` new keys, independent of each other and of this one (which should not be used again)."""
-    shape = (num,) if isinstance(num, int) else num
+    shape = (num,) if is_integer(num) else num
     return torch.stack(threefry2x32(key, *_counters(shape, key.device)), -1)
 
 
 @typed
 def fold_in(key: Key, data: int | Int[Tensor, ""]) -> Key:
     """The key's child number `data`, in [0, 2**32): a position, a step, a rank."""
-    if isinstance(data, int) and not 0 <= data <= MASK:
+    if is_integer(data) and not 0 <= data <= MASK:
         raise ValueError(f"random.fold_in: data lies in [0, 2**32), got {data}")
     low = torch.as_tensor(data, device=key.device).to(torch.int64) & MASK
     return torch.stack(threefry2x32(key, torch.zeros_like(low), low), -1)
@@ -52,7 +54,7 @@ def fold_in(key: Key, data: int | Int[Tensor, ""]) -> Key:
 @typed
 def bits(key: Key, shape: Shape = (), width: int = 32) -> Int[Tensor, "*shape"]:
     """Uniform words of `width` bits (8, 16, 32 or 64) in int64; of 64 bits, the word's two's complement."""
-    if width not in (8, 16, 32, 64):
+    if (width := integer("random.bits: width", width)) not in (8, 16, 32, 64):
         raise ValueError(f"random.bits: width must be 8, 16, 32 or 64, got {width}")
     high, low = threefry2x32(key, *_counters(shape, key.device))
     return (high << 32) | low if width == 64 else (high ^ low) & (2**width - 1)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, Union
 
 import torch
+from beartype import BeartypeConf
 from beartype.door import is_bearable
 from jaxtyping import AbstractArray, jaxtyped, print_bindings
 from torch import Tensor
@@ -28,10 +29,12 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from llama_fn import tree
+from llama_fn.ranges import is_integer, is_number
 
 PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 P = ParamSpec("P")
 R = TypeVar("R")
+TOWER = BeartypeConf(is_pep484_tower=True)  # an int is a number wherever a float is meant
 
 
 class AxesError(TypeError, ValueError):
@@ -43,11 +46,12 @@ def typed(f: Callable[P, R]) -> Callable[P, R]:
 
     Inside `torch.compile` the raw function runs, so a compiled graph carries no check (and breaks at none).
     Tensors are checked by jaxtyping, everything else by beartype; a `NamedTuple` is checked field by field in
-    the scope of the call. What a check says depends on types, shapes, dtypes and plain values alone, so each
-    combination of them is checked once and then known. `LLAMA_FN_TYPED=0` in the environment at import leaves
-    every function as written.
+    the scope of the call. An int passes where a float is meant, and a bool is no number. What a check says depends
+    on types, shapes, dtypes and plain values alone, so each combination of them is checked once and then known.
+    `LLAMA_FN_TYPED=0` in the environment at import leaves every function as written.
 
-    Raises `AxesError`, naming the function, the argument, the axes wanted, and the shape given.
+    Raises `AxesError`, naming the function, the argument, the axes wanted, and the shape given; and for arguments that
+    the function does not take, or lacks, the `TypeError` that Python itself raises.
     """
     if os.environ.get("LLAMA_FN_TYPED", "1") == "0":
         return f
@@ -70,19 +74,28 @@ def typed(f: Callable[P, R]) -> Callable[P, R]:
         given = _facts(args, kwargs)
         results = known.get(given)
         if results is None:
-            verify(signature.bind(*args, **kwargs).arguments)
+            verify(bind(f, signature, args, kwargs).arguments)
             if len(known) >= 4096:  # a caller of ever new shapes must not fill the memory
                 known.clear()
             results = set() if given is None else known.setdefault(given, set())
         result = f(*args, **kwargs)
         returned = _facts(result)
         if returned is None or returned not in results:
-            verify({**signature.bind(*args, **kwargs).arguments, "return": result})
+            verify({**bind(f, signature, args, kwargs).arguments, "return": result})
             if returned is not None and len(results) < 64:
                 results.add(returned)
         return result
 
     return checked
+
+
+def bind(f: Callable, signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    """`signature.bind`, but for a wrong call the error is Python's own, of a call of `f`: it says the function's name.
+    """
+    with contextlib.suppress(TypeError):
+        return signature.bind(*args, **kwargs)
+    f(*args, **kwargs)
+    raise TypeError(f"{f} does not take these arguments")
 
 
 def _facts(*values: Any) -> tuple | None:
@@ -200,7 +213,10 @@ def _check(hint: Any) -> Callable[[Any, str], tuple[str, Any, Any] | None]:
             return own[0] if len(own) == 1 else wrongs[0] if len(wrongs) == 1 else (where, hint, value)
 
         return union
-    return lambda value, where: None if is_bearable(value, hint) else (where, hint, value)
+    if hint in (int, float):
+        fits = is_integer if hint is int else is_number
+        return lambda value, where: None if fits(value) else (where, hint, value)
+    return lambda value, where: None if is_bearable(value, hint, conf=TOWER) else (where, hint, value)
 
 
 def _is_array(hint: Any) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import sentencepiece as spm
 
 from llama_fn import tree
+from llama_fn.ranges import integer
 
 LONGEST_LINE = 1 << 16  # characters; SentencePiece skips a longer line without a word, so it comes in parts
 
@@ -126,6 +127,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     The vocabulary holds 3 special tokens, 256 bytes, the characters seen, and merges; the same texts give the same one.
     Raises `ValueError` if there is no text, or if the text cannot fill the vocabulary.
     """
+    vocab_size = integer("train_tokenizer: vocab_size", vocab_size)
     lines = (line[start:start + LONGEST_LINE] for text in texts for line in text.splitlines() if line.strip()
              for start in range(0, len(line), LONGEST_LINE))
     out = io.BytesIO()

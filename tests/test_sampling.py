@@ -133,7 +133,7 @@ def test_the_same_key_draws_the_same_token_mapped_or_not(key):
     ({"temperature": -0.1}, r"temperature must lie in \[0, inf\), got -0.1"),
     ({"temperature": math.nan}, "temperature must lie in"),
     ({"temperature": math.inf}, "temperature must lie in"),
-    ({"top_k": 0}, r"top_k must lie in \[1, inf\), got 0"),
+    ({"top_k": 0}, r"top_k must be at least 1, got 0"),
     ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
     ({"top_p": 1.1}, "top_p must lie in"),
     ({"min_p": -1.0}, r"min_p must lie in \[0, 1\], got -1.0"),
@@ -157,4 +157,8 @@ def test_logits_that_are_not_numbers_are_refused():
 def test_the_same_settings_are_the_same_sampler():
     assert lf.sampler(0.8, top_p=0.9) is lf.sampler(0.8, top_p=0.9)  # so that a step compiled with it is found again
     assert lf.sampler(0.8, top_p=0.9) is not lf.sampler(0.8, top_p=0.8)
-    assert lf.sampler(top_k=4.0) is not lf.sampler(top_k=4)  # of which one is an error when it is used
+    for _ in range(2):  # what is equal to settings that are known is still refused
+        lf.sampler(top_k=4), lf.sampler(1.0, top_k=1)
+        for wrong in ({"top_k": 4.0}, {"top_k": True}, {"temperature": True}):
+            with pytest.raises(ValueError):
+                lf.sampler(**wrong)

@@ -1,8 +1,10 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from jaxtyping import Float, Int
 from torch import Tensor
 
+import llama_fn as lf
 from llama_fn import AxesError, typed
 
 sizes = st.integers(1, 5)
@@ -141,6 +144,51 @@ def test_what_is_known_as_good_lets_nothing_else_pass():
             repeat(*bad)
 
 
+def test_an_integer_is_a_number_and_a_bool_is_none():
+    @typed
+    def scaled(x: Float[Tensor, "t"], by: float | None = None, times: Sequence[int] = (),
+               named: dict[str, float] | None = None) -> float:
+        return 0
+
+    x = torch.ones(3)
+    for _ in range(2):  # what is known does not let an equal value of another type pass
+        for by in (1, 1.0, np.float32(1), np.int64(1), -(2**70), None):
+            assert scaled(x, by) == 0
+        scaled(x, 1, [1, np.int64(2)], {"a": 1, "b": 1.0})
+        for wrong in ((x, True), (x, "1"), (x, 1j), (x, x), (x, 1, [True]), (x, 1, [1.0]), (x, 1, (), {"a": "1"})):
+            with pytest.raises(AxesError):
+                scaled(*wrong)
+
+
+def keyed(x: Float[Tensor, "t"], *, key: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize("args, named", [((), {"key": 1}), ((numbers(3),), {}), ((numbers(3), 2), {"key": 1}),
+                                         ((numbers(3),), {"key": 1, "kay": 2}), ((numbers(3),), {"key": 1, "x": 2})])
+def test_a_wrong_call_is_pythons_own_error(args, named):
+    with pytest.raises(TypeError) as own:
+        keyed(*args, **named)
+    for call in (typed(keyed), lambda *a, **k: torch.vmap(lambda _: typed(keyed)(*a, **k))(numbers(2))):
+        for _ in range(2):
+            with pytest.raises(TypeError) as error:
+                call(*args, **named)
+            assert str(error.value) == str(own.value) and str(error.value).startswith("keyed() ")
+            assert type(error.value) is TypeError and not error.value.__context__
+            typed(keyed)(numbers(3), key=1)
+
+
+def test_a_wrong_call_of_a_public_function_names_it(model):
+    for call, message in [
+        (lambda: lf.stream(model, "x"), r"stream\(\) missing 1 required keyword-only argument: 'key'"),
+        (lambda: lf.forward(model.params), r"forward\(\) missing 1 required positional argument: 'tokens'"),
+        (lambda: lf.forward(model.params, numbers(3), None, 4), r"forward\(\) takes from 2 to 3 positional arguments"),
+        (lambda: lf.jit_layers()(model.params, tokes=3), r"forward\(\) got an unexpected keyword argument 'tokes'"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
 def test_every_one_of_many_arguments_is_checked():
     @typed
     def both(*xs: Float[Tensor, "t"], **named: Float[Tensor, "t"]) -> None:
@@ -186,7 +234,9 @@ def test_in_a_compiled_function_the_raw_one_runs(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("value, status", [("0", 0), ("1", 1)])
 def test_the_environment_turns_the_checks_off(value, status):
-    code = "import torch, llama_fn as lf; lf.random.split(torch.zeros(3, dtype=torch.int64))"
+    code = ("import torch, llama_fn as lf\ntry: lf.random.split()\nexcept TypeError as error: print(error)\n"
+            "lf.random.split(torch.zeros(3, dtype=torch.int64))")
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"LLAMA_FN_TYPED": value}, capture_output=True)
     assert done.returncode == status, done.stderr.decode()
     assert (b"AxesError" in done.stderr) == (value == "1")
+    assert done.stdout == b"split() missing 1 required positional argument: 'key'\n"  # on or off

@@ -14,6 +14,7 @@ from llama_fn.checkpoint import huggingface, llama2c, meta
 from llama_fn.checkpoint.files import inside, replacing_folder
 from llama_fn.checkpoint.weights import Report, Weights, check_dtype, params_of, weights_of
 from llama_fn.model.transformer import Params
+from llama_fn.ranges import integer
 from llama_fn.tokenizer import Tokenizer, load_tokenizer
 from llama_fn.transforms.quantize import Bits, quantized_leaf
 
@@ -61,6 +62,7 @@ def save(model: Model, path: str | os.PathLike, *, format: Format = "meta", shar
     none of its files stays after. Raises `ValueError` for a folder with a model of another format, and for what the
     format cannot hold.
     """
+    shards = None if shards is None else integer("save: shards", shards)
     write(weights_of(model.params, dtype), model.tokenizer, path, format, shards)
 
 

@@ -11,6 +11,7 @@ from llama_fn.checkpoint.load import Model
 from llama_fn.generation import decode
 from llama_fn.generation.sampling import Sampler
 from llama_fn.generation.sampling import sampler as make_sampler
+from llama_fn.ranges import integer
 from llama_fn.shapes import typed
 from llama_fn.transforms.lora import Lora
 
@@ -140,8 +141,8 @@ def _continues(prompt: str) -> bool:
 
 def room(model: Model, count: int, max_new_tokens: int | None) -> int:
     """How many tokens may follow `count` tokens. Raises `ValueError` for so many that none may."""
-    if max_new_tokens is not None and max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    if max_new_tokens is not None:
+        max_new_tokens = integer("max_new_tokens", max_new_tokens, 0)
     context = model.params.config.max_seq_len
     if count >= context:
         raise ValueError(f"the prompt has {count} tokens, and the model's context is {context}, with room for an "

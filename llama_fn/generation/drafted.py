@@ -10,6 +10,7 @@ from llama_fn.checkpoint.load import Model
 from llama_fn.generation.completion import check_stop, keys_of, room, until
 from llama_fn.generation.sampling import Narrowing, narrowing
 from llama_fn.generation.speculative import Round, rounds
+from llama_fn.ranges import integer
 
 
 class Speculation(NamedTuple):
@@ -79,7 +80,7 @@ def _begun(model: Model, draft: Model, prompts: Sequence[str], key: Tensor, n: i
            narrow: Narrowing | None, stop: Sequence[str],
            stopped: Callable[[int, list[int]], bool] = lambda row, written: False) -> Iterator[Round]:
     check_stop(stop)
-    if n < 1:
+    if (n := integer("n", n)) < 1:
         raise ValueError(f"n must be at least 1 proposed token a round, got {n}")
     _check_vocabulary(model, draft)
     encoded = [model.tokenizer.encode(prompt) for prompt in prompts]

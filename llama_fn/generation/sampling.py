@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama_fn import random
 from llama_fn.random import Key
+from llama_fn.ranges import integer, number
 from llama_fn.shapes import concrete, typed
 
 Sampler = Callable[..., Tensor]
@@ -52,11 +53,15 @@ def narrowing(temperature: float = 1.0, top_k: int | None = None, top_p: float |
 
     Raises `ValueError` for a setting outside its range; `narrow` does for logits that are not numbers.
     """
-    _check_range("temperature", temperature, 0, math.inf)
-    _check_range("top_k", top_k, 1, math.inf)
-    _check_range("top_p", top_p, 0, 1, open_below=True)
-    _check_range("min_p", min_p, 0, 1)
-    _check_range("repetition_penalty", repetition_penalty, 0, math.inf, open_below=True)
+    temperature = number("sampler: temperature", temperature)
+    if top_k is not None:
+        top_k = integer("sampler: top_k", top_k, 1)
+    if top_p is not None:
+        top_p = number("sampler: top_p", top_p, 0, 1, above=True)
+    if min_p is not None:
+        min_p = number("sampler: min_p", min_p, 0, 1)
+    if repetition_penalty is not None:
+        repetition_penalty = number("sampler: repetition_penalty", repetition_penalty, above=True)
 
     @typed
     def narrow(logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b s"] | None = None) -> Float[Tensor, "*b v"]:
@@ -72,7 +77,8 @@ def narrowing(temperature: float = 1.0, top_k: int | None = None, top_p: float |
         if temperature == 0:
             return keep_likeliest(logits)
         if temperature != 1:  # measured from the likeliest, nothing overflows however low the temperature
-            logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+            least = torch.finfo(logits.dtype).tiny  # a smaller number may be 0 there, and 0 / 0 is NaN
+            logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, least)
         if top_k is not None:
             logits = keep_top_k(logits, top_k)
         if top_p is not None and top_p < 1:  # all of them sum to 1 only up to rounding
@@ -90,7 +96,10 @@ def penalize(logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b s"], penalty
     v = logits.shape[-1]
     there = torch.zeros_like(logits[..., :1]).expand(*logits.shape[:-1], v + 1)  # the last stands for none
     there = there.scatter(-1, torch.where(tokens < 0, v, tokens), 1.0)[..., :v].bool()
-    return torch.where(there, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    limits = torch.finfo(logits.dtype)  # beyond them a penalty would be 0 or infinite there, and 0 times that is NaN
+    penalty = min(max(penalty, limits.tiny), limits.max)
+    penalized = torch.where(logits > 0, (logits / penalty).clamp(max=limits.max), logits * penalty)
+    return torch.where(there, penalized, logits)
 
 
 @typed
@@ -112,7 +121,7 @@ def keep_top_p(logits: Float[Tensor, "*b v"], p: float) -> Float[Tensor, "*b v"]
     """The smallest set of likeliest tokens with a probability of p or more keep their logits, the others get -inf."""
     falling = logits.sort(dim=-1, descending=True).values
     weights = falling.softmax(-1)
-    count = (weights.cumsum(-1) - weights < p).sum(-1, keepdim=True)
+    count = (weights.cumsum(-1) - weights < p).sum(-1, keepdim=True).clamp(min=1)  # a tiny p may be 0 in float32
     return _keep_down_to(logits, falling.gather(-1, count - 1), count)
 
 
@@ -128,11 +137,3 @@ def _keep_down_to(logits: Tensor, lowest: Tensor, count: Tensor | int) -> Tensor
     above, equal = logits > lowest, logits == lowest
     room = count - above.sum(-1, keepdim=True)
     return logits.masked_fill(~(above | (equal & (equal.cumsum(-1) <= room))), -math.inf)
-
-
-def _check_range(name: str, value: float | None, low: float, high: float, open_below: bool = False) -> None:
-    if value is None:
-        return
-    if not (low <= value <= high) or value == math.inf or (open_below and value == low):
-        interval = f"{'(' if open_below else '['}{low}, {high}{']' if high < math.inf else ')'}"
-        raise ValueError(f"sampler: {name} must lie in {interval}, got {value}")

@@ -13,6 +13,7 @@ import torch
 
 from llama_fn import random
 from llama_fn.random import Key
+from llama_fn.ranges import integer
 from llama_fn.shapes import typed
 from llama_fn.stories.tale import Voice, tell
 
@@ -34,7 +35,14 @@ def story(key: Key) -> str:
 
 @typed
 def stories(key: Key, count: int) -> Iterator[Story]:
-    """`count` independent stories with their information content; the i-th is `story(fold_in(key, i))`."""
+    """`count` independent stories with their information content; the i-th is `story(fold_in(key, i))`.
+
+    Raises `ValueError` for a count that is no integer from 0 on.
+    """
+    return _stories(key, integer("stories: count", count, 0))
+
+
+def _stories(key: Key, count: int) -> Iterator[Story]:
     for start in range(0, count, 1024):
         numbers = torch.arange(start, min(start + 1024, count))
         words = torch.vmap(lambda n: random.bits(random.fold_in(key, n), (MOST_CHOICES,)))(numbers)

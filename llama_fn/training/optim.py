@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_fn import tree
+from llama_fn.ranges import number
 
 Schedule = Callable[[Tensor], Tensor]  # from the number of steps taken to a learning rate
 
@@ -29,17 +30,18 @@ class AdamState(NamedTuple):
 
 
 def adamw(learning_rate: float | Tensor | Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
-          *, weight_decay: float = 1e-4, mask: Any = None) -> Optimizer:
+          *, weight_decay: float | Tensor = 1e-4, mask: Any = None) -> Optimizer:
     """AdamW (Loshchilov and Hutter 2019, algorithm 2; the decay is scaled by the learning rate, as in Optax and torch).
 
     `mask` says which leaves decay, by a tree of booleans or a function of the parameters to one; left out, all do.
+    Raises `ValueError` for a number outside its range: b1 and b2 lie in [0, 1), the others in [0, inf).
     """
     return chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay, mask),
                  scale_by_learning_rate(learning_rate))
 
 
 def sgd(learning_rate: float | Tensor | Schedule) -> Optimizer:
-    """Plain gradient descent."""
+    """Plain gradient descent. Raises `ValueError` for a learning rate below 0 or not finite."""
     return scale_by_learning_rate(learning_rate)
 
 
@@ -59,8 +61,12 @@ def chain(*parts: Optimizer) -> Optimizer:
     return Optimizer(init, update)
 
 
-def clip_by_global_norm(max_norm: float) -> Optimizer:
-    """Scale all gradients down together so that their common norm is `max_norm` at most (Pascanu et al. 2013)."""
+def clip_by_global_norm(max_norm: float | Tensor) -> Optimizer:
+    """Scale all gradients down together so that their common norm is `max_norm` at most (Pascanu et al. 2013).
+
+    An infinite `max_norm` clips nothing. Raises `ValueError` for one that is not above 0.
+    """
+    max_norm = _number("clip_by_global_norm: max_norm", max_norm, above=True, below=False)
 
     def update(grads: Any, state: tuple, params: Any = None) -> tuple[Any, tuple]:
         norm = global_norm(grads)
@@ -70,7 +76,12 @@ def clip_by_global_norm(max_norm: float) -> Optimizer:
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> Optimizer:
-    """Adam's direction (Kingma and Ba 2015): m / (sqrt(v) + eps), each corrected for its start at zero."""
+    """Adam's direction (Kingma and Ba 2015): m / (sqrt(v) + eps), each corrected for its start at zero.
+
+    Raises `ValueError` unless b1 and b2 lie in [0, 1) and eps in [0, inf).
+    """
+    b1, b2 = (_number(f"scale_by_adam: {name}", b, high=1.0, below=True) for name, b in (("b1", b1), ("b2", b2)))
+    eps = _number("scale_by_adam: eps", eps)
 
     def init(params: Any) -> AdamState:
         zeros = [tree.map(lambda p: torch.zeros_like(p, dtype=_exact(p)), params) for _ in range(2)]
@@ -91,8 +102,12 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Optimizer:
     return Optimizer(init, update)
 
 
-def add_decayed_weights(weight_decay: float, mask: Any = None) -> Optimizer:
-    """Add `weight_decay` times each parameter (where `mask` is true) to its update."""
+def add_decayed_weights(weight_decay: float | Tensor, mask: Any = None) -> Optimizer:
+    """Add `weight_decay` times each parameter (where `mask` is true) to its update.
+
+    Raises `ValueError` for a decay below 0 or not finite.
+    """
+    weight_decay = _number("add_decayed_weights: weight_decay", weight_decay)
 
     def update(grads: Any, state: tuple, params: Any = None) -> tuple[Any, tuple]:
         decays = tree.map(lambda p: True, params) if mask is None else mask(params) if callable(mask) else mask
@@ -106,7 +121,12 @@ def add_decayed_weights(weight_decay: float, mask: Any = None) -> Optimizer:
 
 
 def scale_by_learning_rate(learning_rate: float | Tensor | Schedule) -> Optimizer:
-    """Multiply by minus the learning rate, of the number of steps taken before this one."""
+    """Multiply by minus the learning rate, of the number of steps taken before this one.
+
+    Raises `ValueError` for a rate below 0 or not finite. (That of a schedule or a tensor is not read.)
+    """
+    if not callable(learning_rate):
+        learning_rate = _number("scale_by_learning_rate: learning_rate", learning_rate)
 
     def init(params: Any) -> Tensor:
         return _no_steps(params)
@@ -131,6 +151,11 @@ def global_norm(grads: Any) -> Tensor:
 def matrices(params: Any) -> Any:
     """A mask for weight decay: every leaf of two axes or more, so no norm."""
     return tree.map(lambda p: p.ndim >= 2, params)
+
+
+def _number(name: str, value: float | Tensor, **limits: Any) -> float | Tensor:
+    """The number, in its range. A tensor is left as it is: it may be learned, and then it cannot be read."""
+    return value if isinstance(value, Tensor) else number(name, value, **limits)
 
 
 def _no_steps(params: Any) -> Tensor:

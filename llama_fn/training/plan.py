@@ -1,9 +1,9 @@
 """The plan of a training run: the numbers that it depends on."""
 
-import math
 from dataclasses import dataclass
 
 from llama_fn.config import Config
+from llama_fn.ranges import integer, number
 from llama_fn.training import optim
 from llama_fn.training.schedule import warmup_cosine
 
@@ -41,11 +41,11 @@ class Plan:
     def check(self) -> None:
         """Raise `ValueError` for a setting out of its range."""
         for name in ("context", "steps", "batch", "micro_batches", "stories"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            integer(name, getattr(self, name), 1)
         for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            number(name, getattr(self, name), above=True)
+        for name in ("final_learning_rate", "weight_decay"):
+            number(name, getattr(self, name))
 
     def config(self) -> Config:
         return Config(self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.vocab_size, self.hidden_dim,

@@ -22,6 +22,7 @@ from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.linear import Adapted
 from llama_fn.model.transformer import Params
 from llama_fn.random import Key
+from llama_fn.ranges import integer, number
 from llama_fn.shapes import typed
 
 LINEAR = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")  # all matrices of the layers; PEFT's "all-linear"
@@ -51,7 +52,7 @@ class Lora(NamedTuple):
 
 @typed
 def init(key: Key, params: Params, rank: int, targets: Sequence[str] = ("wq", "wv"), *,
-         alpha: float | int | None = None, dtype: torch.dtype | None = None) -> Lora:
+         alpha: float | None = None, dtype: torch.dtype | None = None) -> Lora:
     """An adapter that changes nothing yet: A uniform within 1/sqrt(inputs), as in PEFT, and B zero.
 
     A target is a weight's path or the end of one: "wq" is in every layer, "blocks.0.attention.wq" in the first, and
@@ -59,11 +60,8 @@ def init(key: Key, params: Params, rank: int, targets: Sequence[str] = ("wq", "w
     weights, too, small updates count. Raises `ValueError` for a target that is no such weight.
     """
     found = _targets(params.config, targets)
-    if rank < 1:
-        raise ValueError(f"lora.init: rank must be at least 1, got {rank}")
-    alpha = float(rank if alpha is None else alpha)
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"lora.init: alpha must be a positive number, got {alpha}")
+    rank = integer("lora.init: rank", rank, 1)
+    alpha = number("lora.init: alpha", rank if alpha is None else alpha, above=True)
     device, dtype = params.embedding.device, dtype or torch.promote_types(params.embedding.dtype, torch.float32)
     if not dtype.is_floating_point:
         raise ValueError(f"lora.init: an adapter is trained, so its dtype must be a floating one, got {dtype}")

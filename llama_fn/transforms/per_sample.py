@@ -17,6 +17,7 @@ from llama_fn import random, tree
 from llama_fn.model.tapped import Tapped, whole_observed
 from llama_fn.model.transformer import Params
 from llama_fn.random import Key
+from llama_fn.ranges import number
 from llama_fn.shapes import typed
 
 Loss = Callable[..., Tensor]
@@ -57,7 +58,7 @@ def per_sample_norms(loss: Loss, params: Any, batch: Any, *, chunk_size: int | N
 
 
 @typed
-def clipped_sum(loss: Loss, params: Any, batch: Any, max_norm: float | int, *, chunk_size: int | None = None) -> Any:
+def clipped_sum(loss: Loss, params: Any, batch: Any, max_norm: float, *, chunk_size: int | None = None) -> Any:
     """The sum over the samples of min(1, max_norm / |g|) g, for gradients g, which are not held: a second backward of
     the losses, each times its factor ("ghost clipping").
 
@@ -66,6 +67,7 @@ def clipped_sum(loss: Loss, params: Any, batch: Any, max_norm: float | int, *, c
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}; math.inf clips nothing")
+    max_norm = number("max_norm", max_norm, above=True, below=False)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     count = _samples(batch)
@@ -81,8 +83,8 @@ def clipped_sum(loss: Loss, params: Any, batch: Any, max_norm: float | int, *, c
 
 
 @typed
-def private_grads(loss: Loss, params: Any, batch: Any, *, max_norm: float | int, noise_multiplier: float | int,
-                  key: Key, expected_batch_size: float | int | None = None, chunk_size: int | None = None) -> Any:
+def private_grads(loss: Loss, params: Any, batch: Any, *, max_norm: float, noise_multiplier: float,
+                  key: Key, expected_batch_size: float | None = None, chunk_size: int | None = None) -> Any:
     """The mean gradient made private (DP-SGD: Abadi et al. 2016, algorithm 1), a tree like `params` for any optimizer.
 
     To the sum of gradients of norm `max_norm` at most comes normal noise of deviation `noise_multiplier * max_norm`,
@@ -96,6 +98,7 @@ def private_grads(loss: Loss, params: Any, batch: Any, *, max_norm: float | int,
     """
     if not 0 <= noise_multiplier < math.inf:
         raise ValueError(f"noise_multiplier must be a number from 0 on, got {noise_multiplier}")
+    noise_multiplier = number("noise_multiplier", noise_multiplier)
     if noise_multiplier > 0 and max_norm == math.inf:
         raise ValueError(f"noise of {noise_multiplier} times an infinite max_norm; private gradients must be clipped")
     size = _samples(batch) if expected_batch_size is None else expected_batch_size
@@ -108,7 +111,7 @@ def private_grads(loss: Loss, params: Any, batch: Any, *, max_norm: float | int,
         exact = g.to(torch.promote_types(g.dtype, torch.float32))
         if noise_multiplier > 0:
             noise = random.normal(next(keys).to(g.device), g.shape, exact.dtype)
-            exact = exact + noise_multiplier * max_norm * noise
+            exact = exact + noise_multiplier * float(max_norm) * noise
         return (exact / size).to(g.dtype)
 
     return tree.map(noisy, total)

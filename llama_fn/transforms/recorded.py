@@ -15,7 +15,7 @@ from torch import Tensor
 from llama_fn.model import cache as kv
 from llama_fn.model.cache import Cache
 from llama_fn.model.extent import Extent, extent, noted, remembered
-from llama_fn.shapes import far, recording, traced, transforms
+from llama_fn.shapes import bind, far, recording, traced, transforms
 from llama_fn.transforms.compiled import filled, part, plain
 
 P = ParamSpec("P")
@@ -57,7 +57,7 @@ def recorded(f: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(f)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
         if kwargs:
-            bound = signature.bind(*args, **kwargs)
+            bound = bind(f, signature, args, kwargs)
             args, kwargs = bound.args, bound.kwargs
         cache = _cache(args)
         if cache is None or kwargs or not _ours(cache.length) or (length := extent(cache.length)) is None:
