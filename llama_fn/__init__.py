@@ -12,7 +12,7 @@ from llama_fn.generation.sampling import narrowing, sampler
 from llama_fn.generation.scoring import Perplexity, Score, perplexity, score, score_options
 from llama_fn.memory import keep_memory
 from llama_fn.model.block import Block, block
-from llama_fn.model.cache import Cache, fork, init_cache, select
+from llama_fn.model.cache import Cache, NoCache, fork, init_cache, select
 from llama_fn.model.init import abstract_params, init_params
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.shapes import AxesError, typed
@@ -28,7 +28,7 @@ from llama_fn.transforms.remat import remat
 
 __all__ = [
     "LLAMA2_7B", "LLAMA2_13B", "LLAMA2_70B", "AxesError", "Block", "Cache", "Chat", "Completion", "Config",
-    "Message", "Model", "Params", "Perplexity", "RopeScaling", "Score", "Speculation", "Tokenizer",
+    "Message", "Model", "NoCache", "Params", "Perplexity", "RopeScaling", "Score", "Speculation", "Tokenizer",
     "abstract_params", "answer", "ask", "block", "chat_completion", "clipped_sum", "dequantize", "fork", "forward",
     "from_hf", "head", "init_cache", "init_params", "jit", "jit_layers", "keep_memory", "load", "load_tokenizer",
     "lora", "loss", "loss_sum", "narrowing", "optim", "per_sample_grads", "per_sample_norms", "perplexity",

@@ -65,7 +65,7 @@ def test_a_conversation_is_its_dialog_and_back(chatty, system, turns, last):
 @given(systems, turns, questions)
 def test_a_dialogs_conversation_has_its_ids(tokenizer, system, turns, question):
     chat = chat_of(tokenizer, dialog(system, turns, question))
-    assert chat.tokens == meta_ids(tokenizer, dialog(system, turns, question)) and chat.cache is None
+    assert chat.tokens == meta_ids(tokenizer, dialog(system, turns, question)) and chat.cache == lf.NoCache()
 
 
 @pytest.mark.parametrize(("wrong", "message"), [

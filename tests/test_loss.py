@@ -74,3 +74,36 @@ def test_a_step_descends_and_changes_nothing_that_it_was_given():
         losses.append(float(metrics.loss))
     assert losses[-1] < 0.2 * losses[0]
     assert all(map(torch.equal, lf.tree.leaves(before), lf.tree.leaves((params, state))))
+
+
+@given(models(), st.lists(st.booleans(), min_size=21, max_size=21), st.sampled_from([-100, -1, 2**40]))
+def test_behind_the_last_token_that_counts_any_id_will_do(params, flags, outside):
+    tokens, mask = token_rows(params.config, 3, 7), torch.tensor(flags).reshape(3, 7)
+    mask[0], mask[1, -1] = False, False  # a row in which nothing counts, one whose last does not
+    counted = [max([i for i in range(1, 7) if row[i]], default=-1) for row in mask.tolist()]
+    filled = tokens.where(torch.arange(7) <= torch.tensor(counted)[:, None], outside)
+    expected = torch.func.grad_and_value(lf.loss)(params, tokens, mask)
+    for a, b in zip(*map(lf.tree.leaves, (torch.func.grad_and_value(lf.loss)(params, filled, mask), expected)),
+                    strict=True):
+        assert (a - b).abs().max() < 1e-12
+    assert lf.loss_sum(params, filled, mask)[1] == lf.loss_sum(params, tokens, mask)[1]
+    mapped = torch.vmap(torch.func.grad_and_value(lf.loss_sum, has_aux=True), (None, 0, 0))
+    for a, b in zip(*map(lf.tree.leaves, (mapped(params, filled, mask), mapped(params, tokens, mask))), strict=True):
+        assert (a - b).abs().max() < 1e-12
+    assert torch.allclose(lf.per_sample_norms(lf.loss, params, (filled, mask)),
+                          lf.per_sample_norms(lf.loss, params, (tokens, mask)), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("outside", [-100, -1, 77, 2**40])
+def test_a_token_outside_on_which_the_loss_depends_is_an_error_that_names_it(outside):
+    params = lf.init_params(lf.random.key(0), lf.Config(48, 1, 6, 2, 77, 70))
+    every = torch.ones(3, 7, dtype=torch.bool)
+    before_another = every.clone()
+    before_another[1, 4] = False  # it does not count itself, but those that do see it
+    for place, mask in ((6, None), (0, None), (4, None), (6, every), (4, before_another), (0, every)):
+        tokens = token_rows(params.config, 3, 7)
+        tokens[1, place] = outside
+        each = torch.vmap(torch.func.grad(lf.loss), (None, 0, None if mask is None else 0))
+        for f in (lf.loss, lf.loss_sum, torch.func.grad(lf.loss), torch.func.grad_and_value(lf.loss), each):
+            with pytest.raises(ValueError, match=f"token {outside} is outside the vocabulary of 77 tokens, 0 to 76"):
+                f(params, tokens, mask)

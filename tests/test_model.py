@@ -3,6 +3,7 @@
 Most are tried in float64, where 1e-9 is far above rounding and far below any mistake.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -56,6 +57,20 @@ def test_logits_at_long_positions_are_those_of_metas_formulas(theta, scaling):
     assert close(lf.forward(params, tokens)[0], theirs, 1e-4)
 
 
+@given(models(), st.integers(1, T - 1))
+def test_a_position_beyond_the_trained_context_is_a_position(params, trained):
+    long, tokens = params.config, token_rows(params.config, B, T)
+    short = params._replace(config=dataclasses.replace(long, max_seq_len=trained))
+    expected, _ = lf.forward(params, tokens)
+    assert torch.equal(lf.forward(short, tokens)[0], expected)  # without a cache
+    assert torch.equal(lf.trunk(short, tokens)[0], lf.trunk(params, tokens)[0])
+    cache = lf.init_cache(short.config, (B,), max_len=T, dtype=params.norm.dtype)  # and with one
+    first, cache = lf.forward(short, tokens[:, :trained], cache)
+    rest, cache = lf.forward(short, tokens[:, trained:], cache)
+    assert close(torch.cat((first, rest), 1), expected) and cache.length.tolist() == [T] * B
+    assert torch.equal(lf.loss(short, tokens), lf.loss(params, tokens))
+
+
 # --- the cache
 
 
@@ -63,7 +78,7 @@ def test_logits_at_long_positions_are_those_of_metas_formulas(theta, scaling):
 def test_decode_equals_full_forward(params, seed):
     tokens = token_rows(params.config, B, T, seed=seed)
     full, none = lf.forward(params, tokens)
-    assert none is None
+    assert none == lf.NoCache() and not none
     cache, pieces = cache_for(params, (B,)), []
     for t in range(T):
         logits, cache = lf.forward(params, tokens[:, t:t + 1], cache)
@@ -366,8 +381,11 @@ def test_a_token_outside_the_vocabulary_is_refused():
         lf.forward(params, torch.tensor([3, 77]))
     with pytest.raises(ValueError, match=r"token -1 is outside"):
         lf.forward(params, torch.tensor([3, -1]))
-    with pytest.raises(IndexError):  # what is mapped cannot be read before it runs; torch's own error then
-        torch.vmap(lambda row: lf.forward(params, row)[0])(torch.tensor([[3], [77]]))
+    for rows in (torch.tensor([[3], [77]]), torch.arange(100)[:, None]):  # few and many, mapped and differentiated
+        with pytest.raises(ValueError, match=r"token (77|99) is outside"):
+            torch.vmap(lf.forward, (None, 0))(params, rows)
+        with pytest.raises(ValueError, match=r"token (77|99) is outside"):
+            torch.func.grad(lambda params, rows: lf.forward(params, rows)[0].sum())(params, rows)
 
 
 def test_an_empty_prompt_is_refused():

@@ -13,7 +13,7 @@ from llama_fn.generation.chat import Message, check_tags, request, split_dialog
 from llama_fn.generation.completion import room
 from llama_fn.generation.sampling import Sampler
 from llama_fn.generation.sampling import sampler as make_sampler
-from llama_fn.model.cache import Cache
+from llama_fn.model.cache import Cache, NoCache
 from llama_fn.shapes import typed
 from llama_fn.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ class Chat(NamedTuple):
 
     system: str | None = None
     exchanges: tuple[Exchange, ...] = ()
-    cache: Cache | None = None
+    cache: Cache | NoCache | None = NoCache()
 
     @property
     def tokens(self) -> list[int]:
@@ -117,7 +117,7 @@ def unanswered(chat: Chat) -> Chat:
         raise ValueError("nothing was asked yet")
     *before, last = chat.exchanges
     asked = chat._replace(exchanges=(*before, last._replace(answer=())))
-    if chat.cache is None:
+    if not chat.cache:
         return asked
     return asked._replace(cache=chat.cache._replace(length=chat.cache.length.clamp(max=len(asked.tokens))))
 
@@ -134,7 +134,7 @@ def drop(model: Model, chat: Chat, count: int) -> Chat:
     if kept and count and chat.system is not None:
         prompt = model.tokenizer.encode(request(kept[0].question, chat.system))
         kept = (kept[0]._replace(prompt=tuple(prompt)), *kept[1:])
-    return chat._replace(exchanges=kept, cache=chat.cache if count == 0 else None)
+    return chat._replace(exchanges=kept, cache=chat.cache if count == 0 else NoCache())
 
 
 def with_system(model: Model, chat: Chat, system: str | None) -> Chat:

@@ -12,7 +12,7 @@ from llama_fn import random, tree
 from llama_fn.generation.sampling import Sampler, is_pure
 from llama_fn.model import avx2
 from llama_fn.model import cache as kv
-from llama_fn.model.cache import Cache, init_cache
+from llama_fn.model.cache import Cache, NoCache, init_cache
 from llama_fn.model.sums import FEW
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.shapes import typed
@@ -73,13 +73,13 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int,
     return State(cache._replace(length=length), last, tokens, adapters), logits
 
 
-def resume(params: Params, tokens: Sequence[int], cache: Cache | None, max_len: int) -> State:
+def resume(params: Params, tokens: Sequence[int], cache: Cache | NoCache | None, max_len: int) -> State:
     """The state of one row after `tokens`, of which the cache holds the first `length` already; the rest goes through
     the model, and at least the last. The cache grows to `max_len` slots and a few more if it has fewer (so its axis s
     has two sizes here, and this function is not `typed`).
     """
     device, dtype, slots = params.embedding.device, params.embedding.dtype, kv.ample(max_len)
-    if cache is None:
+    if not cache:
         cache = init_cache(params.config, (1,), max_len=slots, dtype=dtype, device=device)
     known = min(int(cache.length), len(tokens) - 1)
     slots = max(slots, cache.k[0].shape[-2])
@@ -218,7 +218,7 @@ def _advanced(params: Params, adapters: Lora | None, cache: Cache, tokens: Tenso
 
 
 def _forward(params: Params, adapters: Lora | None, tokens: Tensor, cache: Cache,
-             run: Callable = forward) -> tuple[Tensor, Cache | None]:
+             run: Callable = forward) -> tuple[Tensor, Cache]:
     if adapters is None:
         return run(params, tokens, cache)
     return torch.vmap(lambda adapter, *row: forward(lora.apply(params, adapter), *row))(adapters, tokens, cache)

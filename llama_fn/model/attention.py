@@ -16,7 +16,7 @@ from torch._C import _functorch as functorch
 from llama_fn import tree
 from llama_fn.model import avx2, sdpa
 from llama_fn.model import cache as kv
-from llama_fn.model.cache import Forked, KeysValues
+from llama_fn.model.cache import Forked, KeysValues, NoCache
 from llama_fn.model.linear import Kind, linear, linears
 from llama_fn.model.rope import Rotation, rotate
 from llama_fn.model.sums import in_memory
@@ -35,12 +35,13 @@ class Attention(NamedTuple):
 
 
 @typed
-def attention(params: Attention, x: Float[Tensor, "*b t d"], rotation: Rotation, cache: KeysValues | None,
+def attention(params: Attention, x: Float[Tensor, "*b t d"], rotation: Rotation, cache: KeysValues | NoCache | None,
               positions: Int[Tensor, "*b t"] | None,
-              slots: Int[Tensor, "_"] | None) -> tuple[Float[Tensor, "*b t d"], KeysValues | None]:
+              slots: Int[Tensor, "_"] | None) -> tuple[Float[Tensor, "*b t d"], KeysValues | NoCache]:
     """Each token looks at itself and at those before it: in this call, and in the cache if there is one.
 
-    `positions` are the tokens' slots in the cache, `slots` those of it that are read; both None where there is none.
+    `positions` are the tokens' slots in the cache, `slots` those of it that are read; both None where there is no
+    cache. The second result is the layer's cache with the tokens in it, or `NoCache()`.
     """
     queries, keys, values = linears((params.wq, params.wk, params.wv), x)
     queries = rotate(rearrange(queries, "... t k g h -> ... t (k g) h"), rotation)
@@ -48,7 +49,8 @@ def attention(params: Attention, x: Float[Tensor, "*b t d"], rotation: Rotation,
 
     queries = rearrange(queries, "... t (k g) h -> ... k g t h", k=keys.shape[-2])
     keys, values = (rearrange(leaf, "... t k h -> ... k t h") for leaf in (keys, values))
-    if cache is not None:
+    cache = cache or NoCache()
+    if cache:
         cache = kv.write(cache, keys, values, positions)
         keys, values = kv.read(cache, slots)
     heads = attend(queries, keys, values, positions)

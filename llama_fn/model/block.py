@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama_fn.model.attention import Attention, attention
-from llama_fn.model.cache import KeysValues
+from llama_fn.model.cache import KeysValues, NoCache
 from llama_fn.model.feedforward import FeedForward, feed_forward
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import Rotation
@@ -24,10 +24,10 @@ class Block(NamedTuple):
 
 
 @typed
-def block(params: Block, x: Float[Tensor, "*b t d"], rotation: Rotation, cache: KeysValues | None,
+def block(params: Block, x: Float[Tensor, "*b t d"], rotation: Rotation, cache: KeysValues | NoCache | None,
           positions: Int[Tensor, "*b t"] | None, slots: Int[Tensor, "_"] | None,
-          eps: float) -> tuple[Float[Tensor, "*b t d"], KeysValues | None]:
-    """x + attention(norm x), then x + feed_forward(norm x)."""
+          eps: float) -> tuple[Float[Tensor, "*b t d"], KeysValues | NoCache]:
+    """x + attention(norm x), then x + feed_forward(norm x). The other arguments are those of `attention`."""
     seen, cache = attention(params.attention, rms_norm(params.attention_norm, x, eps), rotation, cache,
                             positions, slots)
     x = x + seen

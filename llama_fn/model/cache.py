@@ -10,6 +10,7 @@ from torch._C import _functorch as functorch
 
 from llama_fn.config import Config
 from llama_fn.model.extent import extent
+from llama_fn.ranges import integer
 from llama_fn.shapes import concrete, transforms, typed
 
 PAGE = 64
@@ -43,6 +44,12 @@ class Cache(NamedTuple):
     length: Int[Tensor, "*b"]
 
 
+class NoCache(NamedTuple):
+    """No cache, as a value: a tree without leaves, false like `None`. Other than `None`, it passes through every
+    transform as a result, and it may be given wherever a cache is optional.
+    """
+
+
 class KeysValues(NamedTuple):
     """One layer's share of the cache."""
 
@@ -55,10 +62,13 @@ def init_cache(config: Config, batch: tuple[int, ...] = (), *, max_len: int, dty
                device: torch.device | str | None = None) -> Cache:
     """An empty cache of `max_len` slots, for a batch of sequences, or (with `batch` left out) for one.
 
-    Raises `ValueError` for fewer slots than one.
+    `max_len` may exceed `config.max_seq_len`: see `forward`. Raises `ValueError` for fewer slots than one, for a batch
+    axis below 0, and for a dtype that is no floating one.
     """
-    if max_len < 1:
-        raise ValueError(f"init_cache: max_len must be at least 1, got {max_len}")
+    max_len = integer("init_cache: max_len", max_len, 1)
+    batch = tuple(integer("init_cache: an axis of batch", n, 0) for n in batch)
+    if not dtype.is_floating_point:
+        raise ValueError(f"init_cache: keys and values are of a floating dtype, got {dtype}")
     shape = (*batch, config.n_kv_heads, max_len, config.head_dim)
     k, v = (tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)) for _ in "kv")
     return Cache(k, v, torch.zeros(batch, dtype=torch.int64, device=device))
@@ -80,6 +90,8 @@ def fork(cache: Cache, batch: tuple[int, ...], *, max_len: int, at: int | None =
     """
     if not isinstance(batch, tuple):
         raise ValueError(f"fork: batch is a tuple of sizes, as (5,) for five rows, got {batch!r}")
+    batch = tuple(integer("fork: a size in batch", n, 1) for n in batch)
+    max_len, at = integer("fork: max_len", max_len), None if at is None else integer("fork: at", at)
     if any(isinstance(leaf, Forked) for leaf in cache.k):
         raise ValueError("fork: this cache is forked already; fork the one that it came from")
     if at is None:

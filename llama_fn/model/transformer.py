@@ -1,7 +1,7 @@
 """The model: `forward` over a tree of parameters."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from llama_fn.config import Config
 from llama_fn.model.block import Block, block
-from llama_fn.model.cache import Cache, KeysValues, check_room, reach
+from llama_fn.model.cache import Cache, KeysValues, NoCache, check_room, reach
 from llama_fn.model.extent import ends, grown
 from llama_fn.model.linear import Kind, linear
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotation
 from llama_fn.model.tapped import Tapped, embedding_observed
-from llama_fn.shapes import concrete, recording, typed
+from llama_fn.shapes import concrete, recording, traced, typed
 
 
 class Params(NamedTuple):
@@ -36,40 +36,59 @@ def head(norm: Float[Tensor, "d"] | Tapped, output: Float[Tensor, "v d"] | Kind,
     return linear(output, rms_norm(norm, x, eps))
 
 
+@overload
+def forward(params: Params, tokens: Tensor, cache: NoCache | None = None, *, layer: Callable[..., Any] = block,
+            head: Callable[..., Any] = head) -> tuple[Tensor, NoCache]: ...
+@overload
+def forward(params: Params, tokens: Tensor, cache: Cache, *, layer: Callable[..., Any] = block,
+            head: Callable[..., Any] = head) -> tuple[Tensor, Cache]: ...
 @typed
-def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | None = None,
-            *, layer: Callable = block, head: Callable = head) -> tuple[Float[Tensor, "*b t v"], Cache | None]:
+def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | NoCache | None = None,
+            *, layer: Callable[..., Any] = block,
+            head: Callable[..., Any] = head) -> tuple[Float[Tensor, "*b t v"], Cache | NoCache]:
     """The logits of the token after each token, and the cache with these tokens in it.
 
-    Without a cache the tokens are whole sequences, starting at position 0. With one, they continue each row at its
-    own `cache.length`. Nothing is changed: the cache that was passed in can be continued again, otherwise.
+    Without a cache the tokens are whole sequences, starting at position 0, and the second result is `NoCache()`, which
+    may be passed in again. With one, they continue each row at its own `cache.length`. Nothing is changed: the cache
+    that was passed in can be continued again, otherwise.
+
+    RoPE is defined at every position. So `config.max_seq_len`, the context that the model was trained for, is no limit
+    here, with a cache or without one: beyond it the numbers are those of the formula, and most models write worse. What
+    generates and scores text keeps within it.
 
     `layer` is what computes each layer: `block`, or a transform of it, as `layer=lf.remat(lf.block)`; `head` is what
     computes the logits. `jit_layers` compiles both.
 
     Raises `ValueError` for no tokens, for a token outside the vocabulary, and for more tokens than the cache has room
-    for (the last two in eager mode: compiled or mapped, numbers cannot be read before, and the index error is torch's;
-    in a step that a GPU replays, a token outside makes its row's logits NaN).
+    for (the last two in eager mode: compiled, numbers cannot be read before, and the index error is torch's, as it is
+    for a cache that is mapped; in a step that a GPU replays, a token outside makes its row's logits NaN).
     """
     x, cache = _layers(params, tokens, cache, layer)
     return head(params.norm, params.output, x, params.config.norm_eps), cache
 
 
+@overload
+def trunk(params: Params, tokens: Tensor, cache: NoCache | None = None,
+          *, layer: Callable[..., Any] = block) -> tuple[Tensor, NoCache]: ...
+@overload
+def trunk(params: Params, tokens: Tensor, cache: Cache,
+          *, layer: Callable[..., Any] = block) -> tuple[Tensor, Cache]: ...
 @typed
-def trunk(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | None = None,
-          *, layer: Callable = block) -> tuple[Float[Tensor, "*b t d"], Cache | None]:
+def trunk(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | NoCache | None = None,
+          *, layer: Callable[..., Any] = block) -> tuple[Float[Tensor, "*b t d"], Cache | NoCache]:
     """`forward` without the head: what the last layer says of each token. Of a long prompt, the logits after its last
     token are `head` of the last of these alone.
     """
     return _layers(params, tokens, cache, layer)
 
 
-def _layers(params: Params, tokens: Tensor, cache: Cache | None, layer: Callable) -> tuple[Tensor, Cache | None]:
+def _layers(params: Params, tokens: Tensor, cache: Cache | NoCache | None,
+            layer: Callable) -> tuple[Tensor, Cache | NoCache]:
     config, count = params.config, tokens.shape[-1]
     check_tokens(tokens, config.vocab_size)
     check_sizes(params, cache)
     start, slots = 0, None
-    if cache is not None:
+    if cache:
         check_room(cache, count)
         room = reach(cache, count)
         # A layer may have kernels for all of them at once, in the cache that it is given, or say that it has none.
@@ -82,14 +101,14 @@ def _layers(params: Params, tokens: Tensor, cache: Cache | None, layer: Callable
     x = embed(params.embedding, tokens)
     layers = []
     for i, weights in enumerate(params.blocks):
-        old = None if cache is None else KeysValues(cache.k[i], cache.v[i])
-        x, new = layer(weights, x, angles, old, None if cache is None else positions, slots, config.norm_eps)
+        old = KeysValues(cache.k[i], cache.v[i]) if cache else NoCache()
+        x, new = layer(weights, x, angles, old, positions if cache else None, slots, config.norm_eps)
         layers.append(new)
 
-    if cache is not None:
-        k, v = zip(*layers, strict=True)
-        cache = Cache(k, v, grown(cache.length, count))
-    return x, cache
+    if not cache:
+        return x, NoCache()
+    k, v = zip(*layers, strict=True)
+    return x, Cache(k, v, grown(cache.length, count))
 
 
 @typed
@@ -104,7 +123,7 @@ def embed(weight: Float[Tensor, "v d"] | Tapped, tokens: Int[Tensor, "*b t"]) ->
     return F.embedding(tokens.long(), weight)  # indexed, inductor's forward-over-reverse is wrong (torch 2.13)
 
 
-def check_sizes(params: Params, cache: Cache | None) -> None:
+def check_sizes(params: Params, cache: Cache | NoCache | None) -> None:
     """Raise `ValueError` where the config or the cache is not that of the weights."""
     v, d = params.embedding.shape
     if (v, d) != (params.config.vocab_size, params.config.dim):
@@ -115,17 +134,20 @@ def check_sizes(params: Params, cache: Cache | None) -> None:
         if (k, g, h) != (params.config.n_kv_heads, params.config.group_size, params.config.head_dim):
             raise ValueError(f"the config says {params.config.n_heads} heads on {params.config.n_kv_heads} key/value "
                              f"heads of width {params.config.head_dim}, the weights {k * g} on {k} of width {h}")
-    if cache is not None and not len(cache.k) == len(cache.v) == len(params.blocks):
+    if cache and not len(cache.k) == len(cache.v) == len(params.blocks):
         raise ValueError(f"the cache has {len(cache.k)} layers, the weights {len(params.blocks)}; "
                          "make it with init_cache from the same config")
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Raise `ValueError` for no tokens at all, and, where numbers can be read, for one outside the vocabulary."""
+    """Raise `ValueError` for no tokens at all, and in eager mode, mapped or not, for one outside the vocabulary."""
     if tokens.shape[-1] == 0:
         raise ValueError("there are no tokens (an empty prompt): begin a text with the tokenizer's bos_id")
-    if concrete(tokens) and tokens.numel():
-        low, high = ends(tokens)
+    if traced():
+        return
+    numbers = torch.func.debug_unwrap(tokens)  # a transform hides them; of all its rows none may be wrong
+    if concrete(numbers) and numbers.numel():
+        low, high = ends(numbers)
         if low < 0 or high >= vocab_size:
             raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {vocab_size} tokens, "
                              f"0 to {vocab_size - 1}; encode the text with the tokenizer that belongs to the model")

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llama_fn.model.block import block
-from llama_fn.model.transformer import Params, forward
+from llama_fn.model.transformer import Params, check_tokens, forward
 from llama_fn.shapes import typed
 
 
@@ -16,8 +16,12 @@ def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"]
          *, layer: Callable = block) -> Float[Tensor, ""]:
     """The mean of -log p(token | all before it) over the tokens that count: all but a row's first where `mask` is true.
 
-    If none counts, the loss is 0. To average over several batches exactly, add up `loss_sum` instead: a mean of
-    means weighs a token by the size of its batch. `layer` is that of `forward`.
+    If none counts, the loss is 0. Behind the last token that counts, a row may hold any ids, -100 too. To average over
+    several batches exactly, add up `loss_sum` instead: a mean of means weighs a token by the size of its batch. `layer`
+    is that of `forward`.
+
+    Raises `ValueError` for a row of one token, and in eager mode, mapped or not, for a token outside the vocabulary on
+    which the loss depends.
     """
     nats, counts = _nats(params, tokens, mask, layer)
     # Divided after the sum, its compiled reverse-over-forward derivative would crash (torch 2.13, pytorch#197067).
@@ -36,6 +40,11 @@ def _nats(params: Params, tokens: Tensor, mask: Tensor | None, layer: Callable) 
     """-log p of every token but the first, 0 where it does not count; and whether it does."""
     if tokens.shape[-1] < 2:
         raise ValueError(f"loss: a row needs 2 tokens or more, one to predict the next from, got {tokens.shape[-1]}")
+    if mask is not None:  # no token that counts sees those behind it, so that any ids will do there
+        places = torch.arange(tokens.shape[-1], device=tokens.device)
+        last = places[1:].where(mask[..., 1:], -1).amax(-1, keepdim=True)  # of the tokens that count
+        tokens = tokens.where(places <= last, 0)
+    check_tokens(tokens, params.config.vocab_size)
     logits, _ = forward(params, tokens[..., :-1], layer=layer)
     targets = tokens[..., 1:].long()
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))

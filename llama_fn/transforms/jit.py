@@ -45,7 +45,7 @@ def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
     def body(*args: P.args, **kwargs: P.kwargs) -> R:
         result = f(*args, **kwargs)
         arguments = dict(zip(signature.parameters, args, strict=False)) | kwargs
-        given = {name: arguments[name] for name in names if arguments.get(name) is not None}
+        given = {name: arguments[name] for name in names if tree.leaves(arguments.get(name))}
         return donated(given, result) if given else result
 
     # Dynamo counts compilations by code object: each jitted function needs one of its own.

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from llama_fn import tree
 from llama_fn.model import one_token
 from llama_fn.model.block import block
 from llama_fn.model.transformer import forward, head
@@ -67,7 +68,7 @@ def by_shape(f: Callable[P, R], donate: str | Sequence[str] = (),
     @functools.wraps(f)
     def run(*args: Any) -> R:
         result = f(*args)
-        given = {name: args[parameters.index(name)] for name in names if args[parameters.index(name)] is not None}
+        given = {name: x for name in names if tree.leaves(x := args[parameters.index(name)])}
         return donated(given, result) if given else result
 
     @functools.wraps(f)
