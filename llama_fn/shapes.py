@@ -213,6 +213,8 @@ def _check(hint: Any) -> Callable[[Any, str], tuple[str, Any, Any] | None]:
             return own[0] if len(own) == 1 else wrongs[0] if len(wrongs) == 1 else (where, hint, value)
 
         return union
+    if isinstance(hint, TypeVar) and hint.__bound__ is not None:
+        return _check(hint.__bound__)
     if hint in (int, float):
         fits = is_integer if hint is int else is_number
         return lambda value, where: None if fits(value) else (where, hint, value)

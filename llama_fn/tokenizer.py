@@ -113,7 +113,7 @@ def _complete(data: bytes) -> tuple[str, bytes]:
     return text, b""
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Read a `tokenizer.model`. Raises `FileNotFoundError`, or `ValueError` naming the file if it is something else."""
     try:
         return Tokenizer(Path(path).read_bytes())

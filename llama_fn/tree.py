@@ -13,7 +13,7 @@ from torch.utils import _pytree
 T = TypeVar("T")
 
 
-def map(f: Callable, tree: Any, *rest: Any) -> Any:
+def map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """`f` over the leaves of one tree, or over corresponding leaves of several of the same structure.
 
     Where the first has a leaf, the others may have a tree, which `f` gets whole.
@@ -47,7 +47,7 @@ def paths(tree: Any) -> dict[str, Any]:
     return {".".join(_step(entry) for entry in path): x for path, x in pairs if x is not None}
 
 
-def map_with_path(f: Callable, tree: Any, *rest: Any) -> Any:
+def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """As `map`, with each leaf's path as the first argument of `f`."""
     return _pytree.tree_map_with_path(
         lambda path, x, *xs: None if x is None else f(".".join(_step(entry) for entry in path), x, *xs), tree, *rest)

@@ -214,7 +214,7 @@ def test_a_whole_number_is_the_float_that_it_equals(name):
 @pytest.mark.parametrize("name", FLOATS)
 def test_what_is_no_number_is_refused_where_a_float_is_meant(name):
     n, f, outside = FLOATS[name]
-    for wrong in (bool(n), np.bool_(n), str(n), complex(n), Fraction(n), *outside):
+    for wrong in (bool(n), np.bool_(n), str(n), complex(n), Fraction(n), [n], *outside):
         with pytest.raises(ValueError, match=name.split(".")[1]):
             f(wrong)
 

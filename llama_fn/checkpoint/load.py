@@ -32,7 +32,7 @@ class Model(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load(path_or_name: str | os.PathLike, *, dtype: torch.dtype | None = None,
+def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = None,
          device: torch.device | str | None = None, quantize: Bits | None = None) -> Model:
     """The embedded model "stories" or its draft "stories-draft" (by this string), or the model of a folder in Meta's or
     Hugging Face's layout, or of llama2.c, told apart by their files.
@@ -52,7 +52,7 @@ def load(path_or_name: str | os.PathLike, *, dtype: torch.dtype | None = None,
     return Model(params_of(weights, device, *form), tokenizer)
 
 
-def save(model: Model, path: str | os.PathLike, *, format: Format = "meta", shards: int | None = None,
+def save(model: Model, path: str | os.PathLike[str], *, format: Format = "meta", shards: int | None = None,
          dtype: torch.dtype | None = None) -> None:
     """Write a model to a folder, so that `load` reads it back bit for bit (`dtype` None), or cast.
 
@@ -66,7 +66,7 @@ def save(model: Model, path: str | os.PathLike, *, format: Format = "meta", shar
     write(weights_of(model.params, dtype), model.tokenizer, path, format, shards)
 
 
-def find(path_or_name: str | os.PathLike) -> tuple[Format, Path]:
+def find(path_or_name: str | os.PathLike[str]) -> tuple[Format, Path]:
     """The format of a model, and where it lies: a folder, or llama2.c's file."""
     path = Path(path_or_name)
     there = [format for format, name in SETTINGS.items() if (path / name).is_file()]

@@ -17,14 +17,19 @@ Sampler = Callable[..., Tensor]
 Narrowing = Callable[..., Tensor]
 
 
-@functools.lru_cache(256, typed=True)  # of the same settings the same: a step that was compiled with it is found
 def sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
             repetition_penalty: float | None = None) -> Sampler:
     """A function `sample(key, logits, tokens=None)` that draws from the model's distribution, narrowed by `narrowing`
-    with the same settings.
+    with the same settings. Equal settings give the same function, so that a step compiled with it is found again.
 
     Raises `ValueError` for a setting outside its range; `sample` does for logits that are not numbers.
     """
+    return _sampler(*_in_range(temperature, top_k, top_p, min_p, repetition_penalty))
+
+
+@functools.lru_cache(256)  # beneath `sampler`, since it would hide the signature from type checkers
+def _sampler(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None,
+             repetition_penalty: float | None) -> Sampler:
     narrow = narrowing(temperature, top_k, top_p, min_p, repetition_penalty)
 
     @typed
@@ -53,15 +58,8 @@ def narrowing(temperature: float = 1.0, top_k: int | None = None, top_p: float |
 
     Raises `ValueError` for a setting outside its range; `narrow` does for logits that are not numbers.
     """
-    temperature = number("sampler: temperature", temperature)
-    if top_k is not None:
-        top_k = integer("sampler: top_k", top_k, 1)
-    if top_p is not None:
-        top_p = number("sampler: top_p", top_p, 0, 1, above=True)
-    if min_p is not None:
-        min_p = number("sampler: min_p", min_p, 0, 1)
-    if repetition_penalty is not None:
-        repetition_penalty = number("sampler: repetition_penalty", repetition_penalty, above=True)
+    temperature, top_k, top_p, min_p, repetition_penalty = _in_range(temperature, top_k, top_p, min_p,
+                                                                     repetition_penalty)
 
     @typed
     def narrow(logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b s"] | None = None) -> Float[Tensor, "*b v"]:
@@ -137,3 +135,14 @@ def _keep_down_to(logits: Tensor, lowest: Tensor, count: Tensor | int) -> Tensor
     above, equal = logits > lowest, logits == lowest
     room = count - above.sum(-1, keepdim=True)
     return logits.masked_fill(~(above | (equal & (equal.cumsum(-1) <= room))), -math.inf)
+
+
+def _in_range(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None,
+              repetition_penalty: float | None) -> tuple[float, int | None, float | None, float | None, float | None]:
+    """The settings as plain numbers, each in its range."""
+    return (number("sampler: temperature", temperature),
+            None if top_k is None else integer("sampler: top_k", top_k, 1),
+            None if top_p is None else number("sampler: top_p", top_p, 0, 1, above=True),
+            None if min_p is None else number("sampler: min_p", min_p, 0, 1),
+            None if repetition_penalty is None else number("sampler: repetition_penalty", repetition_penalty,
+                                                           above=True))

@@ -16,7 +16,7 @@ from torch._C import _functorch as functorch
 from llama_fn import tree
 from llama_fn.model import avx2, sdpa
 from llama_fn.model import cache as kv
-from llama_fn.model.cache import Forked, KeysValues, NoCache
+from llama_fn.model.cache import AnyKeysValues, Forked, NoCache
 from llama_fn.model.linear import Kind, linear, linears
 from llama_fn.model.rope import Rotation, rotate
 from llama_fn.model.sums import in_memory
@@ -35,9 +35,9 @@ class Attention(NamedTuple):
 
 
 @typed
-def attention(params: Attention, x: Float[Tensor, "*b t d"], rotation: Rotation, cache: KeysValues | NoCache | None,
+def attention(params: Attention, x: Float[Tensor, "*b t d"], rotation: Rotation, cache: AnyKeysValues | None,
               positions: Int[Tensor, "*b t"] | None,
-              slots: Int[Tensor, "_"] | None) -> tuple[Float[Tensor, "*b t d"], KeysValues | NoCache]:
+              slots: Int[Tensor, "_"] | None) -> tuple[Float[Tensor, "*b t d"], AnyKeysValues]:
     """Each token looks at itself and at those before it: in this call, and in the cache if there is one.
 
     `positions` are the tokens' slots in the cache, `slots` those of it that are read; both None where there is no

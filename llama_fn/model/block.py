@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama_fn.model.attention import Attention, attention
-from llama_fn.model.cache import KeysValues, NoCache
+from llama_fn.model.cache import AnyKeysValues
 from llama_fn.model.feedforward import FeedForward, feed_forward
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import Rotation
@@ -24,9 +24,9 @@ class Block(NamedTuple):
 
 
 @typed
-def block(params: Block, x: Float[Tensor, "*b t d"], rotation: Rotation, cache: KeysValues | NoCache | None,
+def block(params: Block, x: Float[Tensor, "*b t d"], rotation: Rotation, cache: AnyKeysValues | None,
           positions: Int[Tensor, "*b t"] | None, slots: Int[Tensor, "_"] | None,
-          eps: float) -> tuple[Float[Tensor, "*b t d"], KeysValues | NoCache]:
+          eps: float) -> tuple[Float[Tensor, "*b t d"], AnyKeysValues]:
     """x + attention(norm x), then x + feed_forward(norm x). The other arguments are those of `attention`."""
     seen, cache = attention(params.attention, rms_norm(params.attention_norm, x, eps), rotation, cache,
                             positions, slots)

@@ -7,6 +7,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch._C import _functorch as functorch
+from typing_extensions import TypeVar  # typing's has no default before Python 3.13
 
 from llama_fn.config import Config
 from llama_fn.model.extent import extent
@@ -55,6 +56,11 @@ class KeysValues(NamedTuple):
 
     k: Float[Tensor, "*b k s h"] | Forked
     v: Float[Tensor, "*b k s h"] | Forked
+
+
+# A cache, or none. In a signature: what comes out is of the kind that went in.
+AnyCache = TypeVar("AnyCache", bound=Cache | NoCache, default=NoCache)
+AnyKeysValues = TypeVar("AnyKeysValues", bound=KeysValues | NoCache, default=NoCache)
 
 
 @typed

@@ -6,7 +6,7 @@ instead of W x. The rest of the model does not notice.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,10 @@ class Adapted(NamedTuple):
         return self.weight.shape
 
 
-Kind = Adapted | Tapped | Quantized | Grouped  # of a weight that is no tensor
+if TYPE_CHECKING:
+    Kind = Tensor  # so that `params.output + 1` is right, which for nearly all parameters it is
+else:
+    Kind = Adapted | Tapped | Quantized | Grouped  # of a weight that is no tensor
 PIECE = 1024  # outputs of a weight that are made float32 at a time: some megabytes, which stay in the cache
 HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

@@ -7,7 +7,7 @@ learners", section 4).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,11 +19,17 @@ REMEDY = ("for such a loss, have whole gradients measured, one weight at a time,
           "tuple: the loss is lambda p, *example: loss(p[0], *example), and the parameters (params,)")
 
 
+if TYPE_CHECKING:
+    Base = Tensor  # in whose place it stands: `params.norm + 1` is right, which for nearly all parameters it is
+else:
+    Base = object
+
+
 class TappedError(AttributeError, ValueError):
     """A weight is used in a way in which the norm of its gradient cannot be measured."""
 
 
-class Tapped:
+class Tapped(Base):
     """In a weight's place: everything is computed as ever, and the gradient of `tap`, a zero, is the squared norm.
 
     A leaf, and no tree of tensors: what does not know it fails on it, where a weight that is changed on its way would

@@ -1,7 +1,7 @@
 """The model: `forward` over a tree of parameters."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama_fn.config import Config
 from llama_fn.model.block import Block, block
-from llama_fn.model.cache import Cache, KeysValues, NoCache, check_room, reach
+from llama_fn.model.cache import AnyCache, Cache, KeysValues, NoCache, check_room, reach
 from llama_fn.model.extent import ends, grown
 from llama_fn.model.linear import Kind, linear
 from llama_fn.model.norm import rms_norm
@@ -36,16 +36,10 @@ def head(norm: Float[Tensor, "d"] | Tapped, output: Float[Tensor, "v d"] | Kind,
     return linear(output, rms_norm(norm, x, eps))
 
 
-@overload
-def forward(params: Params, tokens: Tensor, cache: NoCache | None = None, *, layer: Callable[..., Any] = block,
-            head: Callable[..., Any] = head) -> tuple[Tensor, NoCache]: ...
-@overload
-def forward(params: Params, tokens: Tensor, cache: Cache, *, layer: Callable[..., Any] = block,
-            head: Callable[..., Any] = head) -> tuple[Tensor, Cache]: ...
 @typed
-def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | NoCache | None = None,
-            *, layer: Callable[..., Any] = block,
-            head: Callable[..., Any] = head) -> tuple[Float[Tensor, "*b t v"], Cache | NoCache]:
+def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: AnyCache | None = None,
+            *, layer: Callable[..., Any] = block, head: Callable[..., Any] = head
+            ) -> tuple[Float[Tensor, "*b t v"], AnyCache]:
     """The logits of the token after each token, and the cache with these tokens in it.
 
     Without a cache the tokens are whole sequences, starting at position 0, and the second result is `NoCache()`, which
@@ -67,15 +61,9 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | NoCache 
     return head(params.norm, params.output, x, params.config.norm_eps), cache
 
 
-@overload
-def trunk(params: Params, tokens: Tensor, cache: NoCache | None = None,
-          *, layer: Callable[..., Any] = block) -> tuple[Tensor, NoCache]: ...
-@overload
-def trunk(params: Params, tokens: Tensor, cache: Cache,
-          *, layer: Callable[..., Any] = block) -> tuple[Tensor, Cache]: ...
 @typed
-def trunk(params: Params, tokens: Int[Tensor, "*b t"], cache: Cache | NoCache | None = None,
-          *, layer: Callable[..., Any] = block) -> tuple[Float[Tensor, "*b t d"], Cache | NoCache]:
+def trunk(params: Params, tokens: Int[Tensor, "*b t"], cache: AnyCache | None = None,
+          *, layer: Callable[..., Any] = block) -> tuple[Float[Tensor, "*b t d"], AnyCache]:
     """`forward` without the head: what the last layer says of each token. Of a long prompt, the logits after its last
     token are `head` of the last of these alone.
     """

@@ -1,6 +1,7 @@
 """The loss: cross-entropy of the next token, in nats."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,7 +14,7 @@ from llama_fn.shapes import typed
 
 @typed
 def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None,
-         *, layer: Callable = block) -> Float[Tensor, ""]:
+         *, layer: Callable[..., Any] = block) -> Float[Tensor, ""]:
     """The mean of -log p(token | all before it) over the tokens that count: all but a row's first where `mask` is true.
 
     If none counts, the loss is 0. Behind the last token that counts, a row may hold any ids, -100 too. To average over
@@ -30,7 +31,7 @@ def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"]
 
 @typed
 def loss_sum(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None,
-             *, layer: Callable = block) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+             *, layer: Callable[..., Any] = block) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """The sum of -log p over the tokens that count, and their number. The softmax is taken in float32 at least."""
     nats, counts = _nats(params, tokens, mask, layer)
     return nats.sum(), counts.sum()

@@ -5,7 +5,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch import Tensor
 from llama_fn import tree
 from llama_fn.model import one_token
 from llama_fn.model.block import block
-from llama_fn.model.transformer import forward, head
+from llama_fn.model.cache import AnyCache
+from llama_fn.model.transformer import Params, forward, head
 from llama_fn.shapes import traced
 from llama_fn.transforms.compiled import compiled, part, plain
 from llama_fn.transforms.inductor import ONE_LOOP
@@ -24,6 +25,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+class Forward(Protocol):
+    """The type of `forward`."""
+
+    def __call__(self, params: Params, tokens: Tensor, cache: AnyCache | None = None) -> tuple[Tensor, AnyCache]: ...
+
+
+@overload
+def jit_layers(f: Callable[P, R], donate: str | Sequence[str] = "cache") -> Callable[P, R]: ...
+@overload
+def jit_layers(*, donate: str | Sequence[str] = "cache") -> Forward: ...
 def jit_layers(f: Callable[P, R] = forward, donate: str | Sequence[str] = "cache") -> Callable[P, R]:
     """`forward`, `trunk`, or a function that hands them `layer` and `head`, compiled by its parts: all layers
     share one compiled block, so that the first call takes as long for 80 of them as for one. The cache is written in

@@ -132,7 +132,7 @@ def unstack(adapter: Lora) -> list[Lora]:
 
 
 @typed
-def save(adapter: Lora, folder: str | os.PathLike, params: Params) -> None:
+def save(adapter: Lora, folder: str | os.PathLike[str], params: Params) -> None:
     """Write an adapter of `params` as PEFT does, which loads it on the model that `lf.save(..., format="hf")` writes.
 
     The files are written beside their places and moved there at the end. Raises `ValueError` for an adapter that does
@@ -143,7 +143,7 @@ def save(adapter: Lora, folder: str | os.PathLike, params: Params) -> None:
 
 
 @typed
-def load(folder: str | os.PathLike, params: Params) -> Lora:
+def load(folder: str | os.PathLike[str], params: Params) -> Lora:
     """Read an adapter for `params`, in its own dtype, from the folder where `save`, or PEFT, wrote it.
 
     Raises `FileNotFoundError`, and `ValueError` naming everything that does not fit `params` or is no plain LoRA.
