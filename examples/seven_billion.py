@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import llama_fn as lf
+from llama_fn.checkpoint.atomic import replacing_folder
 from llama_fn.checkpoint.load import find, open_weights
 from llama_fn.checkpoint.meta import write_meta
 from llama_fn.checkpoint.weights import Weights, params_of
@@ -42,9 +43,9 @@ def memory() -> str:
 what, folder = sys.argv[1], Path(sys.argv[2])
 number = int(sys.argv[3]) if len(sys.argv) > 3 else None
 if what == "make":
-    folder.mkdir(parents=True)
-    with tqdm(total=2 * config.n_params, unit="B", unit_scale=True, desc="writing") as bar:
-        write_meta(Weights(config, draw, torch.bfloat16, []), folder, number, bar.update)
+    with (tqdm(total=2 * config.n_params, unit="B", unit_scale=True, desc="writing") as bar,
+          replacing_folder(folder) as beside):
+        write_meta(Weights(config, draw, torch.bfloat16, []), beside, number, bar.update)
 else:
     begun = time.perf_counter()
     print(f"before           {memory()}")

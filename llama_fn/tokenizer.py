@@ -11,6 +11,7 @@ import sentencepiece as spm
 from llama_fn import tree
 from llama_fn.ranges import integer
 
+LARGEST_FILE = 1 << 24  # bytes of a `tokenizer.model`; one of 256,000 tokens has a quarter of it
 LONGEST_LINE = 1 << 16  # characters; SentencePiece skips a longer line without a word, so it comes in parts
 
 
@@ -115,8 +116,11 @@ def _complete(data: bytes) -> tuple[str, bytes]:
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Read a `tokenizer.model`. Raises `FileNotFoundError`, or `ValueError` naming the file if it is something else."""
+    path = Path(path)
     try:
-        return Tokenizer(Path(path).read_bytes())
+        if path.is_file() and (size := path.stat().st_size) > LARGEST_FILE:
+            raise ValueError(f"{size:,} bytes, at most {LARGEST_FILE:,} are read; is it the right file?")
+        return Tokenizer(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

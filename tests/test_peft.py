@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 import llama_fn as lf
 from llama_fn import lora, tree
-from llama_fn.checkpoint import peft as layout
+from llama_fn.checkpoint import files
 
 # PEFT asks a model of transformers for a property by its old name, and has a word to say on adapters of tied weights.
 pytestmark = [pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
@@ -247,7 +247,7 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_written(model, params,
 
 def test_a_failed_save_leaves_the_old_adapter_whole(folder, params, monkeypatch):
     before = contents(folder)
-    monkeypatch.setattr(layout, "save_file", failing(layout.save_file, full_disk()))
+    monkeypatch.setattr(files, "save_file", failing(files.save_file, full_disk()))
     with pytest.raises(OSError, match="No space left"):
         lora.save(trained(lf.random.key(5), params, 2, ("wv",)), folder, params)
     assert contents(folder) == before

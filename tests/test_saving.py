@@ -7,7 +7,7 @@ from folders import contents, failing, full_disk, same
 
 import llama_fn as lf
 from llama_fn import tree
-from llama_fn.checkpoint import huggingface, llama2c
+from llama_fn.checkpoint import files, llama2c
 from llama_fn.checkpoint.load import SETTINGS
 
 
@@ -36,7 +36,7 @@ def test_an_unknown_format_is_an_error_and_writes_nothing(model, tmp_path):
 @pytest.mark.parametrize("error", [full_disk(), KeyboardInterrupt()], ids=["full", "interrupted"])
 @pytest.mark.parametrize("format, owner, write", [
     ("meta", torch, "save"), ("meta", Path, "write_text"), ("meta", Path, "write_bytes"),
-    ("hf", huggingface, "save_file"), ("hf", Path, "write_text"),
+    ("hf", files, "save_file"), ("hf", Path, "write_text"),
     ("llama2c", llama2c, "write_llama2c"), ("llama2c", llama2c, "write_vocabulary"),
 ])
 def test_a_failed_write_leaves_the_old_files_whole_and_no_part(model, tmp_path, monkeypatch, format, owner, write,
@@ -81,7 +81,7 @@ def test_a_folder_in_the_place_of_a_file_stops_the_writing(model, folder):
     (folder / "params.json").unlink()
     (folder / "params.json").mkdir()
     before = contents(folder)
-    with pytest.raises(OSError, match=r"params\.json: a folder, in the place of a file"):
+    with pytest.raises(OSError, match=r"Is a directory, while writing; choose another name, or move that folder: .*params\.json"):
         lf.save(other(model), folder)
     assert contents(folder) == before
 

@@ -1,62 +1,21 @@
-"""Files that are whole or not there, and files that are what they say: in their folder, of tensors, without code."""
+"""Files that are what they say: in their folder, of tensors, without code, no larger than they claim to be."""
 
 import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from llama_fn.checkpoint.weights import Stored
+from llama_fn.checkpoint.atomic import replacing, writing
+from llama_fn.checkpoint.limits import check_header, check_size, check_torch_file
+from llama_fn.checkpoint.weights import Report, Stored
 
 KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` at the end, and is removed if anything fails."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        yield beside
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing_folder(folder: str | os.PathLike, instead_of: Sequence[str] = ()) -> Iterator[Path]:
-    """A folder to write to, whose files move to `folder` at the end; if anything fails before, none does.
-
-    It lies within `folder` if that is there: a file moves only within its disk, and `folder` may be the top of one.
-    Files in `folder` that match a pattern of `instead_of` and are not written anew are removed; all others stay.
-    """
-    folder = Path(folder).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder / ".part" if folder.is_dir() else folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-        if not folder.exists():
-            beside.rename(folder)
-            return
-        new = {file.name for file in beside.iterdir()}
-        old = {file for pattern in instead_of for file in folder.glob(pattern) if file.name not in new}
-        if in_the_way := [file for name in sorted(new) if (file := folder / name).is_dir()]:
-            raise IsADirectoryError(f"{in_the_way[0]}: a folder, in the place of a file to be written")
-        for name in sorted(new):
-            (beside / name).replace(folder / name)
-        for file in old:
-            file.unlink()
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def inside(folder: str | os.PathLike, name: str, *also: Path) -> Path:
@@ -84,8 +43,57 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         beside.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: str | os.PathLike) -> dict:
-    """Raises `FileNotFoundError`, or `ValueError` naming the file if it holds anything but a JSON object."""
+def write_tensors(value: Any, path: Path, report: Report = lambda count: None) -> None:
+    """`torch.save`, with the file's own error if there is one: torch puts one of its own in its place.
+
+    `report` is told of bytes as they are written.
+    """
+    with writing(path), path.open("wb") as file:
+        counted = _Counted(file, report)
+        try:
+            torch.save(value, counted)
+        except Exception as error:
+            raise counted.error or error from None
+
+
+class _Counted:
+    """A file that reports the bytes written to it, and keeps its first error."""
+
+    def __init__(self, file: Any, report: Report) -> None:
+        self.file, self.report, self.error = file, report, None
+
+    def write(self, data: Any) -> int:
+        try:
+            count = self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.report(count)
+        return count
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_safetensors(state: dict[str, Tensor], path: Path) -> None:
+    """safetensors' `save_file`, with the system's error as `OSError`, and a file that others may read, as any other."""
+    with writing(path):
+        path.touch()
+        mode = path.stat().st_mode
+        try:
+            save_file(apart(state), path, {"format": "pt"})
+        except SafetensorError as error:
+            if code := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(code[1]), "", str(path)) from None
+            raise
+        path.chmod(mode)  # safetensors lets nobody but the owner read it
+
+
+def read_json(path: str | os.PathLike, most: int = 2**22) -> dict:
+    """Raises `FileNotFoundError`, or `ValueError` naming the file if it holds anything but a JSON object, or is of more
+    bytes than `most`.
+    """
+    check_size(path, most)
     try:
         value = json.loads(Path(path).read_text())
     except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError, too
@@ -102,6 +110,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    check_torch_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ValueError, ... for bad files
@@ -113,7 +122,8 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def header(file: Path) -> list[Stored]:
-    """The tensors of a safetensors file, by its header; the library checks its length and offsets."""
+    """The tensors of a safetensors file, by its header; the library checks its offsets."""
+    check_header(file)
     try:
         with safe_open(file, "pt") as tensors:
             parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118, it is no dict

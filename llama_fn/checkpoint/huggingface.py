@@ -6,7 +6,6 @@ permuted on the way in and out (as by transformers' `convert_llama_weights_to_hf
 
 import functools
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from typing import Any
 import torch
 from einops import rearrange
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.checkpoint.files import apart, header, inside, read_json, write_json
+from llama_fn.checkpoint.files import header, inside, read_json, write_json, write_safetensors
 from llama_fn.checkpoint.hf_config import read_config, write_config
 from llama_fn.checkpoint.weights import (
     Report,
@@ -29,6 +27,7 @@ from llama_fn.checkpoint.weights import (
     layer_of,
     misfits,
     params_of,
+    same_numbers,
     stored,
     usual_dtype,
     weights_of,
@@ -133,9 +132,8 @@ def write_hf(weights: Weights, folder: Path, shards: int | None, report: Report)
     write_json(folder / SETTINGS, write_config(weights.config, weights.tied, weights.dtype))
     for i, some in enumerate(files):
         name = WEIGHTS if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-        state = apart({hf_name(path): _out(weights, path) for path in some})
-        save_file(state, folder / name, {"format": "pt"})
-        shutil.copymode(folder / SETTINGS, folder / name)  # safetensors lets nobody but the owner read it
+        state = {hf_name(path): _out(weights, path) for path in some}
+        write_safetensors(state, folder / name)
         report(sum(x.nbytes for x in state.values()))
         index |= dict.fromkeys(state, name)
     if count > 1:
@@ -179,7 +177,7 @@ def _weights(where: str, config: Config, tied: bool, found: list[Stored], tensor
     problems = misfits(wanted, found, usual_dtype(found) if dtype is None else None)
     if not problems and both:
         head, embedding = tensor(HEAD, HEAD), tensor(hf_name("embedding"), HEAD)
-        if tied and not torch.equal(head, embedding):
+        if tied and not same_numbers(head, embedding):
             problems = [f"duplicate: {HEAD} differs from {hf_name('embedding')}, to which tie_word_embeddings ties it"]
         tied = tied or is_same(head, embedding)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_fn import tree
+from llama_fn.checkpoint.atomic import writing
 from llama_fn.checkpoint.files import inside
 from llama_fn.checkpoint.weights import Report, Stored, Weights, flat_shape
 from llama_fn.config import Config
@@ -22,6 +23,7 @@ from llama_fn.tokenizer import Tokenizer
 
 WEIGHTS, VOCABULARY = "model.bin", "tokenizer.bin"
 FILES = (WEIGHTS, VOCABULARY)
+MOST_LAYERS = 2**12  # the one number of the header that takes memory whatever the others are
 HEADER = struct.Struct("<7i")  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size (negative: untied), context
 KINDS = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo", "ffn_norm",
          "feed_forward.w_gate", "feed_forward.w_down", "feed_forward.w_up")
@@ -41,6 +43,9 @@ def open_llama2c(file: Path, dtype: torch.dtype | None = None) -> Weights:
         config = Config(dim, n_layers, n_heads, n_kv_heads, abs(vocab_size), hidden_dim, max_seq_len=max_seq_len)
     except ValueError as error:
         raise ValueError(f"{file}: not a checkpoint of llama2.c (version 0): {error}") from None
+    if n_layers > MOST_LAYERS:
+        raise ValueError(f"{file}: not a checkpoint of llama2.c (version 0): {n_layers} layers, at most {MOST_LAYERS} "
+                         "are read")
     tied, size = vocab_size > 0, file.stat().st_size
     wanted = HEADER.size + 4 * (config.n_params + max_seq_len * config.head_dim - tied * config.vocab_size * dim)
     if size != wanted:
@@ -70,7 +75,7 @@ def write_llama2c(weights: Weights, folder: Path, shards: int | None, report: Re
     if (config.norm_eps, config.rope_theta, config.rope_scaling) != (1e-5, 10000.0, None):
         raise ValueError(f"run.c computes with norm_eps 1e-05 and rope_theta 10000, this model with {config.norm_eps} "
                          f"and {config.rope_theta}" + (f" and {config.rope_scaling}" if config.rope_scaling else ""))
-    with (folder / WEIGHTS).open("wb") as file:
+    with writing(folder / WEIGHTS), (folder / WEIGHTS).open("wb") as file:
         file.write(HEADER.pack(config.dim, config.hidden_dim, config.n_layers, config.n_heads, config.n_kv_heads,
                                config.vocab_size if weights.tied else -config.vocab_size, config.max_seq_len))
         for path in _order(config, weights.tied):
@@ -81,7 +86,7 @@ def write_llama2c(weights: Weights, folder: Path, shards: int | None, report: Re
                 parts = [weights.read(path)]
             for x in parts:
                 data = x.float().contiguous().numpy().astype("<f4", copy=False)
-                data.tofile(file)
+                file.write(data)  # and not data.tofile(file), whose error does not say that the disk is full
                 report(data.nbytes)
 
 
@@ -92,7 +97,7 @@ def write_vocabulary(tokenizer: Tokenizer, file: Path) -> None:
     for id in range(tokenizer.vocab_size):
         piece = {tokenizer.bos_id: "\n<s>\n", tokenizer.eos_id: "\n</s>\n"}.get(id, processor.id_to_piece(id))
         tokens.append((processor.get_score(id), piece.replace("\u2581", " ").encode()))
-    with file.open("wb") as out:
+    with writing(file), file.open("wb") as out:
         out.write(struct.pack("<I", max(len(piece) for _, piece in tokens)))
         for score, piece in tokens:
             out.write(struct.pack("<fI", score, len(piece)) + piece)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.checkpoint import huggingface, llama2c, meta
-from llama_fn.checkpoint.files import inside, replacing_folder
+from llama_fn.checkpoint.atomic import COMPLETE, current, replacing_folder, writing
+from llama_fn.checkpoint.files import inside
 from llama_fn.checkpoint.weights import Report, Weights, check_dtype, params_of, weights_of
 from llama_fn.model.transformer import Params
 from llama_fn.ranges import integer
@@ -69,6 +70,7 @@ def save(model: Model, path: str | os.PathLike[str], *, format: Format = "meta",
 def find(path_or_name: str | os.PathLike[str]) -> tuple[Format, Path]:
     """The format of a model, and where it lies: a folder, or llama2.c's file."""
     path = Path(path_or_name)
+    path = newer if (newer := current(path.parent) / path.name).is_file() else current(path)
     there = [format for format, name in SETTINGS.items() if (path / name).is_file()]
     if isinstance(path_or_name, str) and path_or_name in EMBEDDED:
         if there:
@@ -104,7 +106,7 @@ def check_not_quantized(weights: Weights, bits: Bits | None, place: Path) -> Non
 def open_tokenizer(place: Path, weights: Weights) -> Tokenizer:
     """The tokenizer of a model. Raises `ValueError` if its vocabulary is not that of the weights."""
     folder = place if place.is_dir() else place.parent
-    above = folder.resolve().parent
+    above = folder.resolve().parents[folder.name == COMPLETE]
     in_folder = (folder / TOKENIZER).exists() or not (above / TOKENIZER).exists()
     file = inside(folder, TOKENIZER, above) if in_folder else inside(above, TOKENIZER)
     tokenizer = load_tokenizer(file)
@@ -121,12 +123,15 @@ def write(weights: Weights, tokenizer: Tokenizer, path: str | os.PathLike, forma
                "llama2c": (llama2c.write_llama2c, llama2c.FILES)}
     if format not in writers:
         raise ValueError(f"unknown format {format!r}, only {', '.join(map(repr, writers))} are known")
-    if others := [name for other, name in SETTINGS.items() if other != format and (Path(path) / name).exists()]:
+    with writing(Path(path)):
+        others = [name for other, name in SETTINGS.items() if other != format and (current(path) / name).exists()]
+    if others:
         raise ValueError(f"{path}: a model in another format lies there ({others[0]}); choose a folder of its own")
     writer, files = writers[format]
     weights = weights._replace(read=functools.partial(_on_cpu, weights.read))
-    with replacing_folder(path, files) as beside:
-        (beside / TOKENIZER).write_bytes(tokenizer.model)
+    with replacing_folder(path, (TOKENIZER, *files)) as beside:
+        with writing(beside / TOKENIZER):
+            (beside / TOKENIZER).write_bytes(tokenizer.model)
         writer(weights, beside, shards, report)
         if format == "hf":
             huggingface.write_tokenizer_config(tokenizer, weights.config, beside / huggingface.VOCABULARY)

@@ -17,8 +17,17 @@ from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.checkpoint import quantized
-from llama_fn.checkpoint.files import inside, read_json, read_tensors, write_json
-from llama_fn.checkpoint.weights import Report, Weights, flat_shape, layer_of, misfits, stored, usual_dtype
+from llama_fn.checkpoint.files import inside, read_json, read_tensors, write_json, write_tensors
+from llama_fn.checkpoint.weights import (
+    Report,
+    Weights,
+    flat_shape,
+    layer_of,
+    misfits,
+    same_numbers,
+    stored,
+    usual_dtype,
+)
 from llama_fn.config import Config, RopeScaling
 from llama_fn.model.init import abstract_params
 from llama_fn.transforms.quantize import is_matrix
@@ -61,8 +70,8 @@ def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
         for line in misfits(wanted, shard, kept if dtype is None else None, f" in {file.name}", kinds)]
     for name in [] if problems else [meta_name(path) for path in abstract if _axis(path) is None]:
         problems += [f"{name}: differs between {files[0].name} and {file.name}"
-                     for file, state in zip(files, states, strict=True)
-                     if not torch.equal(state[name], states[0][name])]
+                     for file, state in list(zip(files, states, strict=True))[1:]
+                     if not same_numbers(state[name], states[0][name])]
     copied = len(files) > 1 or dtype not in (None, kept)
 
     @functools.lru_cache(maxsize=1)
@@ -87,7 +96,7 @@ def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
     name = meta_name("blocks.0.attention.wq")
     notes += [f"{file} holds the numbers of {files[0].name}: is it a copy?"
               for file, state in list(zip(files, states, strict=True))[1:]
-              if not problems and torch.equal(state[name], states[0][name])]
+              if not problems and same_numbers(state[name], states[0][name])]
     return Weights(config, read, dtype or kept, entries, problems, notes, bits=quantized.bits(integers.values()))
 
 
@@ -113,8 +122,7 @@ def write_meta(weights: Weights, folder: Path, shards: int | None, report: Repor
             piece = x if _axis(path) is None else x.chunk(count, _axis(path))[i]
             whole = piece.is_contiguous() and piece.untyped_storage().nbytes() == piece.nbytes
             state[meta_name(path)] = piece if whole else piece.clone(memory_format=torch.contiguous_format)
-        with (folder / f"consolidated.{i:02d}.pth").open("wb") as file:
-            torch.save(state, _Counted(file, report))
+        write_tensors(state, folder / f"consolidated.{i:02d}.pth", report)
     write_json(folder / SETTINGS, settings)
 
 
@@ -212,17 +220,3 @@ def _shard_problems(config: Config, found: list[list]) -> list[str]:
     if wrong := _indivisible(config, len(found)):
         return [f"{len(found)} shards cannot make a model where {wrong}"]
     return []
-
-
-class _Counted:
-    """A file that reports the bytes written to it."""
-
-    def __init__(self, file: Any, report: Report) -> None:
-        self.file, self.report = file, report
-
-    def write(self, data: Any) -> int:
-        self.report(len(data))
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()

@@ -4,18 +4,17 @@ The rows of B that belong to `wq` and `wk` are permuted as those of the weights 
 """
 
 import math
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.checkpoint.files import apart, header, inside, read_json, replacing_folder, write_json
+from llama_fn.checkpoint.atomic import current, replacing_folder
+from llama_fn.checkpoint.files import header, inside, read_json, write_json, write_safetensors
 from llama_fn.checkpoint.huggingface import HEAD, hf_name, rope_heads, to_halves, to_interleaved
 from llama_fn.checkpoint.load import SETTINGS as MODELS
 from llama_fn.checkpoint.weights import misfits
@@ -52,7 +51,7 @@ def write_peft(matrices: Matrices, alpha: float, config: Config, folder: Path) -
     ranks = sorted({len(a) for a, _ in matrices.values()})
     if len(ranks) != 1:
         raise ValueError(f"an adapter of one rank can be written, this one has {', '.join(map(str, ranks)) or 'none'}")
-    if there := [name for name in MODELS.values() if (folder / name).exists()]:
+    if there := [name for name in MODELS.values() if (current(folder) / name).exists()]:
         raise ValueError(f"{folder}: a model lies there ({there[0]}), and would be read with the adapter in it; "
                          "choose a folder of its own")
     state = {}
@@ -64,8 +63,7 @@ def write_peft(matrices: Matrices, alpha: float, config: Config, folder: Path) -
     with replacing_folder(folder, (SETTINGS, WEIGHTS, PICKLE)) as beside:
         write_json(beside / SETTINGS, dict(sorted(settings.items())))
         state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
-        save_file(apart(state), beside / WEIGHTS, {"format": "pt"})
-        shutil.copymode(beside / SETTINGS, beside / WEIGHTS)  # safetensors lets nobody but the owner read it
+        write_safetensors(state, beside / WEIGHTS)
 
 
 def read_peft(folder: Path, config: Config, output: Callable[[], Any]) -> tuple[Matrices, float]:
@@ -75,6 +73,7 @@ def read_peft(folder: Path, config: Config, output: Callable[[], Any]) -> tuple[
     Raises `FileNotFoundError`, and `ValueError` for damaged files, for what is not plain LoRA, and for weights that are
     missing, unknown or of another shape, all of them.
     """
+    folder = current(folder)
     settings, where = read_json(inside(folder, SETTINGS)), folder / SETTINGS
     rank, alpha = _plain(settings, where)
     if not (folder / WEIGHTS).exists() and (folder / PICKLE).exists():

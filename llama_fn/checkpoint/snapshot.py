@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.checkpoint.files import read_tensors, replacing
+from llama_fn.checkpoint.atomic import replacing
+from llama_fn.checkpoint.files import read_tensors, write_tensors
 from llama_fn.checkpoint.weights import spelled, stored
 
 T = TypeVar("T")
@@ -19,7 +20,7 @@ def save_snapshot(value: T, path: str | os.PathLike) -> None:
     leaves = {name: x.detach().cpu() for name, x in tree.paths(value).items()}
     checksums = {name: _checksum(x) for name, x in leaves.items()}
     with replacing(path) as beside:
-        torch.save({"leaves": leaves, "checksums": checksums}, beside)
+        write_tensors({"leaves": leaves, "checksums": checksums}, beside)
 
 
 def load_snapshot(like: T, path: str | os.PathLike) -> T:

@@ -112,6 +112,11 @@ def is_same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.device.type != "meta" and a.data_ptr() == b.data_ptr() and a.shape == b.shape)
 
 
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, whatever their dtypes; NaN is the same as NaN."""
+    return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | a.isnan() & b.isnan()).all()))
+
+
 def flat_shape(weight: Weight) -> tuple[int, ...]:
     """The shape without the heads' axes: "k g h d" becomes (kgh, d) and "d k g h" becomes (d, kgh)."""
     sizes, last = [], ""

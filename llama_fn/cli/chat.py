@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor
 
 from llama_fn import random
-from llama_fn.checkpoint.files import replacing
+from llama_fn.checkpoint.atomic import replacing
 from llama_fn.checkpoint.load import Model
 from llama_fn.cli.options import Dtype, model_of
 from llama_fn.generation.conversation import (

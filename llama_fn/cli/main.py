@@ -27,11 +27,23 @@ def main() -> None:
             warnings.showwarning = lambda message, *_: print(f"llama-fn: {message}", file=sys.stderr)
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="llama-fn", description="LLaMA 2 as pure functions.",
                                                  config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has gone; nothing more is to be said
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
     except (ValueError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) else str(error)
+        text, place = getattr(error, "strerror", None), getattr(error, "filename", None)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            place = "standard output" if place is None else place
+            _give_up_output()
+        text = (text if place is None else f"{place}: {text}") if text else str(error)
         print("llama-fn: " + "; ".join(line.strip() for line in text.splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _give_up_output() -> None:
+    """Standard output takes no more; or Python tries again when it ends, and complains."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+from llama_fn.checkpoint.atomic import replacing
+
 
 def plot_losses(metrics: str | os.PathLike, png: str | os.PathLike) -> bool:
     """Draw the losses of a `metrics.jsonl`, and the floor if it holds one; False if matplotlib is not installed."""
@@ -26,5 +28,6 @@ def plot_losses(metrics: str | os.PathLike, png: str | os.PathLike) -> bool:
         axes.axhline(floors[-1], color="black", linestyle="--", label=f"the grammar's entropy, {floors[-1]:.4f}")
     axes.legend()
     axes.grid(True, which="both", alpha=0.2)
-    figure.savefig(png, dpi=120)
+    with replacing(png) as beside:
+        figure.savefig(beside, dpi=120, format="png")
     return True

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from llama_fn import random
-from llama_fn.checkpoint.files import replacing
+from llama_fn.checkpoint.atomic import replacing
 from llama_fn.random import Key
 from llama_fn.shapes import typed
 from llama_fn.tokenizer import Tokenizer

@@ -20,14 +20,15 @@ from pathlib import Path
 import torch
 
 from llama_fn import random, stories
-from llama_fn.checkpoint.files import read_json, replacing, write_json
+from llama_fn.checkpoint.atomic import appending, current, replacing, sync
+from llama_fn.checkpoint.files import read_json, write_json
 from llama_fn.checkpoint.load import TOKENIZER, Model, save
 from llama_fn.checkpoint.snapshot import load_snapshot, save_snapshot
 from llama_fn.model.init import init_params
 from llama_fn.random import Key
 from llama_fn.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llama_fn.training.data import encode_corpus, open_corpus, read_texts
-from llama_fn.training.loop import evaluate, init_state, train
+from llama_fn.training.loop import TrainState, evaluate, init_state, train
 from llama_fn.training.plan import Plan
 
 Report = Callable[[dict], None]
@@ -69,13 +70,14 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
     if resume and (folder / "snapshot.pt").is_file():
         state = load_snapshot(state, folder / "snapshot.pt")
     kept = _kept(folder / "metrics.jsonl", int(state.step))
-    with (folder / "metrics.jsonl").open("w") as lines:
-        lines.writelines(kept)
-
+    with appending(folder / "metrics.jsonl", "".join(kept)) as write:
         def log(record: dict) -> None:
-            lines.write(json.dumps(record) + "\n")
-            lines.flush()
+            write(json.dumps(record) + "\n")
             report(record)
+
+        def keep(state: TrainState) -> None:  # a state on the disk has its measurements there, too
+            sync(folder / "metrics.jsonl")
+            save_snapshot(state, folder / "snapshot.pt")
 
         log({"step": int(state.step), "parameters": config.n_params, "training_tokens": len(training.tokens)})
         begun = since = time.perf_counter()
@@ -94,10 +96,10 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
                     tokens, seconds = tokens + int(measured.count), seconds + now - since
                 if step % evaluate_every == 0 or step == plan.steps:
                     log({"step": step, "valid_loss": evaluate(state.params, validation), **floor})
-                    save_snapshot(state, folder / "snapshot.pt")
+                    keep(state)
                 since = time.perf_counter()  # an evaluation is no step
                 if interrupted:
-                    save_snapshot(state, folder / "snapshot.pt")
+                    keep(state)
                     raise KeyboardInterrupt
     model = Model(state.params, tokenizer)
     save(model, folder)
@@ -158,11 +160,11 @@ def _prepare(folder: Path, plan: Plan, texts: str | os.PathLike | None, told: Ke
             return _split(read_texts(texts), last=True)
         return (story.text for story in stories.stories(held_out, VALIDATION_STORIES))
 
-    if not (folder / TOKENIZER).is_file():
+    if not (current(folder) / TOKENIZER).is_file():
         enough = training() if texts is not None else islice(training(), 5000)
         with replacing(folder / TOKENIZER) as beside:
             beside.write_bytes(train_tokenizer(enough, plan.vocab_size).model)
-    tokenizer = load_tokenizer(folder / TOKENIZER)
+    tokenizer = load_tokenizer(current(folder) / TOKENIZER)
     for name, part in (("train", training), ("valid", validation)):
         if not (folder / "data" / f"{name}.bin").is_file():
             encode_corpus(part(), tokenizer, folder / "data" / f"{name}.bin")
