@@ -81,7 +81,7 @@ def test_a_folder_in_the_place_of_a_file_stops_the_writing(model, folder):
     (folder / "params.json").unlink()
     (folder / "params.json").mkdir()
     before = contents(folder)
-    with pytest.raises(OSError, match=r"Is a directory, while writing; choose another name, or move that folder: .*params\.json"):
+    with pytest.raises(OSError, match=r"Is a directory, while writing; choose another name.*params\.json"):
         lf.save(other(model), folder)
     assert contents(folder) == before
 

@@ -12,8 +12,8 @@ Several files are written to a hidden folder and all synced. What happens then d
   their places, as links to those in `.complete`. (3) `.complete` is renamed and removed.
 
 `load` looks into `.complete` first (see `current`). So a program that is killed, or a power cut, at any moment leaves
-all old files or all new ones, and never some of each; not even another program, which knows nothing of `.complete`, sees
-both. The next save to the folder finishes steps 2 and 3. Each step is synced before the next begins.
+all old files or all new ones, and never some of each. Not even a program that knows nothing of `.complete` sees both.
+The next save to the folder finishes steps 2 and 3. Each step is synced before the next begins.
 """
 
 import errno
@@ -29,7 +29,8 @@ ROOM, PLACE = "make room there, or choose another disk", "choose another place, 
 REMEDIES = {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: "choose another disk, or a larger `ulimit -f`",
             errno.EACCES: PLACE, errno.EPERM: PLACE, errno.EROFS: "choose another place",
             errno.ENAMETOOLONG: "choose a shorter name", errno.EISDIR: "choose another name, or move that folder",
-            errno.ENOTDIR: "choose another folder, or move that file"}
+            **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "choose another folder, or move that file"),
+            errno.ENOENT: "choose another place"}
 
 
 @contextmanager

@@ -18,7 +18,7 @@ MOST_STEPS = 2**19  # of that pickle, as it is unpickled; the same state has 110
 END, LOCATOR, END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sLQL"), struct.Struct("<4sQ2H2L4Q")
 # What builds tensors and dictionaries of them. Others that torch allows (bytearray, codecs, Tensor) take any size.
 NAMED = re.compile(r"collections OrderedDict|torch\.serialization _get_layout|torch Size|torch device"
-                   r"|torch(\.storage)? (\w+Storage|b?float\w*|double|half|complex\w*|u?int\w*|long|short|bool|q\w*int\w*)"
+                   r"|torch(\.storage)? \w+Storage|torch (b?float\w*|double|half|complex\w*|q?u?int\w*|long|short|bool)"
                    r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter|sparse_tensor|sparse_csr_tensor|nested_tensor"
                    r"|meta_tensor_no_storage)")
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.checkpoint.atomic import current, replacing_folder
+from llama_fn.checkpoint.atomic import current, replacing_folder, writing
 from llama_fn.checkpoint.files import header, inside, read_json, write_json, write_safetensors
 from llama_fn.checkpoint.huggingface import HEAD, hf_name, rope_heads, to_halves, to_interleaved
 from llama_fn.checkpoint.load import SETTINGS as MODELS
@@ -51,7 +51,9 @@ def write_peft(matrices: Matrices, alpha: float, config: Config, folder: Path) -
     ranks = sorted({len(a) for a, _ in matrices.values()})
     if len(ranks) != 1:
         raise ValueError(f"an adapter of one rank can be written, this one has {', '.join(map(str, ranks)) or 'none'}")
-    if there := [name for name in MODELS.values() if (current(folder) / name).exists()]:
+    with writing(folder):
+        there = [name for name in MODELS.values() if (current(folder) / name).exists()]
+    if there:
         raise ValueError(f"{folder}: a model lies there ({there[0]}), and would be read with the adapter in it; "
                          "choose a folder of its own")
     state = {}

@@ -1,5 +1,6 @@
 """`llama-fn`: the subcommands, and what becomes of their errors."""
 
+import errno
 import os
 import sys
 import warnings
@@ -31,17 +32,24 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe has gone; nothing more is to be said
         _give_up_output()
     except (ValueError, OSError) as error:
-        text, place = getattr(error, "strerror", None), getattr(error, "filename", None)
         try:
             sys.stdout.flush()
         except OSError:
-            place = "standard output" if place is None else place
             _give_up_output()
-        text = (text if place is None else f"{place}: {text}") if text else str(error)
-        print("llama-fn: " + "; ".join(line.strip() for line in text.splitlines()), file=sys.stderr)
+        print("llama-fn: " + "; ".join(line.strip() for line in _told(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _told(error: Exception) -> str:
+    """What is wrong with which file. Writers of files name them: what could not be written without a name is output."""
+    if not getattr(error, "strerror", None):
+        return str(error)
+    place = error.filename
+    if place is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        place = "standard output"
+    return error.strerror if place is None else f"{place}: {error.strerror}"
 
 
 def _give_up_output() -> None:
