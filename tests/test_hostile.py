@@ -4,6 +4,7 @@ A load either gives the whole model or raises, so that what is refused leaves no
 """
 
 import json
+import math
 import os
 import re
 import struct
@@ -225,6 +226,20 @@ def test_weights_told_in_two_ways_are_refused(make):
     folder = make("hf")
     save_file(load_file(folder / FIRST) | load_file(folder / SECOND), folder / "model.safetensors")
     refused(folder, rf"both model\.safetensors and {re.escape(INDEX)} tell where the weights are")
+
+
+def test_a_tied_head_that_is_no_number_is_that_of_the_embedding(make, model):
+    """Both are written, and NaN is not equal to itself."""
+    file = make("one") / "model.safetensors"
+    state = load_file(file)
+    edit_json(file.parent / "config.json", tie_word_embeddings=True)
+    state["model.embed_tokens.weight"][3, 5] = math.nan
+    for head in (state["model.embed_tokens.weight"].clone(), torch.zeros(401, 48)):
+        save_file(state | {"lm_head.weight": head}, file)
+        if head[3, 5].isnan():
+            assert lf.load(file.parent).params.output[3, 5].isnan()
+        else:
+            refused(file.parent, r"duplicate: lm_head\.weight differs from model\.embed_tokens\.weight")
 
 
 # --- headers

@@ -207,6 +207,19 @@ def test_norms_that_differ_between_shards_are_named(folder):
         "norm.weight: differs between consolidated.00.pth and consolidated.03.pth"]
 
 
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_a_norm_that_is_no_number_is_the_same_in_every_shard(whole, folder, shards, dtype):
+    """NaN is not equal to itself, but it does not differ either."""
+    broken = lf.Model(whole.params._replace(norm=whole.params.norm * math.nan), whole.tokenizer)
+    lf.save(broken, folder, shards=shards)
+    assert lf.load(folder, dtype=dtype).params.norm.isnan().all()
+    if shards > 1:
+        edit_weights(shard(folder, 1), norm=lambda x: x.nan_to_num(1.0))
+        with pytest.raises(ValueError, match="norm.weight: differs between"):
+            lf.load(folder, dtype=dtype)
+
+
 def test_all_that_does_not_fit_in_any_shard_is_named_in_one_error(folder):
     edit_weights(shard(folder, 1), wq=None, w2=lambda x: x.T, wk=torch.Tensor.bfloat16)
     edit_weights(shard(folder, 2), wq=torch.Tensor.bfloat16)
@@ -248,4 +261,8 @@ def test_a_shard_that_is_a_copy_of_another_is_told(whole, tmp_path):
     write_meta(whole.params, tmp_path, 2)
     shard(tmp_path, 1).write_bytes(shard(tmp_path, 0).read_bytes())
     with pytest.warns(UserWarning, match=r"consolidated\.01\.pth holds the numbers of consolidated\.00\.pth: is it a "):
+        read_meta(tmp_path)
+    for i in range(2):
+        edit_weights(shard(tmp_path, i), wq=lambda x: x * math.nan)
+    with pytest.warns(UserWarning, match="is it a copy"):
         read_meta(tmp_path)

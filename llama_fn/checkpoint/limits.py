@@ -14,13 +14,18 @@ from pathlib import Path
 
 MOST_HEADER = 2**22  # bytes of a safetensors header; one of LLaMA 2 70B has 90,000
 MOST_PICKLE = 2**21  # bytes of a torch file's pickle; a state of training of LLaMA 3.1 405B has half a million
-MOST_STEPS = 2**19  # of that pickle, as it is unpickled; the same state has 110,000
+MOST_STEPS = 2**18  # of that pickle, as it is unpickled; the same state has 110,000
 END, LOCATOR, END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sLQL"), struct.Struct("<4sQ2H2L4Q")
 # What builds tensors and dictionaries of them. Others that torch allows (bytearray, codecs, Tensor) take any size.
 NAMED = re.compile(r"collections OrderedDict|torch\.serialization _get_layout|torch Size|torch device"
                    r"|torch(\.storage)? \w+Storage|torch (b?float\w*|double|half|complex\w*|q?u?int\w*|long|short|bool)"
-                   r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter|sparse_tensor|sparse_csr_tensor|nested_tensor"
-                   r"|meta_tensor_no_storage)")
+                   r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|sparse_tensor|sparse_csr_tensor"
+                   r"|nested_tensor|meta_tensor_no_storage)")
+
+# By the name of a pickle's step: how many things it takes from the stack, whether also those above a mark, what it puts.
+STEPS = {step.name: (sum(kind.name not in ("mark", "stackslice") for kind in step.stack_before),
+                     any(kind.name == "mark" for kind in step.stack_before), [kind.name for kind in step.stack_after])
+         for step in pickletools.opcodes}
 
 
 def check_size(path: str | os.PathLike, most: int) -> None:
@@ -84,30 +89,30 @@ def _check_end(path: str | os.PathLike, directory: int, size: int) -> None:
 
 def _check_pickle(data: bytes) -> None:
     """Follow the pickle without building anything: on the stack lie the names of functions and of types instead."""
+    below: list[list[str]] = []  # what lay on the stack at each mark that is still open
     stack: list[str] = []
     memo: dict[int, str] = {}
     for count, (step, argument, _) in enumerate(pickletools.genops(data)):
         if count > MOST_STEPS:
             raise ValueError(f"a pickle of more than {MOST_STEPS:,} steps")
-        if step.name == "GLOBAL" and not NAMED.fullmatch(argument):
-            raise ValueError(f"{argument.replace(' ', '.')} has no place in a file of tensors")
-        if step.name in ("BINPUT", "LONG_BINPUT"):
+        name, (taken, marked, given) = step.name, STEPS[step.name]
+        if name == "MARK":
+            below.append(stack)
+            stack = []
+        elif name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
-            continue
-        if step.name in ("BINGET", "LONG_BINGET"):
+        elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
-            continue
-        taken = [kind.name for kind in step.stack_before]
-        keys = stack[-2:-1] if step.name == "SETITEM" else []
-        if "mark" in taken:
-            mark = len(stack) - 1 - stack[::-1].index("mark")
-            keys = stack[mark + 1::2] if step.name == "SETITEMS" else []
-            del stack[mark:]
-            taken = taken[:taken.index("mark")]
-        if any(key != "str" for key in keys):
-            raise ValueError("a dictionary with a key that is not a string")
-        if step.name == "REDUCE" and stack[-2] == "collections OrderedDict" and stack[-1] != "EMPTY_TUPLE":
-            raise ValueError("a dictionary that is made of a sequence")
-        del stack[len(stack) - len(taken):]
-        stack += [argument if step.name == "GLOBAL" else "EMPTY_TUPLE" if step.name == "EMPTY_TUPLE" else kind.name
-                  for kind in step.stack_after]
+        else:
+            keys = stack[::2] if name == "SETITEMS" else stack[-2:-1] if name == "SETITEM" else ()
+            if any(key != "str" for key in keys):
+                raise ValueError("a dictionary with a key that is not a string")
+            if name == "REDUCE" and stack[-2] == "collections OrderedDict" and stack[-1] != "EMPTY_TUPLE":
+                raise ValueError("a dictionary that is made of a sequence")
+            if name == "GLOBAL" and not NAMED.fullmatch(argument):
+                raise ValueError(f"{argument.replace(' ', '.')} has no place in a file of tensors")
+            if marked:
+                stack = below.pop()
+            del stack[len(stack) - taken:]
+            stack += [argument if name == "GLOBAL" else "EMPTY_TUPLE" if name == "EMPTY_TUPLE" else kind
+                      for kind in given]
