@@ -22,7 +22,7 @@ NAMED = re.compile(r"collections OrderedDict|torch\.serialization _get_layout|to
                    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|sparse_tensor|sparse_csr_tensor"
                    r"|nested_tensor|meta_tensor_no_storage)")
 
-# By the name of a pickle's step: how many things it takes from the stack, whether also those above a mark, what it puts.
+# By the name of a pickle's step: how many things it takes from the stack, whether all above a mark too, what it puts.
 STEPS = {step.name: (sum(kind.name not in ("mark", "stackslice") for kind in step.stack_before),
                      any(kind.name == "mark" for kind in step.stack_before), [kind.name for kind in step.stack_after])
          for step in pickletools.opcodes}

@@ -17,7 +17,7 @@ from llama_fn.checkpoint.atomic import current, replacing_folder, writing
 from llama_fn.checkpoint.files import header, inside, read_json, write_json, write_safetensors
 from llama_fn.checkpoint.huggingface import HEAD, hf_name, rope_heads, to_halves, to_interleaved
 from llama_fn.checkpoint.load import SETTINGS as MODELS
-from llama_fn.checkpoint.weights import misfits
+from llama_fn.checkpoint.weights import misfits, same_numbers
 from llama_fn.config import Config
 from llama_fn.model.init import Weight, abstract_params
 
@@ -156,7 +156,7 @@ def _ends(module: str) -> list[str]:
 def _same(stored: Tensor, output: Any) -> bool:
     """Whether they are equal in the dtype of the one or of the other; an output that is no tensor is not compared."""
     return not isinstance(output, Tensor) or any(
-        torch.equal(stored.to(dtype), output.cpu().to(dtype)) for dtype in (stored.dtype, output.dtype))
+        same_numbers(stored.to(dtype), output.cpu().to(dtype)) for dtype in (stored.dtype, output.dtype))
 
 
 def _short(value: Any) -> str:
