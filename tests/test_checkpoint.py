@@ -212,15 +212,15 @@ def test_code_in_a_file_of_weights_is_never_run(folder, tmp_path, old_format):
 def test_what_is_missing_is_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no_model: no model there: .*\(stories, stor.*params\.json"):
         lf.load("no_model")
-    for file in ("tokenizer.model", "consolidated.00.pth", "params.json"):
+    for file in ("consolidated.00.pth", "params.json"):
         (folder / file).unlink()
         with pytest.raises(FileNotFoundError, match=re.escape(file)):
             lf.load(folder)
 
 
 def test_a_tokenizer_that_does_not_fit_is_an_error(folder, texts):
-    (folder / "tokenizer.model").write_bytes(lf.train_tokenizer(texts, 400).model)
-    with pytest.raises(ValueError, match=r"tokenizer\.model: a vocabulary of 400 tokens does not fit weights for 401"):
+    (folder / "tokenizer.model").write_bytes(lf.train_tokenizer(texts, 402).model)
+    with pytest.raises(ValueError, match=r"tokenizer\.model: a vocabulary of 402 tokens does not fit weights for 401"):
         lf.load(folder)
 
 

@@ -24,7 +24,8 @@ from llama_fn.checkpoint.weights import flat_shape
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 FILES = [("meta", "params.json"), ("meta", "consolidated.00.pth"), ("meta", "tokenizer.model"), ("hf", "config.json"),
-         ("hf", INDEX), ("hf", FIRST), ("hf", SECOND), ("hf", "tokenizer.model"), ("one", "model.safetensors"),
+         ("hf", INDEX), ("hf", FIRST), ("hf", SECOND), ("hf", "tokenizer.model"), ("hf", "tokenizer.json"),
+         ("hf", "tokenizer_config.json"), ("one", "model.safetensors"),
          ("llama2c", "model.bin"), ("llama2c", "tokenizer.model")]
 ABSURD = 10**9
 
@@ -132,6 +133,7 @@ def test_a_link_out_of_the_folder_is_refused(make, model, tmp_path, format, name
 def test_a_tokenizer_above_is_read_but_no_link_from_there(make, model, tmp_path, format):
     folder = make(format)
     (folder / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    (folder / "tokenizer.json").unlink(missing_ok=True)
     assert same(lf.load(folder), model)
     (folder / "tokenizer.model").symlink_to("../tokenizer.model")  # as people share one among several models
     assert same(lf.load(folder), model)

@@ -148,7 +148,7 @@ def test_a_model_is_loaded_by_its_folder_or_by_its_file(model, tmp_path):
 
 
 def test_the_vocabulary_is_every_tokens_score_and_text(tokenizer, tmp_path):
-    write_vocabulary(tokenizer, tmp_path / "tokenizer.bin")
+    write_vocabulary(tokenizer, tokenizer.vocab_size, tmp_path / "tokenizer.bin")
     data, at, tokens = (tmp_path / "tokenizer.bin").read_bytes(), 4, []
     while at < len(data):
         score, length = struct.unpack_from("<fi", data, at)

@@ -1,4 +1,5 @@
-"""Hugging Face's layout: `config.json` and `model.safetensors`, or several such files and an index of them.
+"""Hugging Face's layout: `config.json` and `model.safetensors`, or several such files and an index of them. Its older
+files, `pytorch_model.bin`, are read where there are no others; they are never written.
 
 Its RoPE turns the pairs (i, i + h/2) of a head where ours, as Meta's, turns (2i, 2i + 1): the rows of `wq` and `wk` are
 permuted on the way in and out (as by transformers' `convert_llama_weights_to_hf.py`).
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.checkpoint.files import header, inside, read_json, write_json, write_safetensors
+from llama_fn.checkpoint.files import header, inside, read_json, read_tensors, write_json, write_safetensors
 from llama_fn.checkpoint.hf_config import read_config, write_config
 from llama_fn.checkpoint.weights import (
     Report,
@@ -35,16 +36,17 @@ from llama_fn.checkpoint.weights import (
 from llama_fn.config import Config
 from llama_fn.model.init import abstract_params
 from llama_fn.model.transformer import Params
-from llama_fn.tokenizer import Tokenizer
 
 NAMES = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attention": "self_attn",
          "feed_forward": "mlp", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj", "w_gate": "gate_proj",
          "w_up": "up_proj", "w_down": "down_proj", "blocks": "layers", "embedding": "embed_tokens"}
 SETTINGS, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-VOCABULARY = "tokenizer_config.json"
-FILES = (SETTINGS, WEIGHTS, "model-?????-of-?????.safetensors", INDEX, "generation_config.json", VOCABULARY)
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+FILES = (SETTINGS, WEIGHTS, "model-?????-of-?????.safetensors", INDEX, PICKLE, PICKLE_INDEX,
+         "pytorch_model-?????-of-?????.bin", "generation_config.json")
 LARGEST_FILE = 5 * 10**9  # bytes, as `save_pretrained` long had it
 HEAD = "lm_head.weight"
+IGNORED = "rotary_emb.inv_freq"  # a table that old checkpoints have; it follows from the config
 
 
 def to_halves(x: Tensor, heads: int) -> Tensor:
@@ -89,22 +91,20 @@ def open_hf(folder: Path, dtype: torch.dtype | None = None) -> Weights:
     and for settings that make no model.
     """
     config, tied = read_config(read_json(inside(folder, SETTINGS)), str(folder / SETTINGS))
-    index = _index(folder)
-    if not index and not (folder / WEIGHTS).exists() and list(folder.glob("pytorch_model*.bin")):
-        raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; pytorch_model.bin is not read: take the model's "
-                                "safetensors, or let transformers write them (`save_pretrained`)")
-    files = [inside(folder, name) for name in (sorted(set(index.values())) if index else [WEIGHTS])]
-    found = [entry for file in files for entry in header(file)]
+    single, index = _places(folder)
+    files = [inside(folder, name) for name in (sorted(set(index.values())) if index else [single])]
+    pickled = files[0].suffix == ".bin"
+    found = [entry for file in files for entry in (_entries(file) if pickled else header(file))]
     copied = dtype not in (None, usual_dtype(found))
     where = {entry.name: folder / entry.file for entry in found}
 
     @functools.lru_cache(maxsize=len(files))
     def mapped(file: Path, layer: str | None) -> Any:
-        return safe_open(file, "pt")
+        return read_tensors(file).__getitem__ if pickled else safe_open(file, "pt").get_tensor
 
     def read(name: str, layer: str) -> Tensor:
         # What is copied is mapped anew for every layer, so that the pages of those before leave the memory.
-        return mapped(where[name], layer if copied else None).get_tensor(name)
+        return mapped(where[name], layer if copied else None)(name)
 
     weights = _weights(str(folder / SETTINGS), config, tied, found, read, dtype)
     strays = [f"{name}: the index says {file}, but it is {'in ' + where[name].name if name in where else 'nowhere'}"
@@ -140,17 +140,6 @@ def write_hf(weights: Weights, folder: Path, shards: int | None, report: Report)
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": index})
 
 
-def write_tokenizer_config(tokenizer: Tokenizer, config: Config, file: Path) -> None:
-    """Write what transformers must know to read `tokenizer.model` as a LLaMA's; else it puts no token and no space
-    before a text.
-    """
-    bos, eos, unk = (tokenizer.processor.id_to_piece(id) for id in (tokenizer.bos_id, tokenizer.eos_id,
-                                                                    tokenizer.processor.unk_id()))
-    write_json(file, {"tokenizer_class": "LlamaTokenizer", "bos_token": bos, "eos_token": eos, "unk_token": unk,
-                      "add_bos_token": True, "add_eos_token": False, "legacy": False,
-                      "clean_up_tokenization_spaces": False, "model_max_length": config.max_seq_len})
-
-
 def hf_name(path: str) -> str:
     """`blocks.0.feed_forward.w_gate` -> `model.layers.0.mlp.gate_proj.weight`."""
     if path == "output":
@@ -166,7 +155,7 @@ def rope_heads(path: str, config: Config) -> int | None:
 def _weights(where: str, config: Config, tied: bool, found: list[Stored], tensor: Any,
              dtype: torch.dtype | None) -> Weights:
     """`tensor(name, layer)` gives the numbers of an entry."""
-    found = [entry for entry in found if not entry.name.endswith("rotary_emb.inv_freq")]
+    found = [entry for entry in found if not entry.name.endswith(IGNORED)]
     if config.n_layers > len(found):
         raise ValueError(f"{where}: it says {config.n_layers} layers, but there are {len(found)} weights")
     abstract = tree.paths(abstract_params(config))
@@ -196,13 +185,26 @@ def _out(weights: Weights, path: str) -> Tensor:
     return x.contiguous() if heads is None else to_halves(x, heads)
 
 
-def _index(folder: Path) -> dict[str, str]:
-    """Which file each weight is in, if there is an index."""
-    if not (folder / INDEX).exists():
-        return {}
-    if (folder / WEIGHTS).exists():
-        raise ValueError(f"{folder}: both {WEIGHTS} and {INDEX} tell where the weights are; remove the one that is old")
-    index = read_json(inside(folder, INDEX)).get("weight_map")
-    if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
-        raise ValueError(f'{folder / INDEX}: expected the names of files under "weight_map"')
-    return index
+def _places(folder: Path) -> tuple[str, dict[str, str]]:
+    """The file with all weights, or an index that tells in which file each weight is. As in transformers, safetensors
+    come before `pytorch_model.bin`.
+    """
+    pickled = not (folder / WEIGHTS).exists() and not (folder / INDEX).exists() and (
+        (folder / PICKLE).exists() or (folder / PICKLE_INDEX).exists())
+    single, index = (PICKLE, PICKLE_INDEX) if pickled else (WEIGHTS, INDEX)
+    if not (folder / index).exists():
+        if not (folder / single).exists() and (parts := sorted(folder.glob("*-00001-of-?????.*"))):
+            raise FileNotFoundError(f"{folder}: {parts[0].name} is one file of several, and the index of them, "
+                                    f"{INDEX if parts[0].suffix == '.safetensors' else PICKLE_INDEX}, is missing")
+        return single, {}
+    if (folder / single).exists():
+        raise ValueError(f"{folder}: both {single} and {index} tell where the weights are; remove the one that is old")
+    files = read_json(inside(folder, index)).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f'{folder / index}: expected the names of files under "weight_map"')
+    return single, {name: file for name, file in files.items() if not name.endswith(IGNORED)}
+
+
+def _entries(file: Path) -> list[Stored]:
+    """The tensors of a torch file."""
+    return [stored(file.name, name, x) for name, x in read_tensors(file).items()]

@@ -19,12 +19,14 @@ from llama_fn.checkpoint.weights import Report, Stored, Weights, flat_shape
 from llama_fn.config import Config
 from llama_fn.model.init import abstract_params
 from llama_fn.model.rope import rotation
+from llama_fn.sentencepiece_model import settings_of
 from llama_fn.tokenizer import Tokenizer
 
 WEIGHTS, VOCABULARY = "model.bin", "tokenizer.bin"
 FILES = (WEIGHTS, VOCABULARY)
 MOST_LAYERS = 2**12  # the one number of the header that takes memory whatever the others are
 HEADER = struct.Struct("<7i")  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size (negative: untied), context
+NEVER = -1e10  # run.c merges only what has a higher score
 KINDS = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo", "ffn_norm",
          "feed_forward.w_gate", "feed_forward.w_down", "feed_forward.w_up")
 
@@ -90,13 +92,27 @@ def write_llama2c(weights: Weights, folder: Path, shards: int | None, report: Re
                 report(data.nbytes)
 
 
-def write_vocabulary(tokenizer: Tokenizer, file: Path) -> None:
-    """Write the `tokenizer.bin` of run.c: the longest token's bytes, then score, length and bytes of every token."""
-    processor = tokenizer.processor
+def write_vocabulary(tokenizer: Tokenizer, vocab_size: int, file: Path) -> None:
+    """Write the `tokenizer.bin` of run.c: the longest token's bytes, then score, length and bytes of every token.
+
+    Raises `ValueError` for a tokenizer that run.c would take for another: it puts a space before a text, begins it with
+    token 1, and takes the tokens from 3 on for the bytes.
+    """
+    processor, settings = tokenizer.processor, settings_of(tokenizer.model)
+    wrong = settings.unusual() + ["dummy_prefix=False"] * (not settings.dummy_prefix)
+    wrong += [f"{name}={id}" for name, id, usual in (("bos_id", tokenizer.bos_id, 1), ("eos_id", tokenizer.eos_id, 2),
+                                                     ("the byte 0", processor.piece_to_id("<0x00>"), 3)) if id != usual]
+    if wrong:
+        raise ValueError(f"run.c would encode texts otherwise than this tokenizer, which has {', '.join(wrong)}; save "
+                         "the model in another format, or without its tokenizer: model._replace(tokenizer=None)")
     tokens = []
-    for id in range(tokenizer.vocab_size):
-        piece = {tokenizer.bos_id: "\n<s>\n", tokenizer.eos_id: "\n</s>\n"}.get(id, processor.id_to_piece(id))
-        tokens.append((processor.get_score(id), piece.replace("\u2581", " ").encode()))
+    for id in range(vocab_size):
+        if id in tokenizer.names or id >= processor.vocab_size():
+            score, piece = NEVER, tokenizer.names.get(id, "")
+        else:
+            score, piece = processor.get_score(id), processor.id_to_piece(id)
+        piece = {tokenizer.bos_id: "\n<s>\n", tokenizer.eos_id: "\n</s>\n"}.get(id, piece)
+        tokens.append((score, piece.replace("\u2581", " ").encode()))
     with writing(file), file.open("wb") as out:
         out.write(struct.pack("<I", max(len(piece) for _, piece in tokens)))
         for score, piece in tokens:

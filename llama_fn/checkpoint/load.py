@@ -4,33 +4,42 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.checkpoint import huggingface, llama2c, meta
-from llama_fn.checkpoint.atomic import COMPLETE, current, replacing_folder, writing
-from llama_fn.checkpoint.files import inside
+from llama_fn.checkpoint.atomic import COMPLETE, current, replacing_folder
+from llama_fn.checkpoint.tokenizer_files import FILES as TOKENIZER_FILES
+from llama_fn.checkpoint.tokenizer_files import read_tokenizer, write_tokenizer
 from llama_fn.checkpoint.weights import Report, Weights, check_dtype, params_of, weights_of
 from llama_fn.model.transformer import Params
 from llama_fn.ranges import integer
-from llama_fn.tokenizer import Tokenizer, load_tokenizer
+from llama_fn.tokenizer import Tokenizer
 from llama_fn.transforms.quantize import Bits, quantized_leaf
 
 STORIES = Path(__file__).parent.parent / "stories"
 EMBEDDED = {"stories": STORIES / "model", "stories-draft": STORIES / "draft"}
 TOKENIZER = "tokenizer.model"
 Format = Literal["meta", "hf", "llama2c"]
+MaybeNone: TypeAlias = Any  # "or None", for readers; a type checker lets every use of it pass, as typeshed's does
 SETTINGS: dict[Format, str] = {"meta": meta.SETTINGS, "hf": huggingface.SETTINGS, "llama2c": llama2c.WEIGHTS}
 
 
 class Model(NamedTuple):
-    """A language model: text to tokens to logits, and back."""
+    """A language model: text to tokens to logits, and back. The tokenizer is None if none lies with the weights."""
 
     params: Params
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | MaybeNone
+
+
+def check_tokenizer(model: Model) -> None:
+    """Raise `ValueError` for a model without a tokenizer, where text is asked for."""
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer, for none lies with its weights; give it one: "
+                         "model._replace(tokenizer=lf.load_tokenizer(path))")
 
 
 def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = None,
@@ -42,8 +51,9 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = No
     are read from the disk when they are used. Otherwise they are cast one by one. `quantize="int8"` or `"int4"` is what
     `lf.quantize` makes of the model, one weight at a time: it is never in memory as a whole. Weights that were saved
     quantized come back so, and `dtype` is then that of the embedding and the norms. The tokenizer lies with the
-    weights or, as in Meta's download, one folder above. Raises `FileNotFoundError` and `ValueError`, naming the file
-    and everything that is wrong with it.
+    weights or, as in Meta's download, one folder above; if there is none, it is None. Rows of the weights beyond its
+    vocabulary are added tokens, or padding, which decodes to nothing. Raises `FileNotFoundError` and `ValueError`,
+    naming the file and everything that is wrong with it.
     """
     form = [] if quantize is None else [quantized_leaf(quantize)]
     format, place = find(path_or_name)
@@ -103,22 +113,16 @@ def check_not_quantized(weights: Weights, bits: Bits | None, place: Path) -> Non
                          "quantize the model that they were made of")
 
 
-def open_tokenizer(place: Path, weights: Weights) -> Tokenizer:
-    """The tokenizer of a model. Raises `ValueError` if its vocabulary is not that of the weights."""
-    folder = place if place.is_dir() else place.parent
-    above = folder.resolve().parents[folder.name == COMPLETE]
-    in_folder = (folder / TOKENIZER).exists() or not (above / TOKENIZER).exists()
-    file = inside(folder, TOKENIZER, above) if in_folder else inside(above, TOKENIZER)
-    tokenizer = load_tokenizer(file)
-    if tokenizer.vocab_size != weights.config.vocab_size:
-        raise ValueError(f"{file}: a vocabulary of {tokenizer.vocab_size} tokens does not fit weights for "
-                         f"{weights.config.vocab_size} in {place}; use the tokenizer that came with them")
-    return tokenizer
+def open_tokenizer(place: Path, weights: Weights) -> Tokenizer | None:
+    """The tokenizer of a model; None if there is none. Raises `ValueError` for more tokens than the weights have."""
+    return read_tokenizer(place if place.is_dir() else place.parent, weights.config.vocab_size)
 
 
-def write(weights: Weights, tokenizer: Tokenizer, path: str | os.PathLike, format: Format, shards: int | None = None,
-          report: Report = lambda _: None) -> None:
-    """Write weights, a leaf at a time, and their tokenizer. `report` is told of bytes as they are written."""
+def write(weights: Weights, tokenizer: Tokenizer | None, path: str | os.PathLike, format: Format,
+          shards: int | None = None, report: Report = lambda _: None) -> None:
+    """Write weights, a leaf at a time, and their tokenizer, if there is one. `report` is told of bytes as they are
+    written.
+    """
     writers = {"meta": (meta.write_meta, meta.FILES), "hf": (huggingface.write_hf, huggingface.FILES),
                "llama2c": (llama2c.write_llama2c, llama2c.FILES)}
     if format not in writers:
@@ -129,14 +133,12 @@ def write(weights: Weights, tokenizer: Tokenizer, path: str | os.PathLike, forma
         raise ValueError(f"{path}: a model in another format lies there ({others[0]}); choose a folder of its own")
     writer, files = writers[format]
     weights = weights._replace(read=functools.partial(_on_cpu, weights.read))
-    with replacing_folder(path, (TOKENIZER, *files)) as beside:
-        with writing(beside / TOKENIZER):
-            (beside / TOKENIZER).write_bytes(tokenizer.model)
+    with replacing_folder(path, (*files, *TOKENIZER_FILES)) as beside:
         writer(weights, beside, shards, report)
-        if format == "hf":
-            huggingface.write_tokenizer_config(tokenizer, weights.config, beside / huggingface.VOCABULARY)
-        if format == "llama2c":
-            llama2c.write_vocabulary(tokenizer, beside / llama2c.VOCABULARY)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, beside, weights.config.max_seq_len, format == "hf")
+        if tokenizer is not None and format == "llama2c":
+            llama2c.write_vocabulary(tokenizer, weights.config.vocab_size, beside / llama2c.VOCABULARY)
 
 
 def _on_cpu(read: Callable[[str], Any], path: str) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama_fn import random
 from llama_fn.checkpoint.atomic import replacing
-from llama_fn.checkpoint.load import Model
+from llama_fn.checkpoint.load import Model, check_tokenizer
 from llama_fn.cli.options import Dtype, model_of
 from llama_fn.generation.conversation import (
     Chat,
@@ -63,6 +63,7 @@ def chat(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODE
     sample = sampler(temperature, top_k, top_p)
     key = random.key(secrets.randbelow(2**32) if seed is None else seed)
     loaded = model_of(model, adapter, dtype, device, quantize)
+    check_tokenizer(loaded)
     talk = _read(loaded, dialog) if dialog else Chat()
     if system is not None:
         talk = with_system(loaded, talk, system or None)

@@ -8,7 +8,7 @@ import tyro
 from tqdm import tqdm
 
 from llama_fn import random, stories
-from llama_fn.checkpoint.load import load
+from llama_fn.checkpoint.load import check_tokenizer, load
 from llama_fn.cli.options import Dtype, device_of, dtype_of
 from llama_fn.generation.completion import text_completion
 from llama_fn.training.loss import loss_sum
@@ -29,6 +29,7 @@ def evaluate(model: Annotated[str, tyro.conf.Positional] = "stories", *, count: 
     if count < 1 or batch < 1:
         raise ValueError(f"count and batch must be at least 1, got {count} and {batch}")
     loaded = load(model, dtype=dtype_of(dtype), device=device_of(device))
+    check_tokenizer(loaded)
     read, write = random.split(random.fold_in(random.key(seed), 1))  # other keys than a training run's
     told = list(stories.stories(read, count))
     keys = random.split(write, count)

@@ -42,7 +42,12 @@ def inspect(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[
         print(f"{'quantized':<16}{weights.bits}, all matrices but the embedding")
     problems = list(weights.problems)
     try:
-        print(f"{'tokenizer':<16}{open_tokenizer(place, weights).vocab_size} tokens")
+        tokenizer = open_tokenizer(place, weights)
+        if tokenizer is None:
+            print(f"{'tokenizer':<16}none")
+        else:
+            pieces, added = tokenizer.processor.vocab_size(), [name for _, name in tokenizer.added if name]
+            print(f"{'tokenizer':<16}{pieces} tokens" + (f" and {len(added)} added" if added else ""))
     except (ValueError, OSError) as error:
         problems.append(str(error))
     for note in weights.notes:

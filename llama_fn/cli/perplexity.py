@@ -8,7 +8,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from llama_fn.checkpoint.load import load
+from llama_fn.checkpoint.load import check_tokenizer, load
 from llama_fn.cli.options import Dtype, device_of, dtype_of
 from llama_fn.generation import scoring
 from llama_fn.training.data import read_texts
@@ -29,6 +29,7 @@ def perplexity(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar
     """
     texts = list(read_texts(file))
     loaded = load(model, dtype=dtype_of(dtype), device=device_of(device))
+    check_tokenizer(loaded)
     count = sum(len(loaded.tokenizer.encode(text, bos=False)) for text in texts)
     with torch.no_grad(), tqdm(total=count, unit="token", dynamic_ncols=True) as bar:
         parts = [scoring.perplexity(loaded, text, window, stride, bar.update) for text in texts]

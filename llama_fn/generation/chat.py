@@ -10,7 +10,7 @@ from typing import Literal, TypedDict
 from jaxtyping import Int
 from torch import Tensor
 
-from llama_fn.checkpoint.load import Model
+from llama_fn.checkpoint.load import Model, check_tokenizer
 from llama_fn.generation.completion import Completion, complete
 from llama_fn.generation.sampling import Sampler
 from llama_fn.shapes import typed
@@ -38,6 +38,7 @@ def chat_completion(model: Model, dialogs: Sequence[Sequence[Message]], *, key: 
     for one that leaves no room for an answer, and for a message with one of the format's own tags in it, which Meta
     refuses.
     """
+    check_tokenizer(model)
     if not dialogs:
         return []
     encoded = [_encode(model.tokenizer, i, dialog) for i, dialog in enumerate(dialogs)]

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from llama_fn.checkpoint.load import Model
+from llama_fn.checkpoint.load import Model, check_tokenizer
 from llama_fn.generation import decode
 from llama_fn.generation.sampling import Sampler
 from llama_fn.generation.sampling import sampler as make_sampler
@@ -44,6 +44,7 @@ def text_completion(model: Model, prompts: Sequence[str], *, key: Int[Tensor, "2
     if isinstance(prompts, str):
         raise ValueError("text_completion: prompts is one text; put it in a list")
     check_stop(stop)
+    check_tokenizer(model)
     if not prompts:
         return []
     encoded = [model.tokenizer.encode(prompt) for prompt in prompts]
@@ -93,6 +94,7 @@ def stream(model: Model, prompt: str, *, key: Int[Tensor, "2"], max_new_tokens: 
     Raises `ValueError` as `text_completion` does, at once and not with the first piece.
     """
     check_stop(stop)
+    check_tokenizer(model)
     tokens = model.tokenizer.encode(prompt)
     limit = room(model, len(tokens), max_new_tokens)
 

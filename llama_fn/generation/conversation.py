@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jaxtyping import Int
 from torch import Tensor
 
-from llama_fn.checkpoint.load import Model
+from llama_fn.checkpoint.load import Model, check_tokenizer
 from llama_fn.generation import decode
 from llama_fn.generation.chat import Message, check_tags, request, split_dialog
 from llama_fn.generation.completion import room
@@ -53,6 +53,7 @@ def ask(model: Model, chat: Chat, question: str) -> Chat:
     Raises `ContextFull` if nothing could be answered, and `ValueError` for a tag of the format in the question or in
     the system's words.
     """
+    check_tokenizer(model)
     check_tags(chat.system or "", "the system's message")
     check_tags(question, "the message")
     exchanges = tuple(_closed(model.tokenizer, exchange) for exchange in chat.exchanges)
@@ -76,6 +77,7 @@ def answer(model: Model, chat: Chat, *, key: Int[Tensor, "2"], max_new_tokens: i
 
     Raises at once `ContextFull`, and `ValueError` for a conversation with nothing to answer.
     """
+    check_tokenizer(model)
     tokens, latest, context = chat.tokens, chat, model.params.config.max_seq_len
     if not tokens or tokens[-1] == model.tokenizer.eos_id:
         raise ValueError("there is nothing to answer: ask first")
@@ -128,6 +130,7 @@ def drop(model: Model, chat: Chat, count: int) -> Chat:
     Positions change with it, so all that stays goes through the model again. Raises `ValueError` for more exchanges
     than there are.
     """
+    check_tokenizer(model)
     if not 0 <= count <= len(chat.exchanges):
         raise ValueError(f"of {len(chat.exchanges)} exchanges {count} cannot be dropped")
     kept = chat.exchanges[count:]
@@ -139,6 +142,7 @@ def drop(model: Model, chat: Chat, count: int) -> Chat:
 
 def with_system(model: Model, chat: Chat, system: str | None) -> Chat:
     """The conversation as it would stand under other words of the system."""
+    check_tokenizer(model)
     check_tags(system or "", "the system's message")
     exchanges = chat.exchanges
     if exchanges:
@@ -173,9 +177,11 @@ def chat_of(tokenizer: Tokenizer, dialog: Sequence[Message]) -> Chat:
 
 
 def _closed(tokenizer: Tokenizer, exchange: Exchange) -> Exchange:
-    """The exchange with the end of its answer: Meta puts a space before the end token, and so may the model."""
+    """The exchange with the end of its answer: Meta puts a space before the end token, and so may the model. (Not every
+    vocabulary has a space alone: then there is none.)
+    """
     space, end = tokenizer.processor.piece_to_id("\u2581"), tokenizer.eos_id
     if exchange.answer[-1:] == (end,):
         return exchange
-    spaces = [space] * (exchange.answer[-1:] != (space,))
+    spaces = [space] * (exchange.answer[-1:] != (space,) and not tokenizer.processor.is_unknown(space))
     return exchange._replace(answer=(*exchange.answer, *spaces, end))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Int
 from torch import Tensor
 
-from llama_fn.checkpoint.load import Model
+from llama_fn.checkpoint.load import Model, check_tokenizer
 from llama_fn.generation.completion import check_stop, keys_of, room, until
 from llama_fn.generation.sampling import Narrowing, narrowing
 from llama_fn.generation.speculative import Round, rounds
@@ -80,6 +80,8 @@ def _begun(model: Model, draft: Model, prompts: Sequence[str], key: Tensor, n: i
            narrow: Narrowing | None, stop: Sequence[str],
            stopped: Callable[[int, list[int]], bool] = lambda row, written: False) -> Iterator[Round]:
     check_stop(stop)
+    check_tokenizer(model)
+    check_tokenizer(draft)
     if (n := integer("n", n)) < 1:
         raise ValueError(f"n must be at least 1 proposed token a round, got {n}")
     _check_vocabulary(model, draft)
@@ -100,6 +102,6 @@ def _check_vocabulary(model: Model, draft: Model) -> None:
     if sizes[0] != sizes[1]:
         raise ValueError(f"the draft has a vocabulary of {sizes[0]} tokens, the model of {sizes[1]}; "
                          "a draft needs the model's own tokenizer")
-    if draft.tokenizer != model.tokenizer:
+    if any(getattr(draft.tokenizer, name) != getattr(model.tokenizer, name) for name in ("model", "names")):
         raise ValueError("the draft has another tokenizer than the model, so their tokens mean different words; "
                          "a draft needs the model's own")

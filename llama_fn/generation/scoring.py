@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama_fn.checkpoint.load import Model
+from llama_fn.checkpoint.load import Model, check_tokenizer
 from llama_fn.generation import decode
 from llama_fn.generation.completion import prompt_logprobs
 from llama_fn.model.transformer import forward
@@ -34,6 +34,7 @@ def score(model: Model, texts: Sequence[str], batch_size: int = 8) -> list[Score
     """
     if isinstance(texts, str):
         raise ValueError("score: texts is one text; put it in a list")
+    check_tokenizer(model)
     if batch_size < 1:
         raise ValueError(f"score: batch_size must be at least 1, got {batch_size}")
     encoded = [model.tokenizer.encode(text) for text in texts]
@@ -56,6 +57,7 @@ def score_options(model: Model, prompt: str, options: Sequence[str]) -> list[Sco
     last. Long options are unlikely as such: compare `total / len(option.encode())` where that should not count. What is
     common goes through the model once; the options continue copies of its cache.
     """
+    check_tokenizer(model)
     if isinstance(options, str) or len(options) < 2:
         raise ValueError(f"score_options: give two options or more in a list, got {options!r}")
     if "" in options:
@@ -104,6 +106,7 @@ def perplexity(model: Model, text: str, window: int | None = None, stride: int |
     (None: half of it), so that every token but the first ones is predicted from at least `window - stride` before it.
     `report` is told of tokens as they are done. Raises `ValueError` for an empty text and for numbers out of range.
     """
+    check_tokenizer(model)
     context = model.params.config.max_seq_len
     window = context if window is None else window
     stride = max(1, window // 2) if stride is None else stride
