@@ -97,7 +97,12 @@ def test_of_two_ropes_the_one_that_transformers_takes_counts(rope):
 
 @pytest.mark.parametrize("changes, message", [
     ({"hidden_size": ..., "vocab_size": ...}, "hidden_size, vocab_size missing"),
-    ({"model_type": "mistral"}, "model_type is 'mistral', only 'llama' can be loaded"),
+    ({"model_type": "mixtral"}, "model_type is 'mixtral', only 'llama' or 'mistral' can be loaded"),
+    ({"model_type": ["llama"]}, r"model_type is \['llama'\], only"),
+    ({"model_type": ..., "architectures": ["GPT2LMHeadModel"]}, "architectures is .*, only LlamaForCausalLM or "),
+    ({"model_type": "mistral", "sliding_window": 95}, "sliding_window is 95, less than max_position_embeddings, 96: "),
+    ({"model_type": "mistral", "sliding_window": "96"}, "sliding_window is '96'"),
+    ({"model_type": "mistral", "max_position_embeddings": ...}, "sliding_window is 4096, less than .*, 131072"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu'"),
     ({"attention_bias": True}, "attention_bias is True, only False"),
     ({"mlp_bias": True}, "mlp_bias is True, only False"),
@@ -187,12 +192,3 @@ def test_mixed_dtypes_need_a_dtype(model, folder):
         lf.load(folder)
     expected = model.params._replace(norm=model.params.norm.bfloat16())
     assert same(lf.load(folder, dtype=torch.float64).params, lf.tree.map(torch.Tensor.double, expected))
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
-def test_pickled_weights_alone_are_an_error_that_says_so(model, folder, name):
-    torch.save(lf.to_hf(model.params), folder / name)
-    assert same(lf.load(folder).params, model.params)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file; pytorch_model\.bin is not read: "):
-        lf.load(folder)

@@ -1,4 +1,4 @@
-"""The `config.json` of Hugging Face's LLaMA, in and out."""
+"""The `config.json` of Hugging Face's LLaMA, in and out; and of Mistral, which is one where its window is no limit."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,21 +8,25 @@ import torch
 from llama_fn.checkpoint.weights import spelled
 from llama_fn.config import Config, RopeScaling
 
+# What transformers takes for a setting that is not told, by the type of the model.
+DEFAULTS = {"llama": {"max_position_embeddings": 2048},
+            "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}}
+
 
 def read_config(settings: Mapping[str, Any], where: str) -> tuple[Config, bool]:
     """The config of a `config.json`, and whether embedding and output are tied. What we cannot honor is refused."""
     if missing := [name for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                                      "vocab_size") if name not in settings]:
         raise ValueError(f"{where}: {', '.join(missing)} missing")
-    kind = settings.get("model_type", "llama")
-    heads = settings["num_attention_heads"]
+    kind = _kind(settings, where)
+    defaults, heads = DEFAULTS[kind], settings["num_attention_heads"]
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}  # in transformers' order
-    for name, only in (("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False),
+    for name, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False),
                        ("quantization_config", None), ("partial_rotary_factor", 1.0)):
         for place in (settings, rope if isinstance(rope, Mapping) else {}):
             if (value := place.get(name, only)) not in (only, None):
                 raise ValueError(f"{where}: {name} is {value!r}, only {only!r} can be loaded (model_type {kind})")
-    kv_heads = settings.get("num_key_value_heads")
+    kv_heads = settings.get("num_key_value_heads", defaults.get("num_key_value_heads"))
     try:
         scaling = _scaling(rope)
         config = Config(
@@ -30,13 +34,32 @@ def read_config(settings: Mapping[str, Any], where: str) -> tuple[Config, bool]:
             n_kv_heads=heads if kv_heads is None else kv_heads, vocab_size=settings["vocab_size"],
             hidden_dim=settings["intermediate_size"], norm_eps=settings.get("rms_norm_eps", 1e-6),
             rope_theta=rope.get("rope_theta", settings.get("rope_theta", 10000.0)),
-            max_seq_len=settings.get("max_position_embeddings", 2048), rope_scaling=scaling)
+            max_seq_len=settings.get("max_position_embeddings", defaults["max_position_embeddings"]),
+            rope_scaling=scaling)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    window = settings.get("sliding_window", defaults["sliding_window"]) if kind == "mistral" else None
+    if window is not None and not (type(window) is int and window >= config.max_seq_len):
+        raise ValueError(f"{where}: sliding_window is {window!r}, less than max_position_embeddings, "
+                         f"{config.max_seq_len}: attention within a window cannot be computed; for texts up to the "
+                         f"window, where it is no limit, set max_position_embeddings to {window}")
     if settings.get("head_dim") not in (None, config.head_dim):
         raise ValueError(f"{where}: head_dim is {settings['head_dim']}, only hidden_size / num_attention_heads = "
                          f"{config.head_dim} can be loaded")
     return config, bool(settings.get("tie_word_embeddings", False))
+
+
+def _kind(settings: Mapping[str, Any], where: str) -> str:
+    """The type of the model. Where it is not told, the name of its class says it."""
+    kind = settings.get("model_type")
+    if kind is None and (named := settings.get("architectures")):
+        kinds = {f"{kind.capitalize()}ForCausalLM": kind for kind in DEFAULTS}
+        if not isinstance(named, list) or str(named[0]) not in kinds:
+            raise ValueError(f"{where}: architectures is {named!r}, only {' or '.join(kinds)} can be loaded")
+        return kinds[named[0]]
+    if kind not in (None, *DEFAULTS):
+        raise ValueError(f"{where}: model_type is {kind!r}, only {' or '.join(map(repr, DEFAULTS))} can be loaded")
+    return kind or "llama"
 
 
 def write_config(config: Config, tied: bool, dtype: torch.dtype) -> dict[str, Any]:
