@@ -92,6 +92,11 @@ def test_we_load_pefts_adapter_on_its_model(tmp_path_factory, config, key, names
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [{"target_modules": "all-linear"}, {"target_modules": r".*\.1\..*(q|up)_proj"},
                                  {"target_modules": ["v_proj"], "layers_to_transform": [1]},
+                                 {"target_modules": ["v_proj", "mlp.up_proj"], "layers_to_transform": 0},
+                                 {"target_modules": ["v_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+                                 {"target_modules": ["v_proj"], "layers_to_transform": []},
+                                 {"target_modules": ["v_proj", "lm_head", "model.layers.1.mlp.up_proj"],
+                                  "layers_to_transform": 0},
                                  {"target_modules": ["self_attn.k_proj"], "exclude_modules": ["0.self_attn.k_proj"]},
                                  {"target_modules": ["model.layers.1.mlp.down_proj", "o_proj"]},
                                  {"target_modules": ["q_proj"], "lora_dropout": 0.1, "init_lora_weights": "gaussian"}])
@@ -104,6 +109,52 @@ def test_pefts_ways_to_choose_weights_are_understood(tmp_path, how):
     assert 2 * len(adapter.matrices) == sum(".lora_" in name for name, _ in adapted.named_parameters())
     torch.testing.assert_close(lf.forward(lora.apply(params, adapter), tokens)[0], logits_of(adapted, tokens[None])[0],
                                atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spelled", [str, Path])
+def test_peft_finds_the_model_of_our_adapter_by_itself(tmp_path, monkeypatch, tokenizer, spelled):
+    from peft import AutoPeftModelForCausalLM
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = lf.Config(48, 2, 6, 2, 401, 70)
+    params = lf.from_hf(theirs(config, lf.random.key(0)).state_dict(), config)
+    adapter, tokens = trained(lf.random.key(1), params, 3, ("wq", "w_up"), alpha=7), token_rows(config, 2, 9)
+    lf.save(lf.Model(params, tokenizer), tmp_path / "model", format="hf")
+    lora.save(adapter, tmp_path / "adapter", params, spelled(tmp_path / "model"))
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "model")
+    ours, _ = lf.forward(lora.apply(params, adapter), tokens)
+    torch.testing.assert_close(ours, logits_of(model, tokens), atol=1e-4, rtol=0)
+    assert same(lora.load(tmp_path / "adapter", params), adapter)
+    with pytest.raises(ValueError, match="base is empty"):
+        lora.save(adapter, tmp_path / "new", params, "")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("layers, kept", [(0, [0]), ([0], [0]), (1, [1]), ([1, 0], [0, 1]), ([], [0, 1]),
+                                          (None, [0, 1])])
+def test_the_layers_to_transform_are_those_that_are_read(tmp_path, layers, kept):
+    params = random_params(lf.Config(48, 2, 6, 2, 77, 70), lf.random.key(0), torch.float32)
+    names = [f"blocks.{layer}.attention.wq" for layer in kept]
+    adapter = trained(lf.random.key(1), params, 3, names)
+    lora.save(adapter, tmp_path, params)
+    edit_json(tmp_path / SETTINGS, target_modules=["q_proj"], layers_to_transform=layers)
+    assert same(lora.load(tmp_path, params), adapter)
+    if len(kept) == 1:  # and a weight of another layer is one too many, or one too few
+        edit_json(tmp_path / SETTINGS, layers_to_transform=1 - kept[0])
+        with pytest.raises(ValueError, match=rf"(?s)missing: .*layers\.{1 - kept[0]}.*unknown: .*layers\.{kept[0]}"):
+            lora.load(tmp_path, params)
+
+
+def test_an_alpha_of_zero_is_a_number(tmp_path, params):
+    adapter = trained(lf.random.key(1), params, 3, ("wq",))
+    lora.save(adapter, tmp_path, params)
+    edit_json(tmp_path / SETTINGS, lora_alpha=0)
+    assert lora.load(tmp_path, params).scale.alpha == 0
+    tokens = token_rows(params.config, 9)
+    assert torch.equal(lf.forward(lora.merge(params, lora.load(tmp_path, params)), tokens)[0],
+                       lf.forward(params, tokens)[0])
 
 
 @given(models(), keys(), targets, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.data())
@@ -158,7 +209,8 @@ def folder(params, tmp_path) -> Path:
 
 @pytest.mark.parametrize("change", [
     {"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}, {"modules_to_save": ["embed"]},
-    {"rank_pattern": {"q_proj": 5}}, {"alpha_pattern": {"q_proj": 5}}, {"fan_in_fan_out": True}, {"peft_type": "IA3"},
+    {"rank_pattern": {"q_proj": 5}}, {"alpha_pattern": {"q_proj": 5}},
+    {"alpha_pattern": {"q_proj": 0}}, {"fan_in_fan_out": True}, {"peft_type": "IA3"},
     {"init_lora_weights": "pissa"}, {"layer_replication": [[0, 1]]}, {"target_parameters": ["x"]},
     {"task_type": "SEQ_CLS"}, {"trainable_token_indices": [3]}, {"what_comes_next": 1}, {"peft_type": ...}])
 def test_what_is_no_plain_lora_is_refused_by_name(folder, params, change):
@@ -179,6 +231,9 @@ def test_what_is_no_plain_lora_is_refused_by_name(folder, params, change):
     ({"target_modules": ["q_proj"]}, r"(?s)4 weights .*unknown: base_model.model.lm_head.lora_A.weight in"),
     ({"target_modules": ["q_proj", "down_proj", "lm_head", "k_proj"]}, "2 weights .*\n  missing: .*k_proj.lora_A"),
     ({"target_modules": ["c_attn"]}, r"target_modules names no weight of the model: \['c_attn'\]"),
+    ({"layers_to_transform": "0"}, "_config.json: layers_to_transform should be a layer or a list of layers, is '0'"),
+    ({"layers_to_transform": True}, "is True"), ({"layers_to_transform": [0, None]}, "is .0, None."),
+    ({"layers_to_transform": 9, "target_modules": ["q_proj"]}, "names no weight of the model in the layers 9: "),
     ({"target_modules": []}, "names no weight"), ({"target_modules": [["q_proj"]]}, "names no weight"),
 ])
 def test_settings_with_holes_and_nonsense_are_refused(folder, params, change, message):
@@ -225,9 +280,22 @@ def test_missing_damaged_and_pickled_files_are_refused(folder, params, tmp_path)
     with pytest.raises(ValueError, match=r"a link to .*elsewhere, outside the folder"):
         lora.load(folder, params)
     (folder / WEIGHTS).unlink()
-    (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n")
-    with pytest.raises(FileNotFoundError, match=r"adapter_model.bin is not read: let PEFT write safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors: no such file"):
         lora.load(folder, params)
+    (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n")
+    with pytest.raises(ValueError, match=r"adapter_model.bin: not a file of tensors"):
+        lora.load(folder, params)
+
+
+def test_an_older_file_of_an_adapter_is_read(folder, params):
+    adapter = lora.load(folder, params)
+    state = load_file(folder / WEIGHTS)
+    torch.save({name: torch.nn.Parameter(x) for name, x in state.items()}, folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    assert same(lora.load(folder, params), adapter)
+    assert not any(x.requires_grad for x in tree.leaves(lora.load(folder, params)))
+    save_file({name: x + 1 for name, x in state.items()}, folder / WEIGHTS)
+    assert not same(lora.load(folder, params), adapter)  # and safetensors come first
 
 
 def test_what_cannot_be_written_is_refused_and_nothing_is_written(model, params, tmp_path):

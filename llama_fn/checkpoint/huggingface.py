@@ -94,7 +94,7 @@ def open_hf(folder: Path, dtype: torch.dtype | None = None) -> Weights:
     single, index = _places(folder)
     files = [inside(folder, name) for name in (sorted(set(index.values())) if index else [single])]
     pickled = files[0].suffix == ".bin"
-    found = [entry for file in files for entry in (_entries(file) if pickled else header(file))]
+    found = [entry for file in files for entry in (entries(file) if pickled else header(file))]
     copied = dtype not in (None, usual_dtype(found))
     where = {entry.name: folder / entry.file for entry in found}
 
@@ -138,6 +138,11 @@ def write_hf(weights: Weights, folder: Path, shards: int | None, report: Report)
         index |= dict.fromkeys(state, name)
     if count > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": index})
+
+
+def entries(file: Path) -> list[Stored]:
+    """The tensors of a torch file."""
+    return [stored(file.name, name, x) for name, x in read_tensors(file).items()]
 
 
 def hf_name(path: str) -> str:
@@ -203,8 +208,3 @@ def _places(folder: Path) -> tuple[str, dict[str, str]]:
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f'{folder / index}: expected the names of files under "weight_map"')
     return single, {name: file for name, file in files.items() if not name.endswith(IGNORED)}
-
-
-def _entries(file: Path) -> list[Stored]:
-    """The tensors of a torch file."""
-    return [stored(file.name, name, x) for name, x in read_tensors(file).items()]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.checkpoint.atomic import current, replacing_folder, writing
-from llama_fn.checkpoint.files import header, inside, read_json, write_json, write_safetensors
-from llama_fn.checkpoint.huggingface import HEAD, hf_name, rope_heads, to_halves, to_interleaved
+from llama_fn.checkpoint.files import header, inside, read_json, read_tensors, write_json, write_safetensors
+from llama_fn.checkpoint.huggingface import HEAD, entries, hf_name, rope_heads, to_halves, to_interleaved
 from llama_fn.checkpoint.load import SETTINGS as MODELS
 from llama_fn.checkpoint.weights import misfits, same_numbers
 from llama_fn.config import Config
@@ -46,8 +46,13 @@ def adaptable(config: Config) -> dict[str, Weight]:
             if len(weight.shape) > 1 and path != "embedding"}
 
 
-def write_peft(matrices: Matrices, alpha: float, config: Config, folder: Path) -> None:
-    """Write an adapter. Raises `ValueError` for none, for one of several ranks, and for the folder of a model."""
+def write_peft(matrices: Matrices, alpha: float, config: Config, folder: Path, base: str | None = None) -> None:
+    """Write an adapter. `base` is where PEFT finds the model that it belongs to: a folder, or a name on the hub.
+
+    Raises `ValueError` for none, for one of several ranks, for the folder of a model, and for a base without a name.
+    """
+    if base == "":
+        raise ValueError("base is empty: give the folder of the model that the adapter belongs to, or None")
     ranks = sorted({len(a) for a, _ in matrices.values()})
     if len(ranks) != 1:
         raise ValueError(f"an adapter of one rank can be written, this one has {', '.join(map(str, ranks)) or 'none'}")
@@ -60,7 +65,8 @@ def write_peft(matrices: Matrices, alpha: float, config: Config, folder: Path) -
     for path, (a, b) in matrices.items():
         rows, heads = b.flatten(0, -2), rope_heads(path, config)
         state |= zip(_names(path), (a.flatten(1), to_halves(rows, heads) if heads else rows), strict=True)
-    settings = {**WRITTEN, "r": ranks[0], "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+    settings = {**WRITTEN, "base_model_name_or_path": base, "r": ranks[0],
+                "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
                 "target_modules": _targets(matrices, config)}
     with replacing_folder(folder, (SETTINGS, WEIGHTS, PICKLE)) as beside:
         write_json(beside / SETTINGS, dict(sorted(settings.items())))
@@ -78,14 +84,17 @@ def read_peft(folder: Path, config: Config, output: Callable[[], Any]) -> tuple[
     folder = current(folder)
     settings, where = read_json(inside(folder, SETTINGS)), folder / SETTINGS
     rank, alpha = _plain(settings, where)
-    if not (folder / WEIGHTS).exists() and (folder / PICKLE).exists():
-        raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; {PICKLE} is not read: let PEFT write safetensors "
-                                "(`save_pretrained`)")
-    file = inside(folder, WEIGHTS)
-    found = header(file)
-    weights = _wanted(settings, {entry.name for entry in found}, config)
+    pickled = not (folder / WEIGHTS).exists() and (folder / PICKLE).exists()  # as older versions of PEFT wrote it
+    file = inside(folder, PICKLE if pickled else WEIGHTS)
+    found = entries(file) if pickled else header(file)
+    try:
+        weights = _wanted(settings, {entry.name for entry in found}, config)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     if not weights:
-        raise ValueError(f"{where}: target_modules names no weight of the model: {_short(settings['target_modules'])}")
+        layers = "" if (only := settings.get("layers_to_transform")) is None else f" in the layers {_short(only)}"
+        raise ValueError(f"{where}: target_modules names no weight of the model{layers}: "
+                         f"{_short(settings.get('target_modules'))}")
     wanted = {}
     for path, weight in weights.items():
         shapes = (rank, math.prod(weight.inner)), (math.prod(weight.outer), rank)
@@ -95,15 +104,14 @@ def read_peft(folder: Path, config: Config, output: Callable[[], Any]) -> tuple[
     if wrong := misfits(wanted, found, None):
         raise ValueError(f"{folder}: {len(wrong)} weights of the adapter do not fit the model and {SETTINGS}:\n  "
                          + "\n  ".join(wrong))
-    matrices = {}
-    with safe_open(file, "pt") as tensors:
-        if again and not _same(tensors.get_tensor(BASE), output()):
-            raise ValueError(f"{file}: {BASE} is not the output of this model: the adapter belongs to another")
-        for path, weight in weights.items():
-            a, b = map(tensors.get_tensor, _names(path))
-            heads = rope_heads(path, config)
-            b = to_interleaved(b, heads) if heads else b
-            matrices[path] = a.reshape(rank, *weight.inner), b.reshape(*weight.outer, rank)
+    matrices, tensor = {}, read_tensors(file).__getitem__ if pickled else safe_open(file, "pt").get_tensor
+    if again and not _same(tensor(BASE), output()):
+        raise ValueError(f"{file}: {BASE} is not the output of this model: the adapter belongs to another")
+    for path, weight in weights.items():
+        a, b = (tensor(name).detach() for name in _names(path))
+        heads = rope_heads(path, config)
+        b = to_interleaved(b, heads) if heads else b
+        matrices[path] = a.reshape(rank, *weight.inner), b.reshape(*weight.outer, rank)
     return matrices, alpha
 
 
@@ -123,11 +131,28 @@ def _plain(settings: dict, where: Path) -> tuple[int, float]:
 
 
 def _wanted(settings: dict, names: set[str], config: Config) -> dict[str, Weight]:
-    """The weights that the settings name; where these are more than a list of endings, those in the file."""
-    targets, able = settings.get("target_modules"), adaptable(config)
-    if not isinstance(targets, list) or settings.get("exclude_modules") or settings.get("layers_to_transform"):
+    """The weights that the settings name: by endings, which count in the layers to transform alone if there are such,
+    and by whole names. Where the settings are more than that, those in the file.
+    """
+    targets, able, layers = settings.get("target_modules"), adaptable(config), _layers(settings)
+    if not isinstance(targets, list) or settings.get("exclude_modules") or settings.get("layers_pattern"):
         return {path: weight for path, weight in able.items() if not names.isdisjoint(_names(path))}
-    return {path: weight for path, weight in able.items() if any(end in targets for end in _ends(_module(path)))}
+
+    def is_meant(path: str) -> bool:
+        whole, *ends = _ends(_module(path))
+        return whole in targets or (any(end in targets for end in ends) and (
+            layers is None or any(path.startswith(f"blocks.{layer}.") for layer in layers)))
+
+    return {path: weight for path, weight in able.items() if is_meant(path)}
+
+
+def _layers(settings: dict) -> list[int] | None:
+    """The layers to transform; None for all, as PEFT understands an empty list, too."""
+    layers = settings.get("layers_to_transform")
+    layers = [layers] if type(layers) is int else layers
+    if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
+        raise ValueError(f"layers_to_transform should be a layer or a list of layers, is {_short(layers)}")
+    return layers or None
 
 
 def _targets(paths: Iterable[str], config: Config) -> list[str]:

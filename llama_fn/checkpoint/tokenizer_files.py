@@ -14,7 +14,7 @@ from llama_fn import tokenizer_json
 from llama_fn.checkpoint.atomic import COMPLETE, writing
 from llama_fn.checkpoint.files import inside, read_json, write_json
 from llama_fn.sentencepiece_model import pieces_of, settings_of
-from llama_fn.tokenizer import Tokenizer, load_tokenizer, tokenizer_of_json
+from llama_fn.tokenizer import LARGEST_JSON, Tokenizer, load_tokenizer, tokenizer_of_json
 
 MODEL, JSON, SETTINGS = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 ADDED, SPECIAL = "added_tokens.json", "special_tokens_map.json"  # of transformers before 5
@@ -90,7 +90,7 @@ def _found(folder: Path, settings: Mapping[str, Any]) -> tuple[Path, Tokenizer] 
         file = inside(folder, MODEL, above)
     elif (folder / JSON).exists() or (folder / JSON).is_symlink():
         file = inside(folder, JSON)
-        content = read_json(file)
+        content = read_json(file, LARGEST_JSON)
         names = (_content(settings.get(f"{name}_token")) or usual for name, usual in (("bos", "<s>"), ("eos", "</s>")))
         try:
             return file, tokenizer_of_json(content, *names)
@@ -139,4 +139,4 @@ def _content(token: Any) -> str:
 def _object(folder: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of the folder; empty if there is no such file."""
     there = (folder / name).exists() or (folder / name).is_symlink()
-    return read_json(inside(folder, name)) if there else {}
+    return read_json(inside(folder, name), LARGEST_JSON) if there else {}

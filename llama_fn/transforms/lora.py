@@ -132,14 +132,17 @@ def unstack(adapter: Lora) -> list[Lora]:
 
 
 @typed
-def save(adapter: Lora, folder: str | os.PathLike[str], params: Params) -> None:
+def save(adapter: Lora, folder: str | os.PathLike[str], params: Params,
+         base: str | os.PathLike[str] | None = None) -> None:
     """Write an adapter of `params` as PEFT does, which loads it on the model that `lf.save(..., format="hf")` writes.
 
-    The files are written beside their places and moved there at the end. Raises `ValueError` for an adapter that does
-    not fit, for several ranks, and for the folder of a model.
+    `base` is that model's folder, or its name on the hub: by it, PEFT's `AutoPeftModelForCausalLM.from_pretrained`
+    finds the model alone (`base_model_name_or_path`). The files are written beside their places and moved there at the
+    end. Raises `ValueError` for an adapter that does not fit, for several ranks, and for the folder of a model.
     """
     check_fit(params, adapter)
-    write_peft(adapter.matrices, adapter.scale.alpha, params.config, Path(folder))
+    write_peft(adapter.matrices, adapter.scale.alpha, params.config, Path(folder),
+               None if base is None else os.fspath(base))
 
 
 @typed
