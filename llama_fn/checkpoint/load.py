@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.checkpoint import huggingface, llama2c, meta
-from llama_fn.checkpoint.atomic import current, replacing_folder
+from llama_fn.checkpoint.atomic import current, replacing_folder, writing
 from llama_fn.checkpoint.tokenizer_files import FILES as TOKENIZER_FILES
 from llama_fn.checkpoint.tokenizer_files import read_tokenizer, write_tokenizer
 from llama_fn.checkpoint.weights import Report, Weights, check_dtype, params_of, weights_of
