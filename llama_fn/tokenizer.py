@@ -2,9 +2,10 @@
 
 import dataclasses
 import io
-import json
+import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,13 @@ import sentencepiece as spm
 
 from llama_fn import tokenizer_json, tree
 from llama_fn.ranges import integer
+from llama_fn.text import read_json
 
 LARGEST_FILE = 1 << 24  # bytes of a `tokenizer.model`; one of 256,000 tokens has a quarter of it
 LARGEST_JSON = 1 << 26  # bytes of a `tokenizer.json`; that of LLaMA 2 has 2 MB, of 256,000 tokens 35
 LONGEST_LINE = 1 << 16  # characters; SentencePiece skips a longer line without a word, so it comes in parts
+VOCABULARY = 1024  # tokens, where nobody says how many
+COVERAGE = 0.99995  # of all characters; the rarest are bytes
 
 
 @tree.constant
@@ -177,13 +181,13 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
     Raises `FileNotFoundError`, or `ValueError` naming the file if it is something else.
     """
-    path = Path(path)
-    largest = LARGEST_FILE if path.suffix != ".json" else LARGEST_JSON
+    path, is_json = Path(path), Path(path).suffix == ".json"
+    largest = LARGEST_JSON if is_json else LARGEST_FILE
+    if path.is_file() and (size := path.stat().st_size) > largest:
+        raise ValueError(f"{path}: {size:,} bytes, at most {largest:,} are read; is it the right file?")
+    settings = read_json(path) if is_json else None
     try:
-        if path.is_file() and (size := path.stat().st_size) > largest:
-            raise ValueError(f"{size:,} bytes, at most {largest:,} are read; is it the right file?")
-        data = path.read_bytes()
-        return tokenizer_of_json(json.loads(data)) if path.suffix == ".json" else Tokenizer(data)
+        return tokenizer_of_json(settings) if is_json else Tokenizer(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -200,23 +204,47 @@ def tokenizer_of_json(settings: Any, bos: str = "<s>", eos: str = "</s>") -> Tok
                      tuple(id for id, _, special in added if special), legacy)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
     """Learn a BPE vocabulary with LLaMA 2's settings: byte fallback, single digits, no normalization.
 
     The vocabulary holds 3 special tokens, 256 bytes, the characters seen, and merges; the same texts give the same one.
-    Raises `ValueError` if there is no text, or if the text cannot fill the vocabulary.
+    With `vocab_size` None it has 1024 tokens: fewer if the texts cannot fill it, more if it could not hold their
+    characters. Raises `ValueError` if there is no text, if the texts cannot fill a given size, or if it is too small
+    for their characters; an error raised by `texts` comes out as it is.
     """
-    vocab_size = integer("train_tokenizer: vocab_size", vocab_size)
-    lines = (line[start:start + LONGEST_LINE] for text in texts for line in text.splitlines() if line.strip()
-             for start in range(0, len(line), LONGEST_LINE))
+    # All lines are read first. SentencePiece would rename whatever an iterator raises, even Ctrl-C.
+    size = vocab_size if vocab_size is None else integer("train_tokenizer: vocab_size", vocab_size)
+    lines = [line[start:start + LONGEST_LINE] for text in texts for line in text.splitlines() if line.strip()
+             for start in range(0, len(line), LONGEST_LINE)]
+    if not lines:
+        raise ValueError(f"no tokenizer of {size or VOCABULARY} tokens can be learned from these texts: they are empty")
+    if size is not None:
+        return _learn(lines, size)
+    needed = 3 + 256 + _frequent_characters(lines)
+    size = VOCABULARY if needed < VOCABULARY else 2 * needed
+    try:
+        return _learn(lines, size)
+    except ValueError:
+        fits = _learn(lines, size, hard_vocab_limit=False).vocab_size
+        return _learn(lines, fits)  # the file then is that of a given size, to the last byte
+
+
+def _learn(lines: list[str], vocab_size: int, hard_vocab_limit: bool = True) -> Tokenizer:
     out = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=out, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
-            split_digits=True, allow_whitespace_only_pieces=True, remove_extra_whitespaces=False,
-            normalization_rule_name="identity", character_coverage=0.99995, max_sentence_length=4 * LONGEST_LINE,
-            num_threads=1, minloglevel=2)
+            sentence_iterator=iter(lines), model_writer=out, model_type="bpe", vocab_size=vocab_size,
+            hard_vocab_limit=hard_vocab_limit, byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
+            remove_extra_whitespaces=False, normalization_rule_name="identity", character_coverage=COVERAGE,
+            max_sentence_length=4 * LONGEST_LINE, num_threads=1, minloglevel=2)
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of {vocab_size} tokens can be learned from these texts: "
                          f"{str(error).split(']')[-1].strip() or error}") from None
     return Tokenizer(out.getvalue())
+
+
+def _frequent_characters(lines: list[str]) -> int:
+    """How many characters get a token: the commonest that together make up COVERAGE of all."""
+    counts = Counter(itertools.chain.from_iterable(lines))
+    reached = itertools.accumulate(count for _, count in counts.most_common())
+    return 1 + sum(total < COVERAGE * counts.total() for total in reached)

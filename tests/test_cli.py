@@ -87,7 +87,7 @@ def test_stop_and_empty_prompt(monkeypatch, capsys):
     (["train", "--vocab-size", "9", "--stories", "30"], "llama-fn: no tokenizer of 9 tokens can be learned"),
     (["tokenizer", "nowhere.txt"], "llama-fn: nowhere.txt: no such file or folder"),
     (["train", "nowhere.txt"], "llama-fn: nowhere.txt: no such file or folder"),
-    (["train", "--n-heads", "5"], "llama-fn: Config: n_heads (5) must be a multiple of n_kv_heads (2)"),
+    (["train", "--n-heads", "5", "--n-kv-heads", "2"], "llama-fn: Config: n_heads (5) must be a multiple of n_kv"),
     (["train", "--warmup", "9", "--steps", "9"], "llama-fn: warmup_cosine: warmup (9) must lie in [0, steps)"),
     (["train", "--resume"], "llama-fn: run: there is no run to go on with"),
     (["evaluate", "nowhere"], "llama-fn: nowhere: no model there"),
@@ -137,7 +137,7 @@ def test_generate_works_in_a_pipe_and_reads_one():
     assert empty.stderr == "llama-fn: the prompt is empty: nothing came on standard input\n"
     bad = subprocess.run([*COMMAND, "generate", "-"], input=b"caf\xe9", capture_output=True, check=False)
     assert bad.returncode == 2
-    assert bad.stderr == b"llama-fn: standard input is not UTF-8: byte 0xE9 at offset 3\n"
+    assert bad.stderr == b"llama-fn: standard input: not UTF-8: byte 0xE9 at offset 3; convert it to UTF-8 first\n"
 
 
 @pytest.mark.slow

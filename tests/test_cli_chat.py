@@ -156,7 +156,7 @@ def test_in_a_pipe_ctrl_c_ends_the_program(talk):
     (["--dialog", "text.json"], "text.json: not a conversation as /save writes it: message 0 of a dialog needs"),
     (["--dialog", "order.json"], "order.json: not a conversation as /save writes it: a dialog goes (system,) user,"),
     (["--dialog", "deep.json"], "deep.json: not a conversation as /save writes it: "),
-    (["--dialog", "latin.json"], "latin.json: not a conversation as /save writes it: 'utf-8' codec can't decode"),
+    (["--dialog", "latin.json"], "latin.json: not a conversation as /save writes it: not UTF-8: byte 0x"),
 ])
 def test_bad_input_is_one_line_and_status_2(monkeypatch, capsys, tmp_path, folder, options, message):
     monkeypatch.chdir(tmp_path)

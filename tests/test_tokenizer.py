@@ -12,7 +12,8 @@ import llama_fn as lf
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 RELEASED = Path(os.environ.get("LLAMA2_TOKENIZER", DATA / "llama2-tokenizer.model"))
-TOKENIZERS = {"stories": lf.train_tokenizer([s.text for s in lf.stories.stories(lf.random.key(0), 200)], 401)}
+TALES = [story.text for story in lf.stories.stories(lf.random.key(0), 200)]
+TOKENIZERS = {"stories": lf.train_tokenizer(TALES, 401)}
 if "LLAMA2_TOKENIZER" in os.environ or RELEASED.is_file():  # Meta's license keeps it out of the repository
     TOKENIZERS["llama2"] = lf.load_tokenizer(RELEASED)
 
@@ -141,6 +142,29 @@ def test_a_missing_file_is_an_error(tmp_path):
 def test_the_same_texts_train_the_same_tokenizer(texts, tokenizer):
     assert lf.train_tokenizer(iter(texts), 401) == tokenizer
     assert lf.train_tokenizer(texts[1:], 401) != tokenizer
+
+
+@pytest.mark.parametrize("texts, size", [(["a"], 262), (["the cat sat on the mat."] * 9, None), (TALES, 1024),
+                                         (["".join(map(chr, range(0x4e00, 0x4e00 + 1500)))] * 3, None)])
+def test_a_size_that_is_not_given_is_one_that_fits(texts, size):
+    learned = lf.train_tokenizer(texts)
+    assert size in (None, learned.vocab_size)
+    assert learned == lf.train_tokenizer(texts, learned.vocab_size)  # to the last byte of the file
+    assert all(not learned.processor.is_byte(id) for id in learned.encode("".join(texts)))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a.jsonl, line 7: not JSON"), MemoryError(),
+                                   FileNotFoundError(2, "No such file", "a.txt"), RuntimeError("own"),
+                                   UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")], ids=repr)
+@pytest.mark.parametrize("size", [None, 280])
+def test_an_error_of_the_texts_comes_out_as_it_is(error, size):
+    def texts():
+        yield "a text"
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        lf.train_tokenizer(texts(), size)
+    assert caught.value is error
 
 
 def test_a_trained_tokenizer_has_the_parts_of_llama_2s(tokenizer):

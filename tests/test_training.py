@@ -51,8 +51,8 @@ def test_resume_equals_not_stopping_bit_for_bit(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="holds a training run already; go on with it"):
         run(tmp_path / "whole", TINY)
-    with pytest.raises(ValueError, match="holds a run of another plan: steps was 6, is 9"):
-        run(tmp_path / "whole", TINY.__class__(**{**vars(TINY), "steps": 9}), resume=True)
+    with pytest.raises(ValueError, match="holds a run of another plan: batch was 5, is 9"):
+        run(tmp_path / "whole", TINY.__class__(**{**vars(TINY), "batch": 9}), resume=True)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llama_fn import text
 from llama_fn.checkpoint.atomic import replacing, writing
 from llama_fn.checkpoint.limits import check_header, check_size, check_torch_file
 from llama_fn.checkpoint.weights import Report, Stored
@@ -65,10 +66,10 @@ class _Counted:
     def write(self, data: Any) -> int:
         try:
             count = self.file.write(data)
-        except OSError as error:
+            self.report(count)
+        except BaseException as error:  # Ctrl-C too
             self.error = self.error or error
             raise
-        self.report(count)
         return count
 
     def flush(self) -> None:
@@ -94,10 +95,7 @@ def read_json(path: str | os.PathLike, most: int = 2**22) -> dict:
     bytes than `most`.
     """
     check_size(path, most)
-    try:
-        value = json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError, too
-        raise ValueError(f"{path}: not JSON: {error}") from None
+    value = text.read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
@@ -113,6 +111,8 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Any]:
     check_torch_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (MemoryError, PermissionError):  # these say nothing of the file
+        raise
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ValueError, ... for bad files
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path}: not a file of tensors, or a damaged one: {reason}") from None
@@ -129,6 +129,8 @@ def header(file: Path) -> list[Stored]:
             parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118, it is no dict
             return [Stored(file.name, name, KINDS.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
                     for name, part in parts.items()]
+    except PermissionError:
+        raise
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a safetensors file, or a damaged one: {error}") from None
 

@@ -26,6 +26,7 @@ from llama_fn.generation.conversation import (
     with_system,
 )
 from llama_fn.generation.sampling import Sampler, sampler
+from llama_fn.text import decode, parse
 from llama_fn.transforms.quantize import Bits
 
 HELP = """/system TEXT  put other words of the system at the beginning ("/system" alone takes them away)
@@ -200,10 +201,11 @@ def _command(model: Model, talk: Chat, line: str) -> Chat:
 
 
 def _read(model: Model, file: Path) -> Chat:
+    where = f"{file}: not a conversation as /save writes it"
+    dialog = parse(decode(file.read_bytes(), where), where)
     try:
-        dialog = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(dialog, list):
             raise ValueError('expected a list of {"role": ..., "content": ...}')
         return chat_of(model.tokenizer, dialog)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not a conversation as /save writes it: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

@@ -15,6 +15,7 @@ from llama_fn.cli.options import Dtype, model_of
 from llama_fn.generation.completion import stream
 from llama_fn.generation.drafted import speculate_stream
 from llama_fn.generation.sampling import narrowing, sampler
+from llama_fn.text import decode
 from llama_fn.transforms.quantize import Bits
 
 
@@ -91,11 +92,7 @@ def generate(prompt: Annotated[str, tyro.conf.Positional] = "Once upon a time", 
 
 
 def _standard_input() -> str:
-    data = sys.stdin.buffer.read()
-    if not data.strip():
+    text = decode(sys.stdin.buffer.read(), "standard input").removesuffix("\n")  # echo's newline is not of the text
+    if not text.strip():
         raise ValueError("the prompt is empty: nothing came on standard input")
-    try:
-        return data.decode().removesuffix("\n").removesuffix("\r")  # of echo, not of the text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is not UTF-8: byte 0x{data[error.start]:02X} "
-                         f"at offset {error.start}") from None
+    return text

@@ -1,6 +1,7 @@
 """`llama-fn`: the subcommands, and what becomes of their errors."""
 
 import errno
+import io
 import os
 import sys
 import warnings
@@ -23,6 +24,8 @@ COMMANDS = {"generate": generate, "chat": chat, "perplexity": perplexity, "choos
 
 def main() -> None:
     """Run one subcommand. Bad input is one line on standard error and status 2; Ctrl-C is status 130."""
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # PowerShell's pipes begin with a byte-order mark
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"llama-fn: {message}", file=sys.stderr)

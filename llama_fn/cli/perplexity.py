@@ -20,7 +20,7 @@ def perplexity(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar
     """Tell how well a model predicts a text, in a sliding window: perplexity a token, and bits a byte.
 
     Args:
-        file: A text file, a JSON-lines file (the "text" of each line), or a folder of such files.
+        file: A text file, a JSON or JSON-lines file (the "text" of each record), or a folder of such files.
         model: The embedded model "stories", or the folder of a model.
         window: Tokens in a window; by default the model's context.
         stride: How far it slides; by default half of it. A shorter stride gives more context and takes longer.

@@ -10,13 +10,14 @@ from llama_fn.tokenizer import train_tokenizer
 from llama_fn.training.data import read_texts
 
 
-def tokenizer(texts: Annotated[Path, tyro.conf.Positional], *, vocab_size: int = 1024,
+def tokenizer(texts: Annotated[Path, tyro.conf.Positional], *, vocab_size: int | None = None,
               out: Path = Path("tokenizer.model"), force: bool = False) -> None:
     """Learn a SentencePiece BPE tokenizer with byte fallback, with LLaMA 2's settings.
 
     Args:
-        texts: A text file, a JSON-lines file (the "text" of each line), or a folder of such files.
-        vocab_size: The number of tokens: 3 special ones, 256 bytes, every character seen, and merges.
+        texts: A text file, a JSON or JSON-lines file (the "text" of each record), or a folder of such files.
+        vocab_size: The number of tokens: 3 special ones, 256 bytes, every character seen, and merges. By default 1024:
+            fewer for a text that cannot fill them, more for one of many characters.
         out: Where to write it.
         force: Write over a file that is there.
     """

@@ -13,49 +13,63 @@ from llama_fn.generation.completion import text_completion
 from llama_fn.memory import keep_memory
 from llama_fn.training.curve import plot_losses
 from llama_fn.training.plan import Plan
-from llama_fn.training.run import run
+from llama_fn.training.record import RECORD
+from llama_fn.training.run import METRICS, SNAPSHOT, run
 
 
 def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[TEXTS]")] = None, *,
           plan: Plan = Plan(), out: Path = Path("run"),  # noqa: B008, frozen
-          resume: bool = False, evaluate_every: int = 500, device: str = "auto") -> None:
+          resume: bool = False, evaluate_every: int | None = None, device: str = "auto") -> None:
     """Train a tokenizer and a model, on the embedded stories or on texts of yours, and let it write.
 
     The folder gets the model in Meta's layout (`llama-fn generate --model FOLDER`), metrics.jsonl with a line a step,
     loss.png (if matplotlib is installed), and a snapshot at every evaluation. Ctrl-C writes a snapshot and stops.
 
     Args:
-        texts: A text file, a JSON-lines file (the "text" of each line), or a folder of such files; by default stories.
+        texts: A text file, a JSON or JSON-lines file (the "text" of each record), or a folder of such files; by default
+            stories.
         out: The folder of the run.
-        resume: Go on with the run in that folder, with the same plan, to the same result as if it had not stopped.
-        evaluate_every: Steps between two evaluations on held-out texts.
+        resume: Go on with the run in that folder, with the same plan and texts (or no texts: the folder has their
+            tokens), to the same result as if it had not stopped. With more steps it goes on beyond its end.
+        evaluate_every: Steps between two evaluations on held-out texts; by default 500, or a quarter of fewer steps.
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
     """
     keep_memory()
-    with tqdm(total=plan.steps, unit="step", dynamic_ncols=True, delay=1e-9) as bar:
+    bar: tqdm | None = None
 
-        def report(record: dict) -> None:
-            if "parameters" in record:
-                bar.initial = bar.n = record["step"]
-                bar.write(f"{record['parameters']:,} parameters, {record['training_tokens']:,} tokens to learn from; "
-                          "the first step compiles, which takes a minute or two", file=sys.stderr)
-                bar.set_description("compiling")
-            elif "valid_loss" in record:
-                floor = f" (floor {record['floor']:.4f})" if "floor" in record else ""
-                bar.write(f"step {record['step']}: validation loss {record['valid_loss']:.4f}{floor}", file=sys.stderr)
-            else:
-                bar.set_description("training", refresh=False)
-                speed = f"{record['tokens_per_second']:,}"
-                bar.set_postfix(loss=f"{record['loss']:.4f}", tokens_s=speed, refresh=False)
-                bar.update()
+    def report(record: dict) -> None:
+        nonlocal bar
+        if bar is None:  # the first record comes when options and texts have been looked at
+            bar = tqdm(total=record["steps"], initial=record["step"], unit="step", dynamic_ncols=True)
+            bar.write(f"{record['parameters']:,} parameters, {record['training_tokens']:,} tokens to learn from; "
+                      "the first step compiles, which takes a minute or two", file=sys.stderr)
+            bar.set_description("compiling")
+        elif "valid_loss" in record:
+            floor = f" (floor {record['floor']:.4f})" if "floor" in record else ""
+            bar.write(f"step {record['step']}: validation loss {record['valid_loss']:.4f}{floor}", file=sys.stderr)
+        else:
+            bar.set_description("training", refresh=False)
+            bar.set_postfix(loss=f"{record['loss']:.4f}", tokens_s=f"{record['tokens_per_second']:,}", refresh=False)
+            bar.update()
 
-        try:
-            model = run(out, plan, texts, resume=resume, evaluate_every=evaluate_every,
-                        device=device_of(device), report=report)
-        except KeyboardInterrupt:
-            if (out / "snapshot.pt").is_file():
-                bar.write(f"stopped; go on with --resume --out {out} and the same options", file=sys.stderr)
-            raise
-    if not plot_losses(out / "metrics.jsonl", out / "loss.png"):
+    stopped = ""
+    try:
+        model = run(out, plan, texts, resume=resume, evaluate_every=evaluate_every, device=device_of(device),
+                    report=report)
+    except KeyboardInterrupt:
+        again = f"with --resume --out {out} and the same options"
+        if (out / SNAPSHOT).is_file():
+            stopped = f"stopped; go on {again}"
+        elif (out / RECORD).is_file():
+            stopped = f"stopped before the first snapshot; begin again {again}"
+        else:
+            stopped = "stopped before the first step; nothing was kept"
+        raise
+    finally:
+        if bar is not None:
+            bar.close()
+        if stopped:
+            print(stopped, file=sys.stderr)
+    if not plot_losses(out / METRICS, out / "loss.png"):
         print("no loss.png: matplotlib is not installed (pip install 'llama_fn[plot]')", file=sys.stderr)
     print(text_completion(model, [""], key=random.key(plan.seed))[0].text)

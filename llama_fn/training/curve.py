@@ -1,10 +1,9 @@
 """The loss curve of a run as a picture."""
 
-import json
 import os
-from pathlib import Path
 
 from llama_fn.checkpoint.atomic import replacing
+from llama_fn.text import json_lines
 
 
 def plot_losses(metrics: str | os.PathLike, png: str | os.PathLike) -> bool:
@@ -13,7 +12,7 @@ def plot_losses(metrics: str | os.PathLike, png: str | os.PathLike) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    records = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
+    records = [record for _, record in json_lines(metrics)]
     training = [(r["step"], r["loss"]) for r in records if "loss" in r]
     validation = [(r["step"], r["valid_loss"]) for r in records if "valid_loss" in r]
     floors = [r["floor"] for r in records if "floor" in r]

@@ -1,10 +1,10 @@
 """Data: from files to texts to one memory-mapped stream of tokens to batches that are a function of key and step."""
 
-import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,56 +15,100 @@ from llama_fn import random
 from llama_fn.checkpoint.atomic import replacing
 from llama_fn.random import Key
 from llama_fn.shapes import typed
+from llama_fn.text import json_lines, read_json, read_text
 from llama_fn.tokenizer import Tokenizer
+
+JSON = (".json", ".jsonl", ".ndjson")
+READ = (".txt", ".md", *JSON)
+
+
+def text_files(path: str | os.PathLike, leave_out: Path | None = None) -> list[Path]:
+    """The file itself, or all files of a folder and its folders that `read_texts` reads, in order.
+
+    Of a folder these are *.txt, *.md, *.jsonl, *.ndjson and *.json, in capital letters too; one warning names the
+    others. What lies in `leave_out` is not looked at. Raises `FileNotFoundError`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        return [path]
+    files = []
+    for folder, folders, names in os.walk(path, onerror=_raise):  # rglob says nothing of a folder that it cannot read
+        folders[:] = [name for name in folders if leave_out is None or (Path(folder) / name).resolve() != leave_out]
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]  # which are not followed
+        files += [Path(folder) / name for name in (*names, *links)]
+    read = sorted(file for file in files if file.suffix.lower() in READ and file.is_file())
+    others = [str(file.relative_to(path)) for file in sorted({*files} - {*read})]
+    if others and read:
+        more = f" and {len(others) - 3:,} more" if len(others) > 4 else ""
+        warnings.warn(f"{path}: not read: {', '.join(others[:3] if more else others)}{more} (only {_globs()} are)",
+                      stacklevel=2)
+    return read
 
 
 def read_texts(path: str | os.PathLike) -> Iterator[str]:
-    """The documents of a text file (one), of a JSON-lines file (the "text" of each line), or of all such in a folder.
+    """The documents of a file, or of all `text_files` of a folder, one after another.
 
-    Raises `FileNotFoundError`, and `ValueError` that names the file and the place for bytes that are not UTF-8, for a
-    line that is not JSON or has no "text", and for a folder or file without any text.
+    A *.jsonl or *.ndjson file holds a record a line, a *.json file a list of records, one record, or a record a line;
+    a record is an object with a string under "text". Any other file is one document.
+    Raises `FileNotFoundError`, and `ValueError` that names the file and the place for what `llama_fn.text` refuses, for
+    a record without a text, and for a file or folder without any text.
     """
-    path, found = Path(path), False
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl") and p.is_file())
-    for file in files:
-        for text in _documents(file):
-            if text.strip():
-                found = True
-                yield text
+    found = False
+    for file in text_files(path):
+        for text in documents(file):
+            found = True
+            yield text
     if not found:
-        raise ValueError(f"{path}: no text in it" + (" (looked for *.txt, *.md and *.jsonl)" if path.is_dir() else ""))
+        raise no_text(path)
 
 
-def _documents(file: Path) -> Iterator[str]:
-    if file.suffix != ".jsonl":
-        yield _decoded(file.read_bytes(), str(file))
+def documents(file: Path) -> Iterator[str]:
+    """The documents of one file that are more than white space."""
+    texts = map(_text, _records(file)) if file.suffix.lower() in JSON else [read_text(file)]
+    return (text for text in texts if text.strip())
+
+
+def no_text(path: str | os.PathLike) -> ValueError:
+    """The error for a file or folder without any text."""
+    return ValueError(f"{path}: no text in it" + (f" (looked for {_globs()})" if Path(path).is_dir() else ""))
+
+
+def _records(file: Path) -> Iterator[tuple[str, Any]]:
+    """Where each record of a JSON file stands, and the record."""
+    if file.suffix.lower() != ".json":
+        yield from json_lines(file)
         return
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{file}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(_decoded(line, where))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON: {error}") from None
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise ValueError(f'{where}: a record needs a string under "text"')
-            if any("\ud800" <= c <= "\udfff" for c in record["text"]):
-                raise ValueError(f'{where}: the "text" holds half a surrogate pair, which is no character')
-            yield record["text"]
-
-
-def _decoded(data: bytes, where: str) -> str:
     try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8: byte 0x{data[error.start]:02X} at offset {error.start}; "
-                         "convert the file to UTF-8 first") from None
+        value = read_json(file)
+    except ValueError as error:
+        if "Extra data" not in str(error):  # a second value: what many call .json holds a record a line
+            raise
+        yield from json_lines(file)
+        return
+    yield from ((f"{file}, record {i}", x) for i, x in enumerate(value, 1)) if isinstance(value, list) else [
+        (str(file), value)]
+
+
+def _text(place: tuple[str, Any]) -> str:
+    where, record = place
+    if not isinstance(record, dict) or not isinstance(text := record.get("text"), str):
+        raise ValueError(f'{where}: a record needs a string under "text"')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f'{where}: the "text" holds half a surrogate pair, which is no character') from None
+    return text
+
+
+def _globs() -> str:
+    *most, last = (f"*{suffix}" for suffix in READ)
+    return f"{', '.join(most)} and {last}"
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def encode_corpus(texts: Iterable[str], tokenizer: Tokenizer, path: str | os.PathLike) -> int:

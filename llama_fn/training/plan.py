@@ -1,28 +1,35 @@
 """The plan of a training run: the numbers that it depends on."""
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from llama_fn.config import Config
 from llama_fn.ranges import integer, number
+from llama_fn.tokenizer import VOCABULARY
 from llama_fn.training import optim
 from llama_fn.training.schedule import warmup_cosine
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run goes, from the first random number to the last step."""
+    """How a run goes, from the first random number to the last step. None leaves a number to follow from the others."""
 
     dim: int = 144
     """The model's width."""
     n_layers: int = 4
-    n_heads: int = 6
-    n_kv_heads: int = 2
-    hidden_dim: int = 256
-    """The feed-forward's hidden width."""
-    vocab_size: int = 1024
+    n_heads: int | None = None
+    """By default 6, or the largest smaller number that divides the width into heads of an even width."""
+    n_kv_heads: int | None = None
+    """By default 2, or 1 for an odd number of heads."""
+    hidden_dim: int | None = None
+    """The feed-forward's hidden width; by default 16/9 of the width, up to a multiple of 8."""
+    vocab_size: int | None = None
+    """By default 1024: fewer for a text that cannot fill them, more for one of many characters."""
     context: int = 256
     """Tokens a row."""
-    steps: int = 4000
+    steps: int | None = None
+    """By default 4000; a resumed run has as many as it had, or goes on to this number."""
     batch: int = 32
     """Rows a micro-batch."""
     micro_batches: int = 1
@@ -30,7 +37,8 @@ class Plan:
     learning_rate: float = 2e-3
     """The highest, after the warmup."""
     final_learning_rate: float = 0.0
-    warmup: int = 100
+    warmup: int | None = None
+    """Steps up to the highest learning rate; by default 100, or a quarter of fewer than 400 steps."""
     weight_decay: float = 0.01
     clip: float = 1.0
     """The largest norm of the gradient."""
@@ -38,20 +46,41 @@ class Plan:
     """How many stories to train on, if no text is given."""
     seed: int = 0
 
+    def filled(self) -> "Plan":
+        """The plan with a number for each None, but for `vocab_size`, which depends on the texts."""
+        kv = self.n_kv_heads or 1
+        fits = (n for n in range(max(6, kv), 0, -1) if n % kv == 0 and self.dim % n == 0 and self.dim // n % 2 == 0)
+        heads = next(fits, 6) if self.n_heads is None else self.n_heads
+        steps = 4000 if self.steps is None else self.steps
+        return dataclasses.replace(
+            self, n_heads=heads, steps=steps,
+            n_kv_heads=2 - heads % 2 if self.n_kv_heads is None else self.n_kv_heads,
+            hidden_dim=8 * -(-self.dim * 2 // 9) if self.hidden_dim is None else self.hidden_dim,
+            warmup=min(100, steps // 4) if self.warmup is None else self.warmup)
+
+    def continued(self, before: dict[str, Any]) -> "Plan":
+        """The plan with the numbers of a run before in the place of each None."""
+        return dataclasses.replace(self, **{name: before[name] for name, value in vars(self).items()
+                                            if value is None and name in before})
+
     def check(self) -> None:
         """Raise `ValueError` for a setting out of its range."""
-        for name in ("context", "steps", "batch", "micro_batches", "stories"):
-            integer(name, getattr(self, name), 1)
+        least = dict.fromkeys(("dim", "context", "steps", "batch", "micro_batches", "stories"), 1)
+        for field in dataclasses.fields(self):
+            if (value := getattr(self, field.name)) is not None and field.type is not float:
+                integer(field.name, value, least.get(field.name))
         for name in ("learning_rate", "clip"):
             number(name, getattr(self, name), above=True)
         for name in ("final_learning_rate", "weight_decay"):
             number(name, getattr(self, name))
 
     def config(self) -> Config:
-        return Config(self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.vocab_size, self.hidden_dim,
-                      max_seq_len=self.context)
+        plan, size = self.filled(), VOCABULARY if self.vocab_size is None else self.vocab_size
+        return Config(plan.dim, plan.n_layers, plan.n_heads, plan.n_kv_heads, size, plan.hidden_dim,
+                      max_seq_len=plan.context)
 
     def optimizer(self) -> optim.Optimizer:
-        rate = warmup_cosine(self.learning_rate, self.warmup, self.steps, self.final_learning_rate)
+        plan = self.filled()
+        rate = warmup_cosine(plan.learning_rate, plan.warmup, plan.steps, plan.final_learning_rate)
         return optim.chain(optim.clip_by_global_norm(self.clip),
                            optim.adamw(rate, 0.9, 0.99, weight_decay=self.weight_decay, mask=optim.matrices))

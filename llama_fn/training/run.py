@@ -2,87 +2,119 @@
 
     tokenizer.model  params.json  consolidated.00.pth     the model, after the last step
     data/train.bin   data/valid.bin                       the texts as tokens
-    run.json         snapshot.pt  metrics.jsonl           the plan, the state to go on from, a line a measurement
+    run.json         snapshot.pt  metrics.jsonl           plan and digests, the state to go on from, the measurements
 """
 
+import contextlib
 import dataclasses
 import json
-import math
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from llama_fn import random, stories
-from llama_fn.checkpoint.atomic import appending, current, replacing, sync
-from llama_fn.checkpoint.files import read_json, write_json
-from llama_fn.checkpoint.load import TOKENIZER, Model, save
+from llama_fn import random
+from llama_fn.checkpoint.atomic import appending, sync
+from llama_fn.checkpoint.load import Model, save
 from llama_fn.checkpoint.snapshot import load_snapshot, save_snapshot
 from llama_fn.model.init import init_params
-from llama_fn.random import Key
-from llama_fn.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from llama_fn.training.data import encode_corpus, open_corpus, read_texts
+from llama_fn.text import parse, read_text
+from llama_fn.training.data import open_corpus, text_files
 from llama_fn.training.loop import TrainState, evaluate, init_state, train
 from llama_fn.training.plan import Plan
+from llama_fn.training.prepare import clear, floor, prepare, sources_of_files, sources_of_stories
+from llama_fn.training.record import check_files, check_plan, check_texts, digest_texts, read_record, write_record
 
 Report = Callable[[dict], None]
-VALIDATION_STORIES = 1000
+SNAPSHOT, METRICS = "snapshot.pt", "metrics.jsonl"
 
 
 def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None = None, *, resume: bool = False,
-        evaluate_every: int = 500, device: torch.device | str | None = None,
+        evaluate_every: int | None = None, device: torch.device | str | None = None,
         report: Report = lambda record: None) -> Model:
     """Train a model on `texts` (a file or folder, see `read_texts`; None for the embedded stories) and save it.
 
     `report` gets a record before the first step (which compiles for a while), one a step, and one with `valid_loss` at
-    every evaluation; the same go to `metrics.jsonl`.
-    A state is written at every evaluation and when the run is interrupted; `resume` goes on from it, to the same
-    result, bit for bit, as a run that never stopped.
+    every evaluation; the same go to `metrics.jsonl`. `evaluate_every` None is 500, or a quarter of fewer steps.
+    A state is written at every evaluation and when the run is interrupted. The first Ctrl-C stops after the step in
+    hand, the second at once, with the last state as it was.
 
-    Raises `ValueError` if the folder holds a run already and `resume` is not set, or holds one of another plan.
+    `resume` goes on from that state, to the same result, bit for bit, as a run that never stopped. It takes the same
+    texts, by their content, or none: then it goes on with the tokens in the folder. What the plan leaves open is as it
+    was. The plan may have another number of steps; then the learning rate follows the schedule of that number from the
+    next step on, as if the plan had always been so, and the result is not that of one run of so many steps.
+
+    Raises `ValueError` if the folder holds a run already and `resume` is not set, or holds one of another plan, of
+    other texts or with a damaged file; all before any work.
     """
-    if evaluate_every < 1:
+    if evaluate_every is not None and evaluate_every < 1:
         raise ValueError(f"evaluate_every must be at least 1, got {evaluate_every}")
     plan.check()
-    folder, config, optimizer = Path(folder), plan.config(), plan.optimizer()
+    folder = Path(folder)
+    before = read_record(folder, resume)
+    plan = (plan if before is None else plan.continued(before)).filled()
+    plan.check()
+    optimizer = plan.optimizer()
+    plan.config()  # raises for sizes that make no model
+    every = min(500, max(1, plan.steps // 4)) if evaluate_every is None else evaluate_every
+    files, known = None, None
     if texts is not None:
-        next(read_texts(texts))  # before any work
-    settings = {**dataclasses.asdict(plan), "texts": None if texts is None else os.path.basename(os.fspath(texts))}
-    _check_folder(folder, settings, resume)
+        files = text_files(texts, folder.resolve())
+        known = digest_texts(files, Path(texts))
+    if before is not None:
+        check_plan(folder, before, plan)
+        if known is not None:
+            check_texts(folder, before, known)
+    of_stories = texts is None if before is None else before.get("texts") is None
     init, order, told, held_out = random.split(random.key(plan.seed), 4)
+    sources = None
+    if files is not None:
+        sources = sources_of_files(files)
+    elif of_stories:
+        sources = sources_of_stories(plan.stories, told, held_out)
     try:
-        tokenizer, floor = _prepare(folder, plan, texts, told, held_out)
-        write_json(folder / "run.json", settings)
+        tokenizer = prepare(folder, plan.vocab_size, sources)
+        if before is not None:
+            check_files(folder, before)
+        plan = dataclasses.replace(plan, vocab_size=tokenizer.vocab_size)
+        config = plan.config()
+        training, validation = (open_corpus(folder / "data" / f"{part}.bin", tokenizer, plan.context)
+                                for part in ("train", "valid"))
+        lowest = {"floor": floor(folder, tokenizer, held_out, plan.context)} if of_stories else {}
+        state = init_state(init_params(init, config, device=device), optimizer)
+        if (folder / SNAPSHOT).is_file():
+            state = load_snapshot(state, folder / SNAPSHOT)
+        if before is not None:
+            _check_steps(folder, before, plan.steps, int(state.step))
+        kept = _kept(folder / METRICS, int(state.step))
+        write_record(folder, plan, known, before)
     except BaseException:
-        if not resume:
-            _clear(folder)
+        if before is None:
+            clear(folder)
         raise
-    training, validation = (open_corpus(folder / "data" / f"{part}.bin", tokenizer, plan.context)
-                            for part in ("train", "valid"))
 
-    state = init_state(init_params(init, config, device=device), optimizer)
-    if resume and (folder / "snapshot.pt").is_file():
-        state = load_snapshot(state, folder / "snapshot.pt")
-    kept = _kept(folder / "metrics.jsonl", int(state.step))
-    with appending(folder / "metrics.jsonl", "".join(kept)) as write:
+    with appending(folder / METRICS, "".join(kept)) as write:
         def log(record: dict) -> None:
             write(json.dumps(record) + "\n")
             report(record)
 
         def keep(state: TrainState) -> None:  # a state on the disk has its measurements there, too
-            sync(folder / "metrics.jsonl")
-            save_snapshot(state, folder / "snapshot.pt")
+            sync(folder / METRICS)
+            save_snapshot(state, folder / SNAPSHOT)
 
-        log({"step": int(state.step), "parameters": config.n_params, "training_tokens": len(training.tokens)})
-        begun = since = time.perf_counter()
         tokens, seconds, first = 0, 0.0, True  # of the steps after the first, which compiles
         with _interrupts() as interrupted:
+            log({"step": int(state.step), "steps": plan.steps, "parameters": config.n_params,
+                 "training_tokens": len(training.tokens)})
+            begun = since = time.perf_counter()
             shape = (plan.micro_batches, plan.batch)
             for state, measured in train(state,  # noqa: B020, the state before the first step
                                          optimizer, training, order, plan.steps, shape):
@@ -94,8 +126,8 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
                     first = False
                 else:
                     tokens, seconds = tokens + int(measured.count), seconds + now - since
-                if step % evaluate_every == 0 or step == plan.steps:
-                    log({"step": step, "valid_loss": evaluate(state.params, validation), **floor})
+                if step % every == 0 or step == plan.steps:
+                    log({"step": step, "valid_loss": evaluate(state.params, validation), **lowest})
                     keep(state)
                 since = time.perf_counter()  # an evaluation is no step
                 if interrupted:
@@ -117,79 +149,38 @@ def _interrupts() -> Iterator[list[int]]:
     def note(number: int, frame: object) -> None:
         seen.append(number)
         signal.signal(signal.SIGINT, before)
+        with contextlib.suppress(RuntimeError):  # the signal may have come while a line was written there
+            print("\nstops after this step; press Ctrl-C again to stop now", file=sys.stderr, flush=True)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, note) or signal.SIG_DFL  # None: another language's handler
     try:
         yield seen
+    except RuntimeError:
+        if not seen:
+            raise
+        raise KeyboardInterrupt from None  # a terminal sends Ctrl-C to the C++ compiler, too, and it ends at once
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def _check_folder(folder: Path, settings: dict, resume: bool) -> None:
-    if (folder / "run.json").is_file():
-        if not resume:
-            raise ValueError(f"{folder} holds a training run already; go on with it (resume), or choose another folder")
-        before = read_json(folder / "run.json")
-        if changed := [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if before.get(k) != v]:
-            raise ValueError(f"{folder} holds a run of another plan: {'; '.join(changed)}")
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no training run; choose another folder")
-    elif resume:
-        raise FileNotFoundError(f"{folder}: there is no run to go on with")
-
-
-def _clear(folder: Path) -> None:
-    """Leave nothing half-made: remove what `_prepare` makes, and nothing else."""
-    for name in (TOKENIZER, "data/train.bin", "data/valid.bin"):
-        (folder / name).unlink(missing_ok=True)
-    for part in (folder / "data", folder):
-        if part.is_dir() and not any(part.iterdir()):
-            part.rmdir()
-
-
-def _prepare(folder: Path, plan: Plan, texts: str | os.PathLike | None, told: Key,
-             held_out: Key) -> tuple[Tokenizer, dict]:
-    """The tokenizer and the encoded texts, made unless they are there; and the lowest possible loss, where known."""
-    def training() -> Iterator[str]:
-        if texts is not None:
-            return _split(read_texts(texts), last=False)
-        return (story.text for story in stories.stories(told, plan.stories))
-
-    def validation() -> Iterable[str]:
-        if texts is not None:
-            return _split(read_texts(texts), last=True)
-        return (story.text for story in stories.stories(held_out, VALIDATION_STORIES))
-
-    if not (current(folder) / TOKENIZER).is_file():
-        enough = training() if texts is not None else islice(training(), 5000)
-        with replacing(folder / TOKENIZER) as beside:
-            beside.write_bytes(train_tokenizer(enough, plan.vocab_size).model)
-    tokenizer = load_tokenizer(current(folder) / TOKENIZER)
-    for name, part in (("train", training), ("valid", validation)):
-        if not (folder / "data" / f"{name}.bin").is_file():
-            encode_corpus(part(), tokenizer, folder / "data" / f"{name}.bin")
-    if texts is not None:
-        return tokenizer, {}
-    corpus = open_corpus(folder / "data" / "valid.bin", tokenizer, plan.context)
-    bits = sum(story.bits for story in stories.stories(held_out, VALIDATION_STORIES))
-    return tokenizer, {"floor": bits * math.log(2) / int(corpus.lengths.sum())}
-
-
-def _split(texts: Iterator[str], last: bool) -> Iterator[str]:
-    """Training texts, or held-out ones: every twentieth. Of fewer than 20, the last twentieth of each is held out."""
-    few = list(islice(texts, 20))
-    if len(few) == 20:
-        yield from (text for i, text in enumerate(chain(few, texts)) if (i % 20 == 19) is last)
-        return
-    for text in few:
-        cut = len(text) * 19 // 20
-        line = text.rfind("\n", cut * 9 // 10, cut) + 1  # a line's beginning, if there is one not far before
-        yield text[line or cut:] if last else text[:line or cut]
+def _check_steps(folder: Path, before: dict[str, Any], steps: int, taken: int) -> None:
+    if taken > steps:
+        raise ValueError(f"{folder} holds a run that has taken {taken} steps; it cannot end after {steps}")
+    if steps != before.get("steps"):
+        warnings.warn(f"{folder}: a run of {before.get('steps')} steps becomes one of {steps}; from step {taken + 1} "
+                      "on the learning rate follows the schedule of the new number", stacklevel=3)
 
 
 def _kept(path: Path, step: int) -> list[str]:
     """The lines of a run before, up to the step that it goes on from (and without a last one cut short)."""
     if not path.is_file():
         return []
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    return [line for line in lines if json.loads(line)["step"] <= step and "parameters" not in line]
+    kept = []
+    for number, line in enumerate(read_text(path).splitlines(keepends=True), 1):
+        if line.endswith("}\n"):
+            record = parse(line, f"{path}, line {number}")
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError(f"{path}, line {number}: not what a training run writes there")
+            if record["step"] <= step and "parameters" not in record:
+                kept.append(line)
+    return kept

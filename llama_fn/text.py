@@ -1,0 +1,87 @@
+"""Text and JSON from bytes: UTF-8, with or without a byte-order mark, and an error that names the place."""
+
+import codecs
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# UTF-32's mark for little endian begins with UTF-16's, so it is looked for first.
+OTHER_MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
+               (codecs.BOM_UTF16_BE, "UTF-16"))
+DIGITS = 4300  # of a whole number; Python reads no longer one by default
+
+
+def decode(data: bytes, where: str) -> str:
+    """The text of a whole file or pipe.
+
+    A byte-order mark at the beginning is not part of the text. Line ends are "\\n", as in Python's text mode: CRLF and
+    CR become LF. Raises `ValueError` that begins with `where` for bytes that are not UTF-8.
+    """
+    text = _characters(data, where)
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a file, by `decode`."""
+    return decode(Path(path).read_bytes(), str(path))
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The JSON value of a file, by `parse`."""
+    return parse(decode(Path(path).read_bytes(), f"{path}: not JSON"), str(path))
+
+
+def json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
+    """The value of each line of a JSON-lines file that is not blank, and where it stands ("FILE, line 3")."""
+    with Path(path).open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}, line {number}"
+            text = _characters(line, where, begins=number == 1)
+            if text.strip():
+                yield where, parse(text, where)
+
+
+def parse(text: str, where: str) -> Any:
+    """A JSON value (RFC 8259). NaN and Infinity are read, too: Python's and many others' files have them.
+
+    Raises `ValueError` that begins with `where` for anything else, for a name given twice in one object, for a whole
+    number of more than 4300 digits, and for nesting too deep for Python.
+    """
+
+    def whole(digits: str) -> int:
+        if len(digits.lstrip("-")) > DIGITS:
+            raise ValueError(f"a whole number of {len(digits.lstrip('-')):,} digits; at most {DIGITS:,} are read")
+        return int(digits)
+
+    def named(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"{twice!r} is given twice in one object")
+        return value
+
+    try:
+        return json.loads(text, parse_int=whole, object_pairs_hook=named)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise ValueError(f"{where}: not JSON: {error.msg} ({line}column {error.colno})") from None
+    except RecursionError:
+        raise ValueError(f"{where}: not JSON that can be read: it is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON that can be read: {error}") from None
+
+
+def _characters(data: bytes, where: str, begins: bool = True) -> str:
+    """The characters of bytes; those that begin a file may have a byte-order mark before them, which is left out."""
+    mark = codecs.BOM_UTF8 if begins and data.startswith(codecs.BOM_UTF8) else b""
+    if begins and (other := next((name for other, name in OTHER_MARKS if data.startswith(other)), None)):
+        raise ValueError(f"{where}: not UTF-8 but {other}, by its byte-order mark; convert it to UTF-8 first")
+    try:
+        return data[len(mark):].decode()
+    except UnicodeDecodeError as error:
+        at = len(mark) + error.start
+        raise ValueError(f"{where}: not UTF-8: byte 0x{data[at]:02X} at offset {at}; convert it to UTF-8 first"
+                         ) from None
