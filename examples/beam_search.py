@@ -19,8 +19,9 @@ def beam_search(params: lf.Params, prompt: Tensor, width: int, depth: int) -> tu
     logits, cache = lf.forward(params, prompt, empty)
     logits, cache = logits[None], lf.fork(cache, (1,), max_len=len(prompt) + depth)
     told, nats = prompt.new_zeros((1, 0)), torch.zeros(1, dtype=logits.dtype)
+    checked = lf.narrowing()  # the logits as they are; an error for NaN and infinite ones, which `topk` would take
     while True:
-        longer = nats[:, None] + logits[:, -1].log_softmax(-1)
+        longer = nats[:, None] + checked(logits[:, -1]).log_softmax(-1)
         nats, best = longer.flatten().topk(min(width, longer.numel()))
         beam, token = best // longer.shape[1], best[:, None] % longer.shape[1]
         told = torch.cat((told[beam], token), 1)

@@ -15,14 +15,14 @@ import llama_fn as lf
 
 def continuations(params: lf.Params, prompt: Tensor, keys: Tensor, count: int, end: int) -> tuple[Tensor, Tensor]:
     """`count` tokens for each of n keys, and the log-probability of those up to the token `end`: (n, count) and (n)."""
-    sample = lf.sampler()
+    sample, checked = lf.sampler(), lf.narrowing()  # the logits as they are; an error for NaN and infinite ones
     draw = torch.vmap(lambda key, length, logits: sample(lf.random.fold_in(key, length), logits))
     empty = lf.init_cache(params.config, max_len=len(prompt), dtype=params.norm.dtype)
     logits, cache = lf.forward(params, prompt, empty)
     logits, cache = logits[-1].expand(len(keys), -1), lf.fork(cache, (len(keys),), max_len=len(prompt) + count)
     told, nats, going = [], 0, 1
     for _ in range(count):
-        told.append(draw(keys, cache.length, logits))
+        told.append(draw(keys, cache.length, checked(logits)))
         nats = nats + going * logits.log_softmax(-1).gather(1, told[-1][:, None])[:, 0]
         going = going * (told[-1] != end)
         logits, cache = lf.forward(params, told[-1][:, None], cache)

@@ -15,14 +15,15 @@ import llama_fn as lf
 def greedy(params: lf.Params, draft: lf.Params, prompt: list[int], n: int, count: int) -> tuple[list[int], int]:
     """The model's own `count` likeliest tokens, one after the other, and how many passes it took."""
     text, passes, room = list(prompt), 0, len(prompt) + count + n
+    checked = lf.narrowing()  # the logits as they are; an error for NaN and infinite ones, which `argmax` would take
     cache, small = (lf.init_cache(x.config, max_len=room, dtype=x.norm.dtype) for x in (params, draft))
     while len(text) < len(prompt) + count:
         guess = list(text)
         for _ in range(n):
             logits, small = lf.forward(draft, torch.tensor(guess[int(small.length):]), small)
-            guess.append(int(logits[-1].argmax()))
+            guess.append(int(checked(logits[-1]).argmax()))
         logits, cache = lf.forward(params, torch.tensor(guess[int(cache.length):]), cache)
-        own, passes = logits[-n - 1:].argmax(-1).tolist(), passes + 1  # after the text, and after each guess
+        own, passes = checked(logits[-n - 1:]).argmax(-1).tolist(), passes + 1  # after the text, and after each guess
         agreed = next((i for i in range(n) if guess[len(text) + i] != own[i]), n)
         text += own[:agreed + 1]
         cache, small = (x._replace(length=x.length.clamp(max=len(text) - 1)) for x in (cache, small))

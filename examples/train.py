@@ -16,7 +16,6 @@ from tqdm import tqdm
 import llama_fn as lf
 from llama_fn.training.data import batch, encode_corpus, open_corpus
 from llama_fn.training.loop import deterministic, evaluate
-from llama_fn.training.schedule import warmup_cosine
 from llama_fn.training.step import make_step
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "my-stories")
@@ -38,7 +37,7 @@ floor = sum(story.bits for story in held_out) * math.log(2) / int(validation.len
 # Parameters and optimizer state are trees; a step is a pure function of them and a batch.
 config = lf.Config(dim=144, n_layers=4, n_heads=6, n_kv_heads=2, vocab_size=1024, hidden_dim=256, max_seq_len=256)
 params = lf.init_params(init, config)
-rate = warmup_cosine(peak=2e-3, warmup=min(100, steps // 4), steps=steps)
+rate = lf.optim.warmup_cosine(peak=2e-3, warmup=min(100, steps // 4), steps=steps)
 optimizer = lf.optim.chain(lf.optim.clip_by_global_norm(1.0),
                            lf.optim.adamw(rate, 0.9, 0.99, weight_decay=0.01, mask=lf.optim.matrices))
 opt_state = optimizer.init(params)

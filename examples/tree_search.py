@@ -19,6 +19,7 @@ def likeliest(params: lf.Params, prompt: list[int], depth: int) -> tuple[list[in
     """The likeliest `depth` tokens after a prompt, their log-probability, and how many the model was asked."""
     cache = lf.init_cache(params.config, max_len=len(prompt) + depth, dtype=params.norm.dtype)
     held, computed, queue = [], 0, [(0.0, prompt)]
+    checked = lf.narrowing()  # the logits as they are; an error for NaN and infinite ones, which have no order
     while True:
         cost, text = heapq.heappop(queue)
         if len(text) == len(prompt) + depth:
@@ -27,7 +28,7 @@ def likeliest(params: lf.Params, prompt: list[int], depth: int) -> tuple[list[in
         known = min(common, len(text) - 1)
         logits, cache = lf.forward(params, torch.tensor(text[known:]), cache._replace(length=torch.tensor(known)))
         held, computed = text, computed + len(text) - known
-        for token, nats in enumerate(logits[-1].log_softmax(-1).tolist()):
+        for token, nats in enumerate(checked(logits[-1]).log_softmax(-1).tolist()):
             heapq.heappush(queue, (cost - nats, [*text, token]))
 
 

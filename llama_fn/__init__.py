@@ -7,7 +7,9 @@ from llama_fn.config import LLAMA2_7B, LLAMA2_13B, LLAMA2_70B, Config, RopeScali
 from llama_fn.generation.chat import Message, chat_completion
 from llama_fn.generation.completion import Completion, stream, text_completion
 from llama_fn.generation.conversation import Chat, answer, ask
+from llama_fn.generation.dialog import DialogTokens, dialog_tokens
 from llama_fn.generation.drafted import Speculation, speculate, speculate_stream
+from llama_fn.generation.generate import Generation, generate
 from llama_fn.generation.sampling import narrowing, sampler
 from llama_fn.generation.scoring import Perplexity, Score, perplexity, score, score_options
 from llama_fn.memory import keep_memory
@@ -26,13 +28,15 @@ from llama_fn.transforms.per_sample import clipped_sum, per_sample_grads, per_sa
 from llama_fn.transforms.quantize import dequantize, quantize
 from llama_fn.transforms.remat import remat
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
 __all__ = [
     "LLAMA2_7B", "LLAMA2_13B", "LLAMA2_70B", "AxesError", "Block", "Cache", "Chat", "Completion", "Config",
-    "Message", "Model", "NoCache", "Params", "Perplexity", "RopeScaling", "Score", "Speculation", "Tokenizer",
-    "abstract_params", "answer", "ask", "block", "chat_completion", "clipped_sum", "dequantize", "fork", "forward",
-    "from_hf", "head", "init_cache", "init_params", "jit", "jit_layers", "keep_memory", "load", "load_tokenizer",
-    "lora", "loss", "loss_sum", "narrowing", "optim", "per_sample_grads", "per_sample_norms", "perplexity",
-    "private_grads", "quantize", "random", "remat", "sampler", "save", "score", "score_options", "select",
-    "speculate", "speculate_stream", "stories", "stream", "text_completion", "to_hf", "train_tokenizer", "tree",
-    "trunk", "typed",
+    "DialogTokens", "Generation", "Message", "Model", "NoCache", "Params", "Perplexity", "RopeScaling", "Score",
+    "Speculation", "Tokenizer", "abstract_params", "answer", "ask", "block", "chat_completion", "clipped_sum",
+    "dequantize", "dialog_tokens", "fork", "forward", "from_hf", "generate", "head", "init_cache", "init_params",
+    "jit", "jit_layers", "keep_memory", "load", "load_tokenizer", "lora", "loss", "loss_sum", "narrowing", "optim",
+    "per_sample_grads", "per_sample_norms", "perplexity", "private_grads", "quantize", "random", "remat",
+    "sampler", "save", "score", "score_options", "select", "speculate", "speculate_stream", "stories", "stream",
+    "text_completion", "to_hf", "train_tokenizer", "tree", "trunk", "typed",
 ]

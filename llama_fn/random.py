@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 from torch import Tensor
 
 from llama_fn import tree
@@ -23,6 +23,7 @@ Shape = Sequence[int]
 
 MASK = 0xFFFFFFFF
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 MANTISSA_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
 
 
@@ -75,6 +76,64 @@ def uniform(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32,
 
 
 @typed
+def randint(key: Key, shape: Shape, minval: int, maxval: int,
+            dtype: torch.dtype = torch.int32) -> Integer[Tensor, "*shape"]:
+    """Uniform integers of [minval, maxval): the remainder of random words by the size of the range.
+
+    As in JAX, limits beyond the dtype are moved to its edge (a `maxval` of its largest number plus 1 includes that
+    number), and an empty range gives `minval`. Up to 2**16 numbers come of two words each, and their probabilities are
+    equal to 2**-48; more of them come of one word (of int64, the words have 64 bits, and up to 2**32 come of two).
+    Raises `ValueError` for a dtype that is not of integers.
+    """
+    if dtype not in INTEGERS:
+        raise ValueError(f"random.randint: dtype must be one of {', '.join(map(str, INTEGERS))}, got {dtype}")
+    info, width = torch.iinfo(dtype), max(32, torch.iinfo(dtype).bits)
+    low, high = max(info.min, min(minval, info.max)), max(info.min, min(maxval, info.max + 1))
+    span = max(high - low, 1)
+    higher, lower = (_remainder(bits(each, shape, width), span, width) for each in split(key))
+    wrapped = (2 ** (width // 2) % span) ** 2 % 2**width % span  # 2**width % span, but for ranges above 2**(width / 2)
+    total = higher * _signed(wrapped) + lower  # modulo 2**64
+    return (_remainder(total if width == 64 else total & MASK, span, width) + _signed(low)).to(dtype)
+
+
+@typed
+def permutation(key: Key, x: int | Shaped[Tensor, "..."], axis: int = 0,
+                independent: bool = False) -> Shaped[Tensor, "..."]:
+    """The numbers 0 to x - 1 in random order, or a tensor with its slices along `axis` in random order; if they are
+    `independent`, each vector along that axis is in an order of its own.
+
+    The elements are sorted by random words, three times if they are many, so that equal words hardly matter. Raises
+    `ValueError` for a negative number and for an axis that the tensor does not have.
+    """
+    if isinstance(x, int):
+        if x < 0:
+            raise ValueError(f"random.permutation: the number of elements must be at least 0, got {x}")
+        x = torch.arange(x, device=key.device)
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"random.permutation: axis {axis} is not one of a tensor of {x.ndim} axes")
+    if independent or x.ndim == 1:
+        return _shuffled(key, x, axis)
+    return x.index_select(axis, _shuffled(key, torch.arange(x.shape[axis], device=key.device), 0).to(x.device))
+
+
+@typed
+def bernoulli(key: Key, p: float | Float[Tensor, "..."] = 0.5, shape: Shape | None = None) -> Bool[Tensor, "*shape"]:
+    """True with probability `p`: where a uniform number of its dtype (float32 for a plain number) is below it.
+
+    `shape` is that of `p`, or one that `p` can be broadcast to. Raises `ValueError` for another.
+    """
+    p = torch.as_tensor(p, dtype=None if isinstance(p, Tensor) else torch.float32, device=key.device)
+    shape = p.shape if shape is None else tuple(shape)
+    try:
+        fits = torch.broadcast_shapes(p.shape, shape) == torch.Size(shape)
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"random.bernoulli: p of shape {tuple(p.shape)} cannot be broadcast to {tuple(shape)}")
+    return uniform(key, shape, p.dtype) < p
+
+
+@typed
 def normal(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
     """Standard normal, by the inverse of its distribution function: sqrt(2) erfinv(u), u uniform on (-1, 1)."""
     smallest = -1 + torch.finfo(dtype).eps / 2  # the next number after -1
@@ -118,6 +177,32 @@ def like(key: Key, value: Any, draw: Callable[[Key, Shape, torch.dtype], Tensor]
     """
     keys = iter(split(key, len(tree.leaves(value))))
     return tree.map(lambda x: draw(next(keys).to(x.device), x.shape, x.dtype), value)
+
+
+def _shuffled(key: Tensor, x: Tensor, axis: int) -> Tensor:
+    """`x` sorted along an axis by random words, so often that hardly any two have equal words every time."""
+    for _ in range(math.ceil(3 * math.log(max(1, x.numel())) / math.log(MASK))):
+        key, other = split(key)
+        x = x.gather(axis, bits(other, x.shape).sort(dim=axis, stable=True).indices)
+    return x
+
+
+def _remainder(x: Tensor, span: int, width: int) -> Tensor:
+    """Unsigned words modulo `span`, which is 2**width at most. Those of 64 bits lie in int64 as two's complement."""
+    if span >> width:
+        return x
+    if width < 64:
+        return x % span
+    if span >> 63:  # a word is at most one span too large; comparison without signs is that with the first bit turned
+        return torch.where((x ^ -2**63) >= _signed(span ^ 2**63), x - _signed(span), x)
+    half = (x >> 1 & 2**63 - 1) // span * 2  # a quotient that is right, or too small by one
+    rest = x - half * span
+    return torch.where((rest < 0) | (rest >= span), rest - span, rest)
+
+
+def _signed(word: int) -> int:
+    """The number in int64 that has the word's 64 bits."""
+    return (word + 2**63) % 2**64 - 2**63
 
 
 def threefry2x32(key: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +37,23 @@ def test_generate_prints_the_story_and_on_standard_error_the_speed(monkeypatch, 
                                    sampler=lf.sampler(0.8))
     assert status == 0 and out == expected.text + "\n"
     assert err.startswith("[seed 3: ") and err.endswith(" tokens a second]\n") and err.count("\n") == 1
+
+
+def test_the_version_is_told_and_is_the_packages(monkeypatch, capsys):
+    for flag in ("--version", "-V"):
+        assert cli(monkeypatch, capsys, flag) == (0, f"llama-fn {lf.__version__}\n", "")
+    settings = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    assert "version" not in settings["project"]
+    assert settings["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "llama_fn.__version__"}
+
+
+def test_short_flags_are_the_long_ones(monkeypatch, capsys):
+    own = ["generate", "Long ago", "--seed", "3"]
+    (_, short, told), (_, long, _) = (cli(monkeypatch, capsys, *own, flag, "5") for flag in ("-n", "--max-new-tokens"))
+    assert short == long and ": 5 tokens in " in told
+    prompt = len(lf.load("stories").tokenizer.encode("Long ago"))
+    for flag in ("-c", "--context"):  # prompt and text together
+        assert f": {12 - prompt} tokens in " in cli(monkeypatch, capsys, *own, flag, "12")[2]
 
 
 @pytest.mark.slow
@@ -73,6 +92,10 @@ def test_stop_and_empty_prompt(monkeypatch, capsys):
     (["generate", "word " * 300], "llama-fn: the prompt has "),
     (["generate", "a\ud800"], "llama-fn: the text is not valid Unicode: character 1 is the lone surrogate U+D800"),
     (["generate", "--max-new-tokens", "-3"], "llama-fn: max_new_tokens must be at least 0, got -3"),
+    (["generate", "-n", "-3"], "llama-fn: max_new_tokens must be at least 0, got -3"),
+    (["generate", "-c", "1"], "llama-fn: --context must lie in [2, 256], the context that the model was trained for"),
+    (["generate", "-c", "257"], "llama-fn: --context must lie in [2, 256], "),
+    (["generate", "word " * 9, "-c", "8"], "llama-fn: the prompt has "),
     (["generate", "--draft", "nowhere"], "llama-fn: nowhere: no model there"),
     (["generate", "--draft", "stories", "--speculate", "0"], "llama-fn: n must be at least 1 proposed token a round"),
     (["generate", "--stop", ""], "llama-fn: a stop string is empty"),

@@ -86,7 +86,8 @@ def test_inspect_of_what_is_no_model_has_status_2(run, model, tmp_path):
 def test_perplexity_is_that_of_all_texts_together(run, texts, tmp_path):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:3]))
     model = lf.load("stories")
-    for options, settings in (((), ()), (("--window", "40", "--stride", "9"), (40, 9))):
+    for options, settings in (((), ()), (("--window", "40", "--stride", "9"), (40, 9)),
+                              (("-c", "40", "--stride", "9"), (40, 9))):
         parts = [lf.perplexity(model, text, *settings) for text in texts[:3]]
         whole = scoring.Perplexity(*map(sum, zip(*parts, strict=True)))
         status, out, err = run("perplexity", "t.jsonl", *options)
@@ -102,13 +103,24 @@ def test_perplexity_is_that_of_all_texts_together(run, texts, tmp_path):
 def test_choose_tells_the_likeliest_first(run):
     options = (" stone", " time", " little river")
     scores = lf.score_options(lf.load("stories"), "Once upon a", options)
-    shares = torch.tensor([score.total for score in scores]).softmax(0).tolist()
+    shares = torch.tensor([score.log_ratio for score in scores]).softmax(0).tolist()
     status, out, err = run("choose", "Once upon a", *options)
     head, *rows = out.splitlines()
     assert (status, err, head) == (0, "", "share    bits a byte  option")
     assert rows[0].endswith("   time")
     assert [row.split()[0] for row in rows] == [f"{share:.2%}" for share in sorted(shares, reverse=True)]
     assert sorted(row[22:] for row in rows) == sorted(options)
+    assert {row[22:]: row[9:20].strip() for row in rows} == {
+        option: f"{score.bits_per_byte:.4f}" for option, score in zip(options, scores, strict=True)}
+
+
+def test_choose_tells_the_same_bits_of_one_option_as_beside_others(run):
+    rows = {}
+    for options in ([" a kind"], [" a kind little boy"], [" a kind", " a kind little boy"]):
+        _, *told = run("choose", "Once upon a time there was", *options)[1].splitlines()
+        for row in told:
+            rows.setdefault(row[22:], set()).add(row[9:20].strip())
+    assert rows == {" a kind": {"0.4253"}, " a kind little boy": {"0.2756"}}
 
 
 @pytest.mark.parametrize(("args", "message"), [
@@ -117,7 +129,7 @@ def test_choose_tells_the_likeliest_first(run):
     (["perplexity", "text.txt", "--window", "999"], "window must lie in [1, 256], the model's context, got 999"),
     (["perplexity", "text.txt", "--window", "9", "--stride", "10"], "stride must lie in [1, 9], the window, got 10"),
     (["perplexity", "text.txt", "--model", "nowhere"], "nowhere: no model there"),
-    (["choose", "Once", "upon"], "score_options: give two options or more in a list, got ('upon',)"),
+    (["choose", "Once", ""], "option 0 is empty: there is nothing to score"),
     (["choose", "word " * 300, "a", "b"], "the prompt with option 0 has "),
 ])
 def test_bad_input_is_one_line_and_status_2(run, tmp_path, args, message):

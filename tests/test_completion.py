@@ -191,7 +191,7 @@ def test_bad_requests_are_refused_at_once(model):
         lf.text_completion(broken, ["a"], key=key)
     state, _ = decode.prefill(broken.params, [[1]], 9)
     with pytest.raises(ValueError, match="the logits are NaN"):  # with no end token, too
-        next(decode.steps(broken.params, state, key[None], lf.sampler(), -1, [4]))
+        next(decode.steps(broken.params, state, key[None], lf.sampler(), (), [4]))
     assert lf.text_completion(model, [], key=key) == []
 
 

@@ -80,7 +80,7 @@ def test_only_new_tokens_go_through_the_model(chatty, key, count):
     chat, passed = lf.Chat("Be brief."), []
 
     def counting(f):
-        return lambda params, tokens, cache: passed.append(tokens.shape[-1]) or f(params, tokens, cache)
+        return lambda params, tokens, cache, **own: passed.append(tokens.shape[-1]) or f(params, tokens, cache, **own)
 
     for question in ("Who was the fox?", "and the boy?", ""):
         asked = lf.ask(chatty, chat, question)

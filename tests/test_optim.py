@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,13 +11,12 @@ from hypothesis import strategies as st
 from strategies import keys
 
 import llama_fn as lf
-from llama_fn.training.schedule import warmup_cosine
 
 OPTAX = json.loads((Path(__file__).parent / "data" / "optax_adamw.json").read_text())  # made with Optax 0.2.8
 OPTIMIZERS = {
     "sgd": lf.optim.sgd(0.1),
     "adamw": lf.optim.adamw(0.1),
-    "adamw with a schedule": lf.optim.adamw(warmup_cosine(0.1, 2, 9), mask=lf.optim.matrices),
+    "adamw with a schedule": lf.optim.adamw(lf.optim.warmup_cosine(0.1, 2, 9), mask=lf.optim.matrices),
     "clip": lf.optim.clip_by_global_norm(0.5),
     "chain": lf.optim.chain(lf.optim.clip_by_global_norm(0.5), lf.optim.adamw(0.1)),
 }
@@ -32,7 +32,7 @@ def normal_tree(key) -> dict:
 
 
 def test_the_chain_of_clip_and_adamw_takes_the_steps_of_optax():
-    schedule = warmup_cosine(0.05, 2, 6, 0.005)
+    schedule = lf.optim.warmup_cosine(0.05, 2, 6, 0.005)
     optimizer = lf.optim.chain(lf.optim.clip_by_global_norm(1.0),
                                lf.optim.adamw(schedule, 0.9, 0.99, weight_decay=0.1, mask=lf.optim.matrices))
     params = tensors(OPTAX["params"])
@@ -45,14 +45,25 @@ def test_the_chain_of_clip_and_adamw_takes_the_steps_of_optax():
 
 
 def test_the_schedule_is_that_of_optax():
-    schedule = warmup_cosine(0.05, 2, 6, 0.005)
+    schedule = lf.optim.warmup_cosine(0.05, 2, 6, 0.005)
     ours = [float(schedule(torch.tensor(count))) for count in range(9)]
     assert ours == pytest.approx(OPTAX["schedule"], abs=1e-8)
 
 
+@given(st.floats(1e-4, 1.0), st.integers(0, 5), st.integers(1, 9), st.floats(0.0, 0.1))
+def test_the_linear_schedule_goes_through_its_three_points_in_straight_lines(peak, warmup, rest, end):
+    schedule = lf.optim.warmup_linear(peak, warmup, warmup + rest, end)
+    points = [(0, 0.0)] * (warmup > 0) + [(warmup, peak), (warmup + rest, end)]
+    counts = range(warmup + rest + 3)
+    assert [float(schedule(torch.tensor(count))) for count in counts] == pytest.approx(
+        np.interp(counts, *zip(*points, strict=True)), abs=1e-6)
+    with pytest.raises(ValueError, match=r"warmup_linear: warmup \(5\) must lie in \[0, steps\), and steps is 5"):
+        lf.optim.warmup_linear(peak, 5, 5)
+
+
 def test_a_schedule_of_nothing_but_warmup_is_refused():
     with pytest.raises(ValueError, match=r"warmup \(5\) must lie in \[0, steps\), and steps is 5"):
-        warmup_cosine(1.0, 5, 5)
+        lf.optim.warmup_cosine(1.0, 5, 5)
 
 
 @given(keys(), st.floats(1e-3, 1.0), st.floats(0.0, 0.5))

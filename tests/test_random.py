@@ -98,6 +98,51 @@ def test_draws_are_those_of_jax(seed):
     assert random.categorical(key, logits, shape=(3, 4)).tolist() == jax["categorical_draws"]
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_integers_are_those_of_jax(seed):
+    for case in JAX[seed]["randint"]:
+        dtype, shape = getattr(torch, case["dtype"]), torch.tensor(case["values"]).shape
+        drawn = random.randint(random.key(int(seed)), shape, case["minval"], case["maxval"], dtype)
+        assert drawn.dtype == dtype and drawn.tolist() == case["values"], case
+    assert random.randint(random.key(int(seed)), (), 0, 9).dtype == torch.int32
+
+
+def test_integers_of_64_bits_and_beyond_the_dtype_are_those_of_jax():
+    jax = JAX["x64"]
+    for case in jax["randint"] + jax["randint32"]:
+        dtype = getattr(torch, case["dtype"])
+        drawn = random.randint(random.key(jax["seed"]), (7,), case["minval"], case["maxval"], dtype)
+        assert drawn.dtype == dtype and drawn.tolist() == case["values"], case
+    half = torch.full((9,), 0.5, dtype=torch.float64)
+    assert random.bernoulli(random.key(jax["seed"]), half).tolist() == jax["bernoulli_float64"]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_permutations_are_those_of_jax(seed):
+    jax, key, x = JAX[seed], random.key(int(seed)), torch.arange(24.0).reshape(4, 6)
+    for count, order in jax["permutation"].items():
+        assert random.permutation(key, int(count)).tolist() == order
+    many = random.permutation(key, 2000)  # sorted three times, 40 are sorted once
+    assert int((many * torch.arange(2000)).sum()) == jax["permutation_2000_sum"]
+    assert random.permutation(key, x).tolist() == jax["permutation_rows"]
+    assert random.permutation(key, x, 1).tolist() == jax["permutation_columns"]
+    assert random.permutation(key, x, axis=-1).tolist() == jax["permutation_last"]
+    assert random.permutation(key, x, 1, independent=True).tolist() == jax["permutation_independent"]
+    assert random.permutation(key, x, independent=True).tolist() == jax["permutation_independent_rows"]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_true_and_false_are_those_of_jax(seed):
+    jax, key, each = JAX[seed], random.key(int(seed)), torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0])
+    assert random.bernoulli(key, 0.3, (3, 5)).tolist() == jax["bernoulli"]
+    assert random.bernoulli(key).tolist() == jax["bernoulli_scalar"]
+    assert random.bernoulli(key, each).tolist() == jax["bernoulli_each"]
+    assert random.bernoulli(key, each, (3, 5)).tolist() == jax["bernoulli_broadcast"]
+    for dtype in ("bfloat16", "float16"):
+        half = torch.full((9,), 0.5, dtype=getattr(torch, dtype))
+        assert random.bernoulli(key, half).tolist() == jax[f"bernoulli_{dtype}"]
+
+
 def test_64_bits_are_those_of_jax():
     jax, key = JAX["x64"], random.key(JAX["x64"]["seed"])
     assert key.tolist() == jax["key"]
@@ -114,6 +159,59 @@ def test_under_vmap_a_key_draws_what_it_draws_alone(many, shape):
                  lambda key: random.normal(key, shape), lambda key: random.categorical(key, logits),
                  lambda key: random.rademacher(key, shape), lambda key: random.like(key, [logits])[0]):
         assert torch.equal(torch.vmap(draw)(many), torch.stack([draw(key) for key in many]))
+
+
+@given(st.lists(keys(), min_size=1, max_size=4).map(torch.stack), shapes, st.integers(-2**63, 2**63 - 1),
+       st.integers(-5, 2**64 - 1), st.sampled_from(random.INTEGERS))
+def test_under_vmap_a_key_draws_the_integers_and_orders_that_it_draws_alone(many, shape, minval, span, dtype):
+    table = torch.arange(15).reshape(3, 5)
+    for draw in (lambda key: random.randint(key, shape, minval, minval + span, dtype),
+                 lambda key: random.permutation(key, 11), lambda key: random.permutation(key, table),
+                 lambda key: random.permutation(key, table, 1), lambda key: random.permutation(key, table, 1, True),
+                 lambda key: random.bernoulli(key, 0.3, shape), lambda key: random.bernoulli(key, table / 15)):
+        assert torch.equal(torch.vmap(draw)(many), torch.stack([draw(key) for key in many]))
+    tables = torch.stack([table + i for i in range(len(many))])
+    mapped = torch.vmap(random.permutation)(many, tables)
+    assert torch.equal(mapped, torch.stack([random.permutation(*each) for each in zip(many, tables, strict=True)]))
+
+
+@given(keys(), st.integers(-2**63, 2**63 - 1), st.integers(-5, 2**64 - 1) | st.integers(-5, 20),
+       st.sampled_from(random.INTEGERS))
+def test_integers_are_those_of_the_words_by_plain_arithmetic(key, minval, span, dtype):
+    info = torch.iinfo(dtype)
+    width = max(info.bits, 32)
+    low, high = (min(max(x, info.min), info.max + i) for i, x in enumerate((minval, minval + span)))
+    count = max(high - low, 1)
+    higher, lower = ([x % 2**width for x in random.bits(each, (9,), width).tolist()] for each in random.split(key))
+    factor = 2**width if count <= 2 ** (width // 2) else 0  # JAX's multiplier wraps around to 0 above
+    expected = [low + (a % count * (factor % count) + b % count) % count for a, b in zip(higher, lower, strict=True)]
+    assert random.randint(key, (9,), minval, minval + span, dtype).tolist() == expected
+
+
+@given(keys(), st.integers(2, 9), st.integers(-9, 9))
+def test_integers_are_equally_likely(key, count, minval):
+    drawn = random.randint(key, (4096,), minval, minval + count)
+    assert drawn.min() >= minval and drawn.max() < minval + count
+    assert p_value(torch.bincount(drawn - minval, minlength=count), torch.full((count,), 1 / count)) > 1e-6
+
+
+@given(keys(), st.integers(0, 50), st.integers(1, 4))
+def test_a_permutation_has_all_and_each_of_three_orders_equally_often(key, count, width):
+    assert random.permutation(key, count).sort().values.tolist() == list(range(count))
+    table = torch.arange(count * width).reshape(count, width)
+    assert random.permutation(key, table)[:, 0].sort().values.tolist() == table[:, 0].tolist()
+    own = random.permutation(key, table, 0, independent=True)
+    assert torch.equal(own.sort(0).values, table)
+    firsts = torch.vmap(lambda key: random.permutation(key, 3))(random.split(key, 3000))
+    names = firsts[:, 0] * 2 + (firsts[:, 1] > firsts[:, 2])
+    assert p_value(torch.bincount(names, minlength=6), torch.full((6,), 1 / 6)) > 1e-6
+
+
+@given(keys(), st.floats(0, 1, width=32))
+def test_true_is_drawn_with_its_probability(key, p):
+    assert not random.bernoulli(key, random.uniform(key, (9,))).any()  # a number is not below itself
+    drawn = random.bernoulli(key, p, (4096,))
+    assert abs(float(drawn.double().mean()) - p) <= 5 * (p * (1 - p) / 4096) ** 0.5 + 2**-20
 
 
 @given(keys(), st.lists(st.integers(0, ONES), min_size=1, max_size=4))
@@ -205,6 +303,13 @@ def test_categorical_draws_along_any_axis():
     (lambda: random.fold_in(random.key(0), -1), r"data lies in \[0, 2\*\*32\), got -1"),
     (lambda: random.fold_in(random.key(0), 2**32), r"data lies in \[0, 2\*\*32\), got 4294967296"),
     (lambda: random.bits(random.key(0), (), 12), "width must be 8, 16, 32 or 64, got 12"),
+    (lambda: random.randint(random.key(0), (3,), 0, 5, torch.float32), "dtype must be one of .*, got torch.float32"),
+    (lambda: random.permutation(random.key(0), -1), "the number of elements must be at least 0, got -1"),
+    (lambda: random.permutation(random.key(0), torch.zeros(2, 3), 2), "axis 2 is not one of a tensor of 2 axes"),
+    (lambda: random.permutation(random.key(0), torch.tensor(3)), "axis 0 is not one of a tensor of 0 axes"),
+    (lambda: random.bernoulli(random.key(0), torch.zeros(4), (4, 3)),
+     r"p of shape \(4,\) cannot be broadcast to \(4, 3\)"),
+    (lambda: random.bernoulli(random.key(0), torch.zeros(4), ()), r"p of shape \(4,\) cannot be broadcast to \(\)"),
     (lambda: random.categorical(random.key(0), torch.zeros(4, 6), shape=(3, 5)),
      r"shape \(3, 5\) must end in the logits' batch axes \(4,\)"),
 ])

@@ -31,9 +31,12 @@ def near(value):
 
 @given(unicode_texts(max_size=15))
 def test_a_score_is_the_log_softmax_of_forward(scorer, text):
-    (tokens, logprobs), = lf.score(scorer, [text])
-    assert tokens == scorer.tokenizer.encode(text)
-    assert logprobs == near([0.0, *nats_of(scorer, tokens).tolist()])
+    found, = lf.score(scorer, [text])
+    assert found.tokens == scorer.tokenizer.encode(text) and found.replaced == 0.0
+    assert found.logprobs == near([0.0, *nats_of(scorer, found.tokens).tolist()])
+    assert found.bytes == len(text.encode())
+    if text:
+        assert found.bits_per_byte == near(lf.perplexity(scorer, text).bits_per_byte)
 
 
 @given(st.permutations(TEXTS), st.integers(1, 7))
@@ -45,18 +48,59 @@ def test_batches_do_not_matter(scorer, texts, batch_size):
     assert lf.score(scorer, []) == []
 
 
-@given(st.sampled_from(TEXTS), st.lists(st.sampled_from([" a fox", " a fo", " a fox.", "s", " the", "x 1"])
-                                        | unicode_texts(min_size=1, max_size=4), min_size=2, max_size=4))
-def test_totals_of_options_differ_as_those_of_the_whole_texts(scorer, prompt, options):
+ENDINGS = st.sampled_from([" a fox", " a fo", " a fox.", " a fox, a fox.", "s", " the", "x 1", " "]) | unicode_texts(
+    min_size=1, max_size=4)
+PREFIXES = st.sampled_from([*TEXTS, "Once upon a ", "In the end s", "In the end \u6f22"])
+
+
+def apart(model, prefix: str, text: str) -> tuple[list[int], list[int], int]:
+    """The tokens of a prefix, those of prefix and text together, and how many they begin with in common."""
+    alone, whole = model.tokenizer.encode(prefix), model.tokenizer.encode(prefix + text)
+    common = 0
+    while common < min(len(alone), len(whole)) and alone[common] == whole[common]:
+        common += 1
+    return alone, whole, common
+
+
+@given(PREFIXES, st.lists(ENDINGS, min_size=1, max_size=4))
+def test_an_options_total_is_the_sum_of_forwards_log_probabilities_of_its_own_tokens(scorer, prompt, options):
+    for option, found in zip(options, lf.score_options(scorer, prompt, options), strict=True):
+        alone, whole, common = apart(scorer, prompt, option)
+        nats = nats_of(scorer, whole)[common - 1:]
+        assert found.tokens == whole[common:] and found.logprobs == near(nats.tolist())
+        assert found.total == near(float(nats.sum()))
+        assert found.replaced == near(float(nats_of(scorer, alone)[common - 1:].sum()))
+        if common == len(alone):  # the usual case: the joint merges nothing
+            assert found.bytes == len(option.encode()) and found.replaced == 0
+        assert found.bits_per_byte == near(-found.total / math.log(2) / found.bytes)
+
+
+@given(PREFIXES, st.lists(ENDINGS, min_size=1, max_size=4))
+def test_no_option_changes_anothers_numbers(scorer, prompt, options):
+    together = lf.score_options(scorer, prompt, options)
+    alone = [lf.score_options(scorer, prompt, [option])[0] for option in options]
+    pairs = lf.score(scorer, options, 2, prefixes=[prompt] * len(options))
+    for one, many, pair in zip(alone, together, pairs, strict=True):
+        assert one.tokens == many.tokens == pair.tokens and one.bytes == many.bytes == pair.bytes
+        assert one.logprobs == near(many.logprobs) and one.logprobs == near(pair.logprobs)
+        assert one.replaced == near(many.replaced) and one.replaced == near(pair.replaced)
+
+
+@given(PREFIXES, st.lists(ENDINGS, min_size=2, max_size=4))
+def test_log_ratios_of_options_differ_as_those_of_the_whole_texts(scorer, prompt, options):
     scores = lf.score_options(scorer, prompt, options)
     whole = lf.score(scorer, [prompt + option for option in options])
-    assert all(text.total - score.total == near(whole[0].total - scores[0].total)
-               for text, score in zip(whole, scores, strict=True))
-    ids = [text.tokens for text in whole]
-    common = len(ids[0]) - len(scores[0].tokens)
-    assert all(text[:common] == ids[0][:common] and text[common:] == score.tokens
-               for text, score in zip(ids, scores, strict=True))
-    assert len({tuple(text[common:common + 1]) for text in ids}) > 1 or all(text == ids[0] for text in ids)
+    begin, = lf.score(scorer, [prompt])
+    assert all(text.total - begin.total == near(score.log_ratio) for text, score in zip(whole, scores, strict=True))
+
+
+@given(st.lists(st.tuples(PREFIXES, ENDINGS), max_size=5), st.integers(1, 7))
+def test_a_text_after_a_prefix_is_scored_as_an_option(scorer, pairs, batch_size):
+    found = lf.score(scorer, [text for _, text in pairs], batch_size, prefixes=[prefix for prefix, _ in pairs])
+    for (prefix, text), score in zip(pairs, found, strict=True):
+        option, = lf.score_options(scorer, prefix, [text])
+        assert score.tokens == option.tokens and score.logprobs == near(option.logprobs)
+        assert score.bytes == option.bytes and score.replaced == near(option.replaced)
 
 
 def test_an_option_may_merge_with_the_prompts_last_letters(scorer):
@@ -65,8 +109,15 @@ def test_an_option_may_merge_with_the_prompts_last_letters(scorer):
     assert scorer.tokenizer.encode(prompt + "he")[:len(alone)] != alone
     he, lept = lf.score_options(scorer, prompt, options)
     whole = lf.score(scorer, [prompt + option for option in options])
-    assert he.total - lept.total == near(whole[0].total - whole[1].total)
-    assert [scorer.tokenizer.decode(score.tokens, continued=True) for score in (he, lept)] == [" she", " slept"]
+    assert he.log_ratio - lept.log_ratio == near(whole[0].total - whole[1].total)
+    assert [scorer.tokenizer.decode(score.tokens, continued=True) for score in (he, lept)] == [" she", "lept"]
+    assert (he.bytes, lept.bytes) == (4, 4)  # of " she", which was scored, and of "lept"
+
+
+def test_options_with_a_common_beginning_keep_it_in_total_and_bytes():
+    kind, boy = lf.score_options(lf.load("stories"), "Once upon a time there was", [" a kind", " a kind little boy"])
+    assert boy.tokens[:len(kind.tokens)] == kind.tokens
+    assert (kind.bits_per_byte, boy.bits_per_byte) == (pytest.approx(0.425, abs=1e-3), pytest.approx(0.276, abs=1e-3))
 
 
 def test_the_likelier_option_is_chosen():
@@ -119,8 +170,14 @@ def test_bad_requests_are_refused_at_once(scorer):
         lf.score(scorer, "one")
     with pytest.raises(ValueError, match="score: batch_size must be at least 1, got 0"):
         lf.score(scorer, ["one"], 0)
-    for options in ("ab", [], ["a"]):
-        with pytest.raises(ValueError, match="score_options: give two options or more in a list, got "):
+    with pytest.raises(ValueError, match="score: prefixes is one text; put it in a list"):
+        lf.score(scorer, ["one"], prefixes="On")
+    with pytest.raises(ValueError, match="score: 1 prefixes for 2 texts; give one for each"):
+        lf.score(scorer, ["one", "two"], prefixes=["On"])
+    with pytest.raises(ValueError, match="text 1 is empty: there is nothing to score"):
+        lf.score(scorer, ["one", ""], prefixes=["On", "On"])
+    for options in ("ab", []):
+        with pytest.raises(ValueError, match="score_options: give one option or more in a list, got "):
             lf.score_options(scorer, "One", options)
     with pytest.raises(ValueError, match="the text is empty: there is nothing to predict"):
         lf.perplexity(scorer, "")

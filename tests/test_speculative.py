@@ -47,7 +47,7 @@ def plainly(target, prompts, keys, sample, limits, end=-1):
     """The tokens of every row, without a draft."""
     state, _ = decode.prefill(target, prompts, max(len(p) + n for p, n in zip(prompts, limits, strict=True)))
     rows = [[] for _ in prompts]
-    for step in decode.steps(target, state, keys, sample, end, limits):
+    for step in decode.steps(target, state, keys, sample, (end,), limits):
         rows[step.row].append(step.token)
     return rows
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from llama_fn import random
 from llama_fn.checkpoint.atomic import replacing
 from llama_fn.checkpoint.load import Model, check_tokenizer
-from llama_fn.cli.options import Dtype, model_of
+from llama_fn.cli.options import Context, Dtype, MaxNewTokens, model_of, within
 from llama_fn.generation.conversation import (
     Chat,
     ContextFull,
@@ -38,7 +38,8 @@ HELP = """/system TEXT  put other words of the system at the beginning ("/system
 
 
 def chat(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")], *, adapter: Path | None = None,
-         system: str | None = None, dialog: Path | None = None, max_new_tokens: int | None = None,
+         system: str | None = None, dialog: Path | None = None, max_new_tokens: MaxNewTokens = None,
+         context: Context = None,
          temperature: float = 0.6, top_k: int | None = None, top_p: float | None = 0.9, seed: int | None = None,
          dtype: Dtype = "stored", quantize: Bits | None = None, device: str = "auto") -> None:
     """Talk with a chat model (one that was trained on LLaMA 2's chat format). "/help" names the commands.
@@ -50,6 +51,7 @@ def chat(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODE
         system: What the system says before the conversation.
         dialog: Go on with a conversation that was written by /save.
         max_new_tokens: The longest answer; by default up to the end of the context.
+        context: The most tokens of a conversation; by default as many as the model was trained for.
         temperature: Below 1 likelier, above 1 wilder; 0 is greedy.
         top_k: Draw from the k likeliest tokens.
         top_p: Draw from the likeliest tokens that together have probability p.
@@ -63,7 +65,7 @@ def chat(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODE
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     sample = sampler(temperature, top_k, top_p)
     key = random.key(secrets.randbelow(2**32) if seed is None else seed)
-    loaded = model_of(model, adapter, dtype, device, quantize)
+    loaded = within(model_of(model, adapter, dtype, device, quantize), context)
     check_tokenizer(loaded)
     talk = _read(loaded, dialog) if dialog else Chat()
     if system is not None:

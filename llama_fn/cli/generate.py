@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor
 
 from llama_fn import random
-from llama_fn.cli.options import Dtype, model_of
+from llama_fn.cli.options import Context, Dtype, MaxNewTokens, model_of, within
 from llama_fn.generation.completion import stream
 from llama_fn.generation.drafted import speculate_stream
 from llama_fn.generation.sampling import narrowing, sampler
@@ -20,7 +20,8 @@ from llama_fn.transforms.quantize import Bits
 
 
 def generate(prompt: Annotated[str, tyro.conf.Positional] = "Once upon a time", *, model: str = "stories",
-             adapter: Path | None = None, max_new_tokens: int | None = None, temperature: float = 0.8,
+             adapter: Path | None = None, max_new_tokens: MaxNewTokens = None, context: Context = None,
+             temperature: float = 0.8,
              top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
              repetition_penalty: float | None = None, greedy: bool = False, seed: int | None = None,
              stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (), draft: str | None = None, speculate: int = 4,
@@ -35,6 +36,7 @@ def generate(prompt: Annotated[str, tyro.conf.Positional] = "Once upon a time", 
         adapter: A folder with a LoRA adapter of the model (adapter_config.json and adapter_model.safetensors, as PEFT
             writes them).
         max_new_tokens: The most tokens to write; by default up to the end of the context.
+        context: The most tokens of prompt and text together; by default as many as the model was trained for.
         temperature: Below 1 likelier, above 1 wilder; 0 is greedy.
         top_k: Draw from the k likeliest tokens.
         top_p: Draw from the likeliest tokens that together have probability p.
@@ -57,7 +59,7 @@ def generate(prompt: Annotated[str, tyro.conf.Positional] = "Once upon a time", 
     key = random.key(seed)
     if prompt == "-":
         prompt = _standard_input()
-    loaded = model_of(model, adapter, dtype, device, quantize)
+    loaded = within(model_of(model, adapter, dtype, device, quantize), context)
     drafting = None if draft is None else model_of(draft, None, dtype, device)
     drawn, acceptance = 0, ""
 

@@ -8,6 +8,7 @@ import warnings
 
 import tyro
 
+from llama_fn import __version__
 from llama_fn.cli.bench import bench
 from llama_fn.cli.chat import chat
 from llama_fn.cli.convert import convert
@@ -23,13 +24,17 @@ COMMANDS = {"generate": generate, "chat": chat, "perplexity": perplexity, "choos
 
 
 def main() -> None:
-    """Run one subcommand. Bad input is one line on standard error and status 2; Ctrl-C is status 130."""
+    """Run one subcommand, or tell the version. Bad input is one line on standard error and status 2; Ctrl-C is 130."""
+    if sys.argv[1:] in (["--version"], ["-V"]):
+        print(f"llama-fn {__version__}")
+        return
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # PowerShell's pipes begin with a byte-order mark
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"llama-fn: {message}", file=sys.stderr)
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="llama-fn", description="LLaMA 2 as pure functions.",
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="llama-fn",
+                                                 description="LLaMA 2 as pure functions (--version tells which).",
                                                  config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has gone; nothing more is to be said

@@ -1,15 +1,19 @@
 """What the options of several subcommands mean."""
 
+import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 from llama_fn.checkpoint.load import Model, load
 from llama_fn.transforms import lora
 from llama_fn.transforms.quantize import Bits, quantize
 
 Dtype = Literal["stored", "float32", "bfloat16", "float16"]
+MaxNewTokens = Annotated[int | None, tyro.conf.arg(aliases=["-n"])]
+Context = Annotated[int | None, tyro.conf.arg(aliases=["-c"])]
 
 
 def dtype_of(name: Dtype) -> torch.dtype | None:
@@ -38,3 +42,17 @@ def model_of(name: str, adapter: Path | None, dtype: Dtype, device: str, bits: B
         return model
     params = lora.merge(model.params, lora.load(adapter, model.params))
     return model._replace(params=params if bits is None else quantize(params, bits))
+
+
+def within(model: Model, context: int | None) -> Model:
+    """The model with a shorter context: prompt and answer together have as many tokens at most, and the cache room for
+    no more.
+    """
+    longest = model.params.config.max_seq_len
+    if context is None:
+        return model
+    if not 2 <= context <= longest:
+        raise ValueError(f"--context must lie in [2, {longest}], the context that the model was trained for, "
+                         f"got {context}")
+    config = dataclasses.replace(model.params.config, max_seq_len=context)
+    return model._replace(params=model.params._replace(config=config))

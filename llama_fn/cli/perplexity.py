@@ -1,6 +1,5 @@
 """`llama-fn perplexity` and `llama-fn choose`: how likely a model finds a text, or one option beside others."""
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +14,8 @@ from llama_fn.training.data import read_texts
 
 
 def perplexity(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")], *, model: str = "stories",
-               window: int | None = None, stride: int | None = None, dtype: Dtype = "stored",
+               window: Annotated[int | None, tyro.conf.arg(aliases=["-c", "--context"])] = None,
+               stride: int | None = None, dtype: Dtype = "stored",
                device: str = "auto") -> None:
     """Tell how well a model predicts a text, in a sliding window: perplexity a token, and bits a byte.
 
@@ -45,16 +45,20 @@ def choose(prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="P
            model: str = "stories", dtype: Dtype = "stored", device: str = "auto") -> None:
     """Score options against each other as continuations of a prompt, the likeliest first.
 
+    The share is an option's probability among the options. The bits a byte are those of the option alone, however many
+    others there are; they compare options of different lengths, and the lowest is the best.
+
     Args:
         prompt: What stands before each option; leave the space between them to the options.
-        options: Two or more.
+        options: One or more.
         model: The embedded model "stories", or the folder of a model.
         dtype: Compute in this dtype, or as the weights are stored.
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
     """
     loaded = load(model, dtype=dtype_of(dtype), device=device_of(device))
     scores = scoring.score_options(loaded, prompt, options)
-    shares = torch.tensor([score.total for score in scores], dtype=torch.float64).softmax(0).tolist()
+    ratios = torch.tensor([score.log_ratio for score in scores], dtype=torch.float64)
+    order, shares = ratios.argsort(descending=True, stable=True).tolist(), ratios.softmax(0).tolist()
     print("share    bits a byte  option")
-    for share, score, option in sorted(zip(shares, scores, options, strict=True), reverse=True):
-        print(f"{share:7.2%}  {(0 - score.total) / math.log(2) / len(option.encode()):11.4f}  {option}")
+    for i in order:
+        print(f"{shares[i]:7.2%}  {scores[i].bits_per_byte:11.4f}  {options[i]}")

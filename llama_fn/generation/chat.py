@@ -42,7 +42,8 @@ def chat_completion(model: Model, dialogs: Sequence[Sequence[Message]], *, key: 
     if not dialogs:
         return []
     encoded = [_encode(model.tokenizer, i, dialog) for i, dialog in enumerate(dialogs)]
-    written, nats, _ = complete(model, encoded, key, max_new_tokens, sampler, logprobs, adapters=adapters)
+    written, nats, _ = complete(model.params, encoded, key, max_new_tokens, sampler, logprobs,
+                                ends=(model.tokenizer.eos_id,), adapters=adapters)
     return [Completion(model.tokenizer.decode(ids), ids, row if logprobs else None)
             for ids, row in zip(written, nats, strict=True)]
 

@@ -83,7 +83,7 @@ def answer(model: Model, chat: Chat, *, key: Int[Tensor, "2"], max_new_tokens: i
         raise ValueError("there is nothing to answer: ask first")
     if len(tokens) >= context:
         raise ContextFull(f"the context of {context} tokens is full: the conversation has {len(tokens)}")
-    limit = room(model, len(tokens), max_new_tokens)
+    limit = room(model.params, len(tokens), max_new_tokens)
     *before, last = chat.exchanges
     drawn: list[int] = []
 
@@ -93,7 +93,7 @@ def answer(model: Model, chat: Chat, *, key: Int[Tensor, "2"], max_new_tokens: i
         latest = latest._replace(cache=state.cache)
         keys = key[None].to(model.params.embedding.device)
         sample = sampler or make_sampler()
-        for step in decode.steps(model.params, state, keys, sample, model.tokenizer.eos_id, [limit],
+        for step in decode.steps(model.params, state, keys, sample, (model.tokenizer.eos_id,), [limit],
                                  run=decode.fast(model.params, 1, sample)):
             drawn.append(step.token)
             so_far = last._replace(answer=(*last.answer, *drawn))

@@ -1,7 +1,7 @@
 """Decoding: prompts of any lengths go in at once, then a token a row comes out of every step."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,12 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama_fn import random, tree
-from llama_fn.generation.sampling import Sampler, is_pure
+from llama_fn.generation.sampling import DAMAGED, Sampler, drawable, is_pure
 from llama_fn.model import avx2
 from llama_fn.model import cache as kv
+from llama_fn.model.block import block
 from llama_fn.model.cache import Cache, NoCache, init_cache
 from llama_fn.model.sums import FEW
 from llama_fn.model.transformer import Params, forward, head, trunk
+from llama_fn.model.transformer import head as plain_head
 from llama_fn.shapes import typed
 from llama_fn.transforms import lora
 from llama_fn.transforms.inductor import MANY_ROUNDS
@@ -38,14 +40,15 @@ class State(NamedTuple):
 
 
 @typed
-def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int,
-            adapters: Lora | None = None) -> tuple[State, Float[Tensor, "b t v"]]:
+def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int, adapters: Lora | None = None,
+            run: Callable = forward) -> tuple[State, Float[Tensor, "b t v"]]:
     """The state after `prompts`, with room for rows of `max_len` tokens and a few more; and the logits after every
     prompt token.
 
     Shorter prompts are filled up on the right. What a cache holds beyond a row's length is never read, and is written
-    over by the row's next tokens: a row is what it would be alone. `adapters` is a stack of one a row, or None. Raises
-    `ValueError` for an empty prompt, for one that does not fit, and for another number of adapters than of prompts.
+    over by the row's next tokens: a row is what it would be alone. `adapters` is a stack of one a row, or None; `run`
+    is `forward` or its like. Raises `ValueError` for an empty prompt, for one that does not fit, and for another number
+    of adapters than of prompts.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not all(lengths):
@@ -62,7 +65,7 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int,
     cache = init_cache(params.config, (len(prompts),), max_len=slots, dtype=params.embedding.dtype, device=device)
     pieces = []
     for chunk in padded.split(CHUNK, 1):
-        piece, cache = _forward(params, adapters, chunk, cache)
+        piece, cache = _forward(params, adapters, chunk, cache, run)
         pieces.append(piece)
     logits = torch.cat(pieces, 1)
 
@@ -73,7 +76,8 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int,
     return State(cache._replace(length=length), last, tokens, adapters), logits
 
 
-def resume(params: Params, tokens: Sequence[int], cache: Cache | NoCache | None, max_len: int) -> State:
+def resume(params: Params, tokens: Sequence[int], cache: Cache | NoCache | None, max_len: int,
+           layer: Callable = block, head: Callable = head) -> State:
     """The state of one row after `tokens`, of which the cache holds the first `length` already; the rest goes through
     the model, and at least the last. The cache grows to `max_len` slots and a few more if it has fewer (so its axis s
     has two sizes here, and this function is not `typed`).
@@ -87,20 +91,20 @@ def resume(params: Params, tokens: Sequence[int], cache: Cache | NoCache | None,
                      cache._replace(length=torch.full_like(cache.length, known)))
     row = torch.tensor([list(tokens)], device=device)
     for chunk in row[:, known:].split(CHUNK, 1):
-        x, cache = trunk(params, chunk, cache)
+        x, cache = trunk(params, chunk, cache, layer=layer)
     logits = head(params.norm, params.output, x[:, -1:], params.config.norm_eps)  # of the last alone: 6 % less work
     return State(cache, logits[:, -1], torch.nn.functional.pad(row, (0, slots - len(tokens)), value=-1))
 
 
 def drawn(logits: Tensor, lengths: Tensor, tokens: Tensor, keys: Tensor, sample: Sampler) -> Tensor:
-    """The next token of every row, -1 where its logits are NaN. At position i it is drawn with the row's key folded in
-    with i: the draw depends on the row alone, whatever the batch and however the row came to its length.
+    """The next token of every row, -1 where its logits are not `drawable`. At position i it is drawn with the row's key
+    folded in with i: the draw depends on the row alone, whatever the batch and however the row came to its length.
     """
     def one(key: Tensor, position: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
         return sample(random.fold_in(key, position), logits, tokens)
 
     # A sampler cannot look at its logits while it is mapped over rows.
-    return torch.vmap(one)(keys, lengths, logits, tokens).where(~logits.isnan().any(-1), -1)
+    return torch.vmap(one)(keys, lengths, logits, tokens).where(drawable(logits), -1)
 
 
 @typed
@@ -123,13 +127,16 @@ def step(params: Params, state: State, token: Tensor, keys: Tensor, sample: Samp
     return state, draw(state, keys, sample)
 
 
-def fast(params: Params, rows: int, sample: Sampler) -> Callable:
+def fast(params: Params, rows: int, sample: Sampler, layer: Callable = block, head: Callable = head) -> Callable:
     """`step` for a few rows after their prompts: compiled by its layers for weights of `LARGE` bytes and more, and as
     it is for all else. Its state's cache is donated: the old one, of a smaller length, stays what it was until somebody
     else goes on from it.
 
-    Of the samplers, those of `sampler` are compiled; another may look at what changes from draw to draw.
+    Of the samplers, those of `sampler` are compiled; another may look at what changes from draw to draw. So may a layer
+    or a head of one's own, and they run as they are.
     """
+    if layer is not block or head is not plain_head:
+        return functools.partial(step, run=functools.partial(forward, layer=layer, head=head))
     large = sum(x.nbytes for x in tree.leaves(params)) >= LARGE
     if not large or (rows > max(FEW, avx2.most(params.output)) and not params.norm.is_cuda):
         return step
@@ -168,16 +175,17 @@ class Step(NamedTuple):
     state: State
 
 
-def steps(params: Params, state: State, keys: Int[Tensor, "b 2"], sample: Sampler, end: int, limits: Sequence[int],
-          stopped: Callable[[int, list[int]], bool] = lambda row, tokens: False,
+def steps(params: Params, state: State, keys: Int[Tensor, "b 2"], sample: Sampler, ends: Collection[int],
+          limits: Sequence[int], stopped: Callable[[int, int], bool] = lambda row, token: False,
           run: Callable = step) -> Iterator[Step]:
     """All tokens of all rows, as they are drawn; a token goes through the model when the one after it is asked for.
 
-    A row ends before the token `end`, after as many tokens as its limit says, or as soon as it is `stopped(row,
-    tokens)`; it then leaves the batch. What is compiled for a number of rows goes on with a power of two: the first of
-    those that stay fills up for those that left. Raises `ValueError` for logits that are NaN.
+    A row ends before a token of `ends`, after as many tokens as its limit says, or with a token at which it is
+    `stopped(row, token)`, which is asked once for each; it then leaves the batch. What is compiled for a number of rows
+    goes on with a power of two: the first of those that stay fills up for those that left. Raises `ValueError` for
+    logits that are not `drawable`.
     """
-    written: list[list[int]] = [[] for _ in limits]
+    left = list(limits)
     going, stay = list(range(len(limits))), [row for row, limit in enumerate(limits) if limit > 0]
     keys = keys.contiguous()  # one key for all rows has other strides than the keys of those that stay
     token = None
@@ -193,14 +201,13 @@ def steps(params: Params, state: State, keys: Int[Tensor, "b 2"], sample: Sample
             state, token = run(params, state, token, keys, sample)
         ids, stay = token.tolist(), []
         if min(ids) < 0:
-            raise ValueError("the logits are NaN: the weights or the cache are damaged, or overflowed in a 16-bit "
-                             "dtype (or a sampler of one's own drew a token below 0)")
+            raise ValueError(f"the {DAMAGED} (or a sampler of one's own drew a token below 0)")
         for place, (row, id) in enumerate(zip(going, ids, strict=False)):
-            if id == end:
+            if id in ends:
                 continue
-            written[row].append(id)
+            left[row] -= 1
             yield Step(row, id, state.logits[place], state)
-            if len(written[row]) < limits[row] and not stopped(row, written[row]):
+            if left[row] and not stopped(row, id):
                 stay.append(place)
 
 
@@ -221,4 +228,4 @@ def _forward(params: Params, adapters: Lora | None, tokens: Tensor, cache: Cache
              run: Callable = forward) -> tuple[Tensor, Cache]:
     if adapters is None:
         return run(params, tokens, cache)
-    return torch.vmap(lambda adapter, *row: forward(lora.apply(params, adapter), *row))(adapters, tokens, cache)
+    return torch.vmap(lambda adapter, *row: run(lora.apply(params, adapter), *row))(adapters, tokens, cache)

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from llama_fn.checkpoint.load import Model, check_tokenizer
-from llama_fn.generation.completion import check_stop, keys_of, room, until
+from llama_fn.generation.completion import check_stop, keys_of, room, stops, until
 from llama_fn.generation.sampling import Narrowing, narrowing
 from llama_fn.generation.speculative import Round, rounds
 from llama_fn.ranges import integer
@@ -40,10 +40,8 @@ def speculate(model: Model, draft: Model, prompts: Sequence[str], *, key: Int[Te
     if isinstance(prompts, str):
         raise ValueError("speculate: prompts is one text; put it in a list")
 
-    def stopped(row: int, written: list[int]) -> bool:
-        return bool(stop) and any(s in model.tokenizer.decode(written, prompts[row] != "") for s in stop)
-
     told = [Speculation() for _ in prompts]
+    stopped = stops(model.tokenizer, prompts, stop)
     for round in _begun(model, draft, prompts, key, n, max_new_tokens, narrow, stop, stopped):
         told[round.row] = _after(told[round.row], round)
     return [x._replace(text="".join(until(model.tokenizer.decode_stream(x.tokens, prompt != ""), stop)))
@@ -78,7 +76,7 @@ def speculate_stream(model: Model, draft: Model, prompt: str, *, key: Int[Tensor
 
 def _begun(model: Model, draft: Model, prompts: Sequence[str], key: Tensor, n: int, max_new_tokens: int | None,
            narrow: Narrowing | None, stop: Sequence[str],
-           stopped: Callable[[int, list[int]], bool] = lambda row, written: False) -> Iterator[Round]:
+           stopped: Callable[[int, int], bool] = lambda row, token: False) -> Iterator[Round]:
     check_stop(stop)
     check_tokenizer(model)
     check_tokenizer(draft)
@@ -86,8 +84,8 @@ def _begun(model: Model, draft: Model, prompts: Sequence[str], key: Tensor, n: i
         raise ValueError(f"n must be at least 1 proposed token a round, got {n}")
     _check_vocabulary(model, draft)
     encoded = [model.tokenizer.encode(prompt) for prompt in prompts]
-    limits = [room(model, len(ids), max_new_tokens) for ids in encoded]
-    keys = keys_of(key, len(encoded), model)
+    limits = [room(model.params, len(ids), max_new_tokens) for ids in encoded]
+    keys = keys_of(key, len(encoded), model.params)
     return rounds(model.params, draft.params, encoded, keys, narrow or narrowing(), n, model.tokenizer.eos_id, limits,
                   stopped)
 

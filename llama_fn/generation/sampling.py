@@ -16,13 +16,17 @@ from llama_fn.shapes import concrete, typed
 Sampler = Callable[..., Tensor]
 Narrowing = Callable[..., Tensor]
 
+DAMAGED = ("logits are NaN or infinite (+inf, or -inf for every token): the weights or the cache are damaged, or "
+           "numbers overflowed in a 16-bit dtype; load the model in bfloat16 or float32")
+
 
 def sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
             repetition_penalty: float | None = None) -> Sampler:
     """A function `sample(key, logits, tokens=None)` that draws from the model's distribution, narrowed by `narrowing`
     with the same settings. Equal settings give the same function, so that a step compiled with it is found again.
 
-    Raises `ValueError` for a setting outside its range; `sample` does for logits that are not numbers.
+    Raises `ValueError` for a setting outside its range; `sample` does for logits that are not `drawable`. Compiled or
+    mapped, it cannot look at them, and draws -1, which is no token.
     """
     return _sampler(*_in_range(temperature, top_k, top_p, min_p, repetition_penalty))
 
@@ -36,7 +40,8 @@ def _sampler(temperature: float, top_k: int | None, top_p: float | None, min_p: 
     def sample(key: Key, logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b s"] | None = None) -> Int[Tensor, "*b"]:
         """The next token after `tokens` (where a negative one stands for none)."""
         narrowed = narrow(logits, tokens)
-        return narrowed.argmax(-1) if temperature == 0 else random.categorical(key, narrowed)
+        drawn = narrowed.argmax(-1) if temperature == 0 else random.categorical(key, narrowed)
+        return drawn.where(drawable(logits), -1)
 
     sample.pure = True
     return sample
@@ -56,7 +61,8 @@ def narrowing(temperature: float = 1.0, top_k: int | None = None, top_p: float |
     `top_k` (Fan et al. 2018) keeps the k likeliest, `top_p` (Holtzman et al. 2020) the fewest likeliest whose
     probabilities sum to p, `min_p` (Nguyen et al. 2024) those of at least p times the highest probability.
 
-    Raises `ValueError` for a setting outside its range; `narrow` does for logits that are not numbers.
+    Raises `ValueError` for a setting outside its range; `narrow` does for logits that are not `drawable`, unless it is
+    compiled or mapped and cannot look at them.
     """
     temperature, top_k, top_p, min_p, repetition_penalty = _in_range(temperature, top_k, top_p, min_p,
                                                                      repetition_penalty)
@@ -64,9 +70,7 @@ def narrowing(temperature: float = 1.0, top_k: int | None = None, top_p: float |
     @typed
     def narrow(logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b s"] | None = None) -> Float[Tensor, "*b v"]:
         """The logits after `tokens` (where a negative one stands for none); -inf for what is never drawn."""
-        if concrete(logits) and logits.isnan().any():
-            raise ValueError("sample: the logits are NaN: the weights or the cache are damaged, or overflowed in a "
-                             "16-bit dtype")
+        check_drawable(logits, "sample: the")
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if repetition_penalty is not None:
             if tokens is None:
@@ -86,6 +90,17 @@ def narrowing(temperature: float = 1.0, top_k: int | None = None, top_p: float |
         return logits
 
     return narrow
+
+
+def drawable(logits: Tensor) -> Tensor:
+    """Whether a token can be drawn from logits: none is NaN or +inf, and one at least is not -inf (a mask)."""
+    return logits.amax(-1).isfinite()
+
+
+def check_drawable(logits: Tensor, whose: str) -> None:
+    """Raise `ValueError` for logits that are not `drawable`, where numbers can be read."""
+    if concrete(logits) and not drawable(logits).all():
+        raise ValueError(f"{whose} {DAMAGED}")
 
 
 @typed

@@ -15,68 +15,130 @@ from llama_fn.shapes import typed
 
 
 class Score(NamedTuple):
-    """Tokens, and the natural log-probability of each after all before it."""
+    """Tokens, the natural log-probability of each after all before it, and the bytes of UTF-8 that they stand for.
+
+    `replaced` is 0 unless a text's first letters merge with the last ones of its prefix: then it is the log-probability
+    of the prefix's own tokens whose place the merged tokens take (see `score`).
+    """
 
     tokens: list[int]
     logprobs: list[float]
+    bytes: int
+    replaced: float = 0.0
 
     @property
     def total(self) -> float:
         """The log-probability of all of them."""
         return math.fsum(self.logprobs)
 
+    @property
+    def log_ratio(self) -> float:
+        """log p(prefix and text) - log p(prefix): options after one prefix are compared by it.
+
+        It is `total`, but where tokens of the prefix were replaced, which it takes off.
+        """
+        return self.total - self.replaced
+
+    @property
+    def bits_per_byte(self) -> float:
+        """-total / (ln 2 * bytes), by which texts of different lengths can be compared. Without any byte it is 0."""
+        return (0 - self.total) / math.log(2) / max(self.bytes, 1)
+
 
 @typed
-def score(model: Model, texts: Sequence[str], batch_size: int = 8) -> list[Score]:
+def score(model: Model, texts: Sequence[str], batch_size: int = 8, *,
+          prefixes: Sequence[str] | None = None) -> list[Score]:
     """The log-probability of every token of every text, its begin included, which has 0; no end is scored.
 
-    Raises `ValueError` for a text longer than the context (`perplexity` takes those).
+    With `prefixes`, one a text, it is how likely each text goes on from its prefix, and only the text's own tokens are
+    scored: those of prefix and text, encoded together, after the longest beginning that they share with those of the
+    prefix alone. Where the prefix ends within a word, its last letters may become part of another token: of
+    "In the end s" and "he", the token " she" is scored, and with it the letter that it takes over, in `tokens`, `total`
+    and `bytes` alike; `replaced` is what the token " s" had.
+
+    Raises `ValueError` for a text longer than the context (`perplexity` takes those), for an empty text after a prefix,
+    and for as many prefixes as there are not texts.
     """
-    if isinstance(texts, str):
-        raise ValueError("score: texts is one text; put it in a list")
+    if isinstance(texts, str) or isinstance(prefixes, str):
+        raise ValueError(f"score: {'texts' if isinstance(texts, str) else 'prefixes'} is one text; put it in a list")
     check_tokenizer(model)
     if batch_size < 1:
         raise ValueError(f"score: batch_size must be at least 1, got {batch_size}")
-    encoded = [model.tokenizer.encode(text) for text in texts]
-    for i, ids in enumerate(encoded):
-        _check_length(model, len(ids), f"text {i}")
-    scores = []
-    for first in range(0, len(encoded), batch_size):
-        rows = encoded[first:first + batch_size]
-        logits, _ = forward(model.params, _padded(rows, model))
-        scores += [Score(ids, prompt_logprobs(x, ids)) for x, ids in zip(logits, rows, strict=True)]
-    return scores
+    if prefixes is not None and len(prefixes) != len(texts):
+        raise ValueError(f"score: {len(prefixes)} prefixes for {len(texts)} texts; give one for each")
+    if prefixes is None:
+        joints = [_Joint([], model.tokenizer.encode(text), 0, len(text.encode())) for text in texts]
+    else:
+        joints = [_joint(model, *pair, f"text {i}") for i, pair in enumerate(zip(prefixes, texts, strict=True))]
+    for i, joint in enumerate(joints):
+        _check_length(model, len(joint.whole), f"text {i}")
+    rows = [joint.whole for joint in joints] + [joint.prefix for joint in joints if joint.replaces]
+    nats: list[list[float]] = []
+    for first in range(0, len(rows), batch_size):
+        batch = rows[first:first + batch_size]
+        logits, _ = forward(model.params, _padded(batch, model))
+        nats += [prompt_logprobs(x, ids) for x, ids in zip(logits, batch, strict=True)]
+    alone = iter(nats[len(joints):])
+    return [joint.score(row[joint.start:], next(alone)[joint.start:] if joint.replaces else [])
+            for joint, row in zip(joints, nats, strict=False)]
 
 
 @typed
 def score_options(model: Model, prompt: str, options: Sequence[str]) -> list[Score]:
-    """How likely each option goes on from the prompt: of multiple choices, the one with the highest `total`.
+    """How likely each option goes on from the prompt: of multiple choices, the one with the highest `log_ratio`.
 
-    Scored are the tokens of prompt and option together, without those that all of them begin with: so the totals differ
-    by exactly what the texts' log-probabilities differ by, even where an option's first letters merge with the prompt's
-    last. Long options are unlikely as such: compare `total / len(option.encode())` where that should not count. What is
-    common goes through the model once; the options continue copies of its cache.
+    Each option's numbers are those of `score` with the prompt as its prefix, whatever the other options are; only the
+    work is less, since the prompt goes through the model once and the options continue copies of its cache. Long
+    options are unlikely as such: compare `bits_per_byte`, of which the lowest is the best, where that should not count.
+
+    Raises `ValueError` for no option, for an empty one, and for one that does not fit into the context.
     """
     check_tokenizer(model)
-    if isinstance(options, str) or len(options) < 2:
-        raise ValueError(f"score_options: give two options or more in a list, got {options!r}")
-    if "" in options:
-        raise ValueError(f"score_options: option {list(options).index('')} is empty: there is nothing to score")
-    encoded = [model.tokenizer.encode(prompt + option) for option in options]
-    for i, ids in enumerate(encoded):
-        _check_length(model, len(ids), f"the prompt with option {i}")
-    shortest = min(map(len, encoded))
-    common = next((i for i in range(shortest) if len({ids[i] for ids in encoded}) > 1), shortest)
-    shared = encoded[0][:common]
-    rests = [ids[common:] for ids in encoded]
-    longest = max(map(len, rests))
-    state = decode.select(decode.resume(model.params, shared, None, common + longest), [0] * len(options))
-    first = state.logits[:, None]
+    if isinstance(options, str) or not options:
+        raise ValueError(f"score_options: give one option or more in a list, got {options!r}")
+    joints = [_joint(model, prompt, option, f"option {i}") for i, option in enumerate(options)]
+    for i, joint in enumerate(joints):
+        _check_length(model, len(joint.whole), f"the prompt with option {i}")
+    common = min(joint.start for joint in joints)
+    rests = [joint.whole[common:] for joint in joints]
+    if any(joint.replaces for joint in joints):
+        rests.append(joints[0].prefix[common:])
+    longest = max(1, *map(len, rests))
+    shared = joints[0].prefix[:common]
+    state = decode.select(decode.resume(model.params, shared, None, common + longest), [0] * len(rests))
+    logits = state.logits[:, None]
     if longest > 1:
-        logits, _ = forward(model.params, _padded(rests, model)[:, :-1], state.cache)
-        first = torch.cat((first, logits), 1)
-    nats = first.float().log_softmax(-1)
-    return [Score(ids, [float(nats[row, i, id]) for i, id in enumerate(ids)]) for row, ids in enumerate(rests)]
+        logits = torch.cat((logits, forward(model.params, _padded(rests, model)[:, :-1], state.cache)[0]), 1)
+    exact = logits.float().log_softmax(-1)
+    nats = [[float(row[i, id]) for i, id in enumerate(ids)] for row, ids in zip(exact, rests, strict=True)]
+    return [joint.score(row[joint.start - common:], nats[-1][joint.start - common:] if joint.replaces else [])
+            for joint, row in zip(joints, nats, strict=False)]
+
+
+class _Joint(NamedTuple):
+    """The tokens of a prefix, those of prefix and text together, where they part, and the bytes from there on."""
+
+    prefix: list[int]
+    whole: list[int]
+    start: int
+    bytes: int
+
+    @property
+    def replaces(self) -> bool:
+        """Whether tokens of the prefix are none of the whole."""
+        return self.start < len(self.prefix)
+
+    def score(self, nats: list[float], replaced: list[float]) -> Score:
+        return Score(self.whole[self.start:], nats, self.bytes, math.fsum(replaced))
+
+
+def _joint(model: Model, prefix: str, text: str, what: str) -> _Joint:
+    if not text:
+        raise ValueError(f"{what} is empty: there is nothing to score")
+    alone, whole = model.tokenizer.encode(prefix), model.tokenizer.encode(prefix + text)
+    start = next((i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), min(len(alone), len(whole)))
+    taken = model.tokenizer.decode(alone[start:], continued=start > 1)  # the letters that the first tokens take over
+    return _Joint(alone, whole, start, len(text.encode()) + len(taken.encode()))
 
 
 class Perplexity(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama_fn import random, tree
 from llama_fn.generation import decode
-from llama_fn.generation.sampling import Narrowing
+from llama_fn.generation.sampling import Narrowing, check_drawable
 from llama_fn.model.cache import Cache
 from llama_fn.model.transformer import Params, forward
 from llama_fn.shapes import typed
@@ -44,7 +44,7 @@ class Round(NamedTuple):
 
 def rounds(target: Params, draft: Params, prompts: Sequence[list[int]], keys: Int[Tensor, "b 2"], narrow: Narrowing,
            n: int, end: int, limits: Sequence[int],
-           stopped: Callable[[int, list[int]], bool] = lambda row, written: False) -> Iterator[Round]:
+           stopped: Callable[[int, int], bool] = lambda row, token: False) -> Iterator[Round]:
     """All tokens of all rows, by rounds of one pass of the target over n + 1 tokens a row.
 
     Rows end as those of `decode.steps` do, and then leave the batch. The first round is one token a row, which the
@@ -64,7 +64,7 @@ def rounds(target: Params, draft: Params, prompts: Sequence[list[int]], keys: In
             for id in tokens[place][ends[place] - counts[place] - 1:ends[place]]:
                 if not (ended := id == end):
                     written[row].append(id)
-                    ended = len(written[row]) == limits[row] or stopped(row, written[row])
+                    ended = len(written[row]) == limits[row] or stopped(row, id)
                 if ended:
                     break
             yield Round(row, written[row][before:], proposed, counts[place])
@@ -83,8 +83,7 @@ def begin(target: Params, draft: Params, prompts: Sequence[list[int]], keys: Int
     """The state after the prompts and one token a row."""
     state, _ = decode.prefill(target, prompts, max_len)
     other, _ = decode.prefill(draft, prompts, max_len)
-    if other.logits.isnan().any():  # those of the target are looked at where it draws
-        raise ValueError("the draft's logits are NaN: its weights are damaged, or overflowed in a 16-bit dtype")
+    check_drawable(state.logits, "the")
     length, logits = state.cache.length, narrow(state.logits, state.tokens)
     token = _draw(logits, noise(keys, length, 1, logits.shape[-1], logits.dtype)[:, 0])
     return State(state.cache, other.cache._replace(length=length - 1), _put(state.tokens, length, token))
@@ -115,6 +114,7 @@ def propose(draft: Params, cache: Cache, tokens: Int[Tensor, "b s"], chance: Flo
     new = _take(tokens, length, -2, 0)
     for i in range(n):
         logits, cache = forward(draft, new, cache)
+        check_drawable(logits[:, -1], "the draft's")
         new = _draw(narrow(logits[:, -1], tokens), chance[:, i])[:, None]
         tokens = _put(tokens, length + i, new[:, 0])
     return cache, tokens
@@ -126,6 +126,7 @@ def check(target: Params, cache: Cache, tokens: Int[Tensor, "b s"], chance: Floa
     """What the target draws itself at each proposal's place, after the proposals before it, and after the last."""
     t = chance.shape[1]
     logits, after = forward(target, _take(tokens, cache.length + 1, -1, t - 1), cache)
+    check_drawable(logits, "the")
     slots, ahead = (torch.arange(size, device=tokens.device) for size in (tokens.shape[1], t))
     before = slots <= (cache.length[:, None] + ahead)[..., None]
     return after, _draw(narrow(logits, tokens[:, None].where(before, -1)), chance)

@@ -62,12 +62,19 @@ def abstract_params(config: Config) -> Params:
 @typed
 def init_params(key: Key, config: Config, dtype: torch.dtype = torch.float32,
                 device: torch.device | str | None = None) -> Params:
-    """Random parameters: normal weights of the abstract tree's deviations, norms of one. The same on every device."""
+    """Random parameters: normal weights of the abstract tree's deviations, norms of one. The same on every device.
+
+    On the device "meta" they are shapes and dtypes without numbers, in no memory. What is made of them is, too: that is
+    JAX's `eval_shape`. `forward(params, tokens.to("meta"), init_cache(..., device="meta"))`, `loss` and its gradients
+    tell their shapes and dtypes without computing anything.
+    """
     abstract = abstract_params(config)
     keys = iter(random.split(key, len(tree.leaves(abstract))).to(device))
 
     def draw(weight: Weight) -> torch.Tensor:
         key = next(keys)
+        if key.is_meta:
+            return torch.empty(weight.shape, dtype=dtype, device=key.device)
         if weight.std is None:
             return torch.ones(weight.shape, dtype=dtype, device=device)
         return (random.normal(key, weight.shape) * weight.std).to(dtype)

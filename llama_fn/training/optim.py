@@ -10,8 +10,7 @@ from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.ranges import number
-
-Schedule = Callable[[Tensor], Tensor]  # from the number of steps taken to a learning rate
+from llama_fn.training.schedule import Schedule, warmup_cosine, warmup_linear  # noqa: F401  they are part of it
 
 
 class Optimizer(NamedTuple):

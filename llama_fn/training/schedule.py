@@ -1,12 +1,14 @@
 """Learning rates as functions of the number of steps taken."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from llama_fn.ranges import integer, number
-from llama_fn.training.optim import Schedule
+
+Schedule = Callable[[Tensor], Tensor]  # from the number of steps taken to a learning rate
 
 
 def warmup_cosine(peak: float, warmup: int, steps: int, end: float = 0.0) -> Schedule:
@@ -15,10 +17,7 @@ def warmup_cosine(peak: float, warmup: int, steps: int, end: float = 0.0) -> Sch
     (Loshchilov and Hutter 2017, "SGDR", eq. 5; Optax's `warmup_cosine_decay_schedule`.)
     Raises `ValueError` for a rate below 0 or not finite, and for a warmup that leaves no steps after it.
     """
-    peak, end = number("warmup_cosine: peak", peak), number("warmup_cosine: end", end)
-    warmup, steps = integer("warmup_cosine: warmup", warmup), integer("warmup_cosine: steps", steps)
-    if not 0 <= warmup < steps:
-        raise ValueError(f"warmup_cosine: warmup ({warmup}) must lie in [0, steps), and steps is {steps}")
+    peak, warmup, steps, end = _checked("warmup_cosine", peak, warmup, steps, end)
 
     def rate(count: Tensor) -> Tensor:
         count = count.float()
@@ -27,3 +26,28 @@ def warmup_cosine(peak: float, warmup: int, steps: int, end: float = 0.0) -> Sch
         return torch.where(count < warmup, peak * count / max(warmup, 1), falling)
 
     return rate
+
+
+def warmup_linear(peak: float, warmup: int, steps: int, end: float = 0.0) -> Schedule:
+    """From 0 up to `peak` in a straight line over `warmup` steps, then down to `end` at `steps` in another one.
+
+    (Optax's `linear_schedule`, twice joined; transformers' `get_linear_schedule_with_warmup`.)
+    Raises `ValueError` for a rate below 0 or not finite, and for a warmup that leaves no steps after it.
+    """
+    peak, warmup, steps, end = _checked("warmup_linear", peak, warmup, steps, end)
+
+    def rate(count: Tensor) -> Tensor:
+        count = count.float()
+        done = ((count - warmup) / (steps - warmup)).clamp(0, 1)
+        return torch.where(count < warmup, peak * count / max(warmup, 1), peak + (end - peak) * done)
+
+    return rate
+
+
+def _checked(name: str, peak: float, warmup: int, steps: int, end: float) -> tuple[float, int, int, float]:
+    """The settings as numbers, if each lies in its range."""
+    peak, end = number(f"{name}: peak", peak), number(f"{name}: end", end)
+    warmup, steps = integer(f"{name}: warmup", warmup), integer(f"{name}: steps", steps)
+    if not 0 <= warmup < steps:
+        raise ValueError(f"{name}: warmup ({warmup}) must lie in [0, steps), and steps is {steps}")
+    return peak, warmup, steps, end
