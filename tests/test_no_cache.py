@@ -106,5 +106,8 @@ def test_where_there_is_none_nothing_is_donated():
         for none in NONE:
             x, again = step(PARAMS, ROWS, *none)
             assert close(x, expected) and type(again) is lf.NoCache
+    doubled = lf.jit(lambda x, cache=None: 2 * x, donate="cache")  # none of its results could take a cache's memory
+    assert torch.equal(doubled(PARAMS.norm, lf.NoCache()), 2 * PARAMS.norm)
+    for step in (lf.jit(lf.forward, donate="cache"), lf.jit_layers()):
         x, again = step(PARAMS, ROWS, lf.tree.map(torch.clone, cache))
         assert close(x, expected) and again.length.tolist() == [5, 5, 5]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import token_rows
 
@@ -236,9 +236,13 @@ def test_what_is_no_integer_is_refused_where_one_is_meant(name, model):
             f(wrong, model)
 
 
-@given(st.floats(allow_nan=True) | st.integers(), st.floats(-9, 9), st.floats(0, 9), st.booleans(), st.booleans())
+@given(st.floats(allow_nan=True) | st.integers() | st.sampled_from(["low", "high"]), st.floats(-9, 9), st.floats(0, 9),
+       st.booleans(), st.booleans())
+@example("low", 0.0, 1.0, True, False)
+@example("high", 0.0, 1.0, False, True)
 def test_a_number_is_what_lies_in_its_interval(value, low, width, above, below):
     high = low + width
+    value = {"low": low, "high": high}.get(value, value)
     inside = (low < value if above else low <= value) and (value < high if below else value <= high)
     if inside:
         assert number("n", value, low, high, above=above, below=below) == value
