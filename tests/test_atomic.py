@@ -95,9 +95,9 @@ def quickly(monkeypatch, write: Callable[[], None]) -> None:
     assert not killed_at(monkeypatch, 10**9, write)
 
 
-@pytest.mark.parametrize("old, new", [("meta", "meta"), ("meta", "two of meta"), ("two of meta", "quantized"),
-                                      ("hf", "three of hf"), ("three of hf", "hf"), ("llama2c", "llama2c"),
-                                      ("adapter", "adapter")])
+@pytest.mark.parametrize("old, new", [("meta", "two of meta"), ("two of meta", "two of meta"),
+                                      ("two of meta", "quantized"), ("hf", "three of hf"), ("three of hf", "hf"),
+                                      ("three of hf", "three of hf"), ("llama2c", "llama2c"), ("adapter", "adapter")])
 def test_a_killed_save_leaves_the_old_files_or_the_new_ones(writers, tmp_path, monkeypatch, old, new):
     """For `load`, at every step. For a program that knows nothing of `.complete`, never some of each."""
     before, after = tmp_path / "before", tmp_path / "after"

@@ -4,6 +4,8 @@ import errno
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,3 +143,12 @@ def test_the_command_line_says_it_in_one_line(tmp_path, monkeypatch, capsys):
             main.main()
         line = capsys.readouterr().err.splitlines()[-1]
         assert stop.value.code == 2 and line.startswith("llama-fn: ") and message in line, line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("args", [("generate", "Once", "--max-new-tokens", "3"), ("inspect",)], ids=lambda args: args[0])
+def test_output_to_a_full_disk_is_one_line_too(args):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "llama_fn", *args]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "llama-fn: standard output: No space left on device\n")

@@ -129,6 +129,14 @@ def test_a_link_out_of_the_folder_is_refused(make, model, tmp_path, format, name
     assert same(lf.load(folder), model)
 
 
+def test_a_link_in_the_place_of_an_interrupted_save_is_not_followed(make, model):
+    """What a save leaves is a folder."""
+    folder, elsewhere = make("meta"), make("hf")
+    (folder / ".complete").symlink_to(elsewhere)
+    (elsewhere / "config.json").unlink()
+    assert same(lf.load(folder), model)
+
+
 @pytest.mark.parametrize("format", ["meta", "hf", "llama2c"])
 def test_a_tokenizer_above_is_read_but_no_link_from_there(make, model, tmp_path, format):
     folder = make(format)

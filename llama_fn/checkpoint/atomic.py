@@ -124,13 +124,13 @@ def appending(path: Path, begin: str) -> Iterator[Callable[[str], None]]:
 def current(folder: str | os.PathLike) -> Path:
     """Where to read what `replacing_folder` wrote to a folder: there, or in `.complete` if the end was interrupted."""
     complete = Path(folder) / COMPLETE
-    return complete if complete.is_dir() else Path(folder)
+    return complete if complete.is_dir() and not complete.is_symlink() else Path(folder)  # we never wrote a link
 
 
 def _finish(folder: Path, instead_of: Sequence[str]) -> None:
     """Steps 2 and 3. They may have been begun before: all is done again."""
     complete = folder / COMPLETE
-    if not complete.is_dir():
+    if current(folder) != complete:
         return
     names = sorted(file.name for file in complete.iterdir())
     for old in {*(folder / name for name in names), *(old for pattern in instead_of for old in folder.glob(pattern))}:
