@@ -70,8 +70,9 @@ def save(model: Model, path: str | os.PathLike[str], *, format: Format = "meta",
     The formats are "meta", in any number of `shards`; "hf", which transformers reads; and "llama2c", in float32, which
     llama2.c's run.c reads. Quantized weights go into one file of "meta", and only `load` reads them. Every file is
     written beside its place and moved there at the end: a model of the same format there stays whole until then, and
-    none of its files stays after. Raises `ValueError` for a folder with a model of another format, and for what the
-    format cannot hold.
+    none of its files stays after. A tokenizer that is None is not written. "hf" warns of a tokenizer that transformers
+    cannot be told of; "llama2c" refuses one that run.c would take for another. Raises `ValueError` for a folder with a
+    model of another format, and for what the format cannot hold.
     """
     shards = None if shards is None else integer("save: shards", shards)
     write(weights_of(model.params, dtype), model.tokenizer, path, format, shards)
@@ -134,11 +135,11 @@ def write(weights: Weights, tokenizer: Tokenizer | None, path: str | os.PathLike
     writer, files = writers[format]
     weights = weights._replace(read=functools.partial(_on_cpu, weights.read))
     with replacing_folder(path, (*files, *TOKENIZER_FILES)) as beside:
-        writer(weights, beside, shards, report)
         if tokenizer is not None:
             write_tokenizer(tokenizer, beside, weights.config.max_seq_len, format == "hf")
         if tokenizer is not None and format == "llama2c":
             llama2c.write_vocabulary(tokenizer, weights.config.vocab_size, beside / llama2c.VOCABULARY)
+        writer(weights, beside, shards, report)
 
 
 def _on_cpu(read: Callable[[str], Any], path: str) -> Any:
