@@ -8,6 +8,7 @@ import torch
 
 import llama_fn as lf
 from llama_fn.training import loop
+from llama_fn.training import run as training
 from llama_fn.training.curve import plot_losses
 from llama_fn.training.plan import Plan
 from llama_fn.training.run import run
@@ -53,6 +54,20 @@ def test_resume_equals_not_stopping_bit_for_bit(tmp_path, monkeypatch):
         run(tmp_path / "whole", TINY)
     with pytest.raises(ValueError, match="holds a run of another plan: batch was 5, is 9"):
         run(tmp_path / "whole", TINY.__class__(**{**vars(TINY), "batch": 9}), resume=True)
+
+
+@pytest.mark.slow
+def test_a_run_whose_last_save_was_interrupted_goes_on_with_its_tokenizer(tmp_path, monkeypatch):
+    """All files of the model may lie in `.complete` alone."""
+    monkeypatch.setattr(loop, "jit", lambda f, donate: f)
+    whole = run(tmp_path / "run", TINY)
+    (tmp_path / "run" / ".complete").mkdir()
+    for name in ("tokenizer.model", "params.json", "consolidated.00.pth"):
+        (tmp_path / "run" / name).rename(tmp_path / "run" / ".complete" / name)
+    monkeypatch.setattr(training, "train_tokenizer", None)
+    again = run(tmp_path / "run", TINY, resume=True)
+    assert again.tokenizer == whole.tokenizer and not (tmp_path / "run" / ".complete").exists()
+    assert all(map(torch.equal, lf.tree.leaves(lf.load(tmp_path / "run").params), lf.tree.leaves(whole.params)))
 
 
 @pytest.mark.slow

@@ -68,11 +68,14 @@ def save(model: Model, path: str | os.PathLike[str], *, format: Format = "meta",
     """Write a model to a folder, so that `load` reads it back bit for bit (`dtype` None), or cast.
 
     The formats are "meta", in any number of `shards`; "hf", which transformers reads; and "llama2c", in float32, which
-    llama2.c's run.c reads. Quantized weights go into one file of "meta", and only `load` reads them. Every file is
-    written beside its place and moved there at the end: a model of the same format there stays whole until then, and
-    none of its files stays after. A tokenizer that is None is not written. "hf" warns of a tokenizer that transformers
-    cannot be told of; "llama2c" refuses one that run.c would take for another. Raises `ValueError` for a folder with a
-    model of another format, and for what the format cannot hold.
+    llama2.c's run.c reads. Quantized weights go into one file of "meta", and only `load` reads them. A tokenizer that
+    is None is not written. "hf" warns of a tokenizer that transformers cannot be told of; "llama2c" refuses one that
+    run.c would take for another.
+
+    When `save` returns, the model is on the disk. If it fails, is killed, or the power fails, `load` reads the model of
+    the same format that was there before, or the new one; none of the old files stays after. Raises `ValueError` for a
+    folder with a model of another format, and for what the format cannot hold; `OSError` that names the file and the
+    remedy if the disk is full or nothing may be written there.
     """
     shards = None if shards is None else integer("save: shards", shards)
     write(weights_of(model.params, dtype), model.tokenizer, path, format, shards)
