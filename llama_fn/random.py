@@ -87,6 +87,7 @@ def randint(key: Key, shape: Shape, minval: int, maxval: int,
     """
     if dtype not in INTEGERS:
         raise ValueError(f"random.randint: dtype must be one of {', '.join(map(str, INTEGERS))}, got {dtype}")
+    minval, maxval = integer("random.randint: minval", minval), integer("random.randint: maxval", maxval)
     info, width = torch.iinfo(dtype), max(32, torch.iinfo(dtype).bits)
     low, high = max(info.min, min(minval, info.max)), max(info.min, min(maxval, info.max + 1))
     span = max(high - low, 1)
@@ -105,10 +106,8 @@ def permutation(key: Key, x: int | Shaped[Tensor, "..."], axis: int = 0,
     The elements are sorted by random words, three times if they are many, so that equal words hardly matter. Raises
     `ValueError` for a negative number and for an axis that the tensor does not have.
     """
-    if isinstance(x, int):
-        if x < 0:
-            raise ValueError(f"random.permutation: the number of elements must be at least 0, got {x}")
-        x = torch.arange(x, device=key.device)
+    if is_integer(x):
+        x = torch.arange(integer("random.permutation: the number of elements", x, 0), device=key.device)
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"random.permutation: axis {axis} is not one of a tensor of {x.ndim} axes")
     if independent or x.ndim == 1:

@@ -115,5 +115,5 @@ def test_the_readme_and_ci_run_the_same_tests():
     assert story.startswith("python3 -m venv")
     pinned = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line)
     needed = (ROOT / "pyproject.toml").read_text().split("[project.opt")[0]
-    names = re.findall(r'^    "([a-z]+)[>=]', needed, re.MULTILINE)
+    names = re.findall(r'^    "([a-z_]+)[>=]', needed, re.MULTILINE)
     assert sorted(pinned) == sorted(names)

@@ -24,14 +24,12 @@ from llama_fn.checkpoint.limits import MOST_HEADER, MOST_PICKLE, MOST_STEPS
 from llama_fn.checkpoint.snapshot import load_snapshot, save_snapshot
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
-SECONDS, BYTES = 3, 2**26  # a refusal takes less than one second on a quiet machine
+BYTES = 2**26
 
 
 def refused(read: Callable[[], object], message: str, measure: bool = True) -> None:
-    begun = time.perf_counter()
     with pytest.raises(ValueError, match=message):
         read()
-    assert time.perf_counter() - begun < SECONDS
     if not measure:  # which takes ten times as long
         return
     tracemalloc.start()

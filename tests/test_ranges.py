@@ -108,6 +108,9 @@ FLOATS = {
                                              (-1, math.nan, math.inf)),
     "warmup_cosine.peak": (1, lambda n: rates(schedule.warmup_cosine(n, 3, 8)), (-1, math.nan, math.inf)),
     "warmup_cosine.end": (1, lambda n: rates(schedule.warmup_cosine(3.0, 3, 8, n)), (-1, math.nan, math.inf)),
+    "warmup_linear.peak": (1, lambda n: rates(schedule.warmup_linear(n, 3, 8)), (-1, math.nan, math.inf)),
+    "warmup_linear.end": (1, lambda n: rates(schedule.warmup_linear(3.0, 3, 8, n)), (-1, math.nan, math.inf)),
+    "bernoulli.p": (1, lambda n: lf.random.bernoulli(KEY, n, (5,)), ()),
 }
 
 
@@ -145,6 +148,13 @@ INTEGERS = {
         lf.loss, PARAMS, ROWS, max_norm=1.0, noise_multiplier=1.0, key=KEY, chunk_size=n), (0, -1)),
     "warmup_cosine.warmup": (3, lambda n, m: rates(schedule.warmup_cosine(1.0, n, 8)), (-1, 8)),
     "warmup_cosine.steps": (8, lambda n, m: rates(schedule.warmup_cosine(1.0, 3, n)), (3, 0, -1)),
+    "warmup_linear.warmup": (3, lambda n, m: rates(schedule.warmup_linear(1.0, n, 8)), (-1, 8)),
+    "warmup_linear.steps": (8, lambda n, m: rates(schedule.warmup_linear(1.0, 3, n)), (3, 0, -1)),
+    "randint.minval": (3, lambda n, m: lf.random.randint(KEY, (5,), n, 9), ()),
+    "randint.maxval": (9, lambda n, m: lf.random.randint(KEY, (5,), 3, n), ()),
+    "permutation.x": (9, lambda n, m: lf.random.permutation(KEY, n), (-1,)),
+    "permutation.axis": (1, lambda n, m: lf.random.permutation(KEY, LOGITS, n), (2, -3)),
+    "generate.max_new_tokens": (3, lambda n, m: lf.generate(PARAMS, [[1, 2]], key=KEY, max_new_tokens=n), (-1,)),
     "stories.count": (2, lambda n, m: list(lf.stories.stories(KEY, n)), (-1,)),
     "train_tokenizer.vocab_size": (270, lambda n, m: lf.train_tokenizer(["abc abd abe"] * 9, n), (0, -1)),
     "save.shards": (2, lambda n, m: saved(n, m), (0, -1)),

@@ -146,7 +146,7 @@ def test_a_record_that_is_no_object_is_an_error(root):
 def test_a_record_that_is_none_is_an_error(root, changes):
     record = json.loads((root / "run" / "run.json").read_text())
     (root / "run" / "run.json").write_text(json.dumps({**record, **changes}))
-    with pytest.raises(ValueError, match="not what a training run writes there|must be a whole number"):
+    with pytest.raises(ValueError, match="not what a training run writes there|must be an integer"):
         run(root / "run", dataclasses.replace(SMALL, steps=None), root / "texts", resume=True)
 
 
