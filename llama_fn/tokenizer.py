@@ -35,6 +35,10 @@ class Tokenizer:
     end do. `legacy` is transformers' word: what stands between special tokens is encoded as a text of its own, with
     SentencePiece's space before it; if not, only the first part of a text has that space.
 
+    `chat_template` is the Jinja template of a folder's dialogs. None stands for LLaMA 2's format by Meta's rules, and
+    "" for a folder of Hugging Face's that has no template. `end_ids` are tokens that end a generation, besides
+    `eos_id`. `token_names` are what a template calls tokens by, as `("eos_token", "</s>")`, if not by the model's names.
+
     Raises `ValueError` if `model` is no such model, and for ids that are none.
     """
 
@@ -42,8 +46,12 @@ class Tokenizer:
     added: tuple[tuple[int, str], ...] = ()
     special: tuple[int, ...] = ()
     legacy: bool = True
+    chat_template: str | None = None
+    end_ids: tuple[int, ...] = ()
+    token_names: tuple[tuple[str, str], ...] = ()
     processor: spm.SentencePieceProcessor = field(init=False, repr=False, compare=False)
     names: dict[int, str] = field(init=False, repr=False, compare=False)  # of the added tokens
+    specials: dict[str, int] = field(init=False, repr=False, compare=False)  # special and added tokens by their names
 
     def __post_init__(self) -> None:
         for id, name in self.added:
@@ -51,6 +59,9 @@ class Tokenizer:
                 raise ValueError(f"an added token is an id of at least 0 and a name, got {id!r} and {name!r}")
         object.__setattr__(self, "processor", _processor(self.model))
         object.__setattr__(self, "names", dict(self.added))
+        of_model = {self.processor.id_to_piece(id): id for id in range(self.processor.vocab_size())
+                    if self._is_piece(id) and (self.processor.is_control(id) or self.processor.is_unknown(id))}
+        object.__setattr__(self, "specials", of_model | {name: id for id, name in self.added if name})
 
     def __reduce__(self):
         return Tokenizer, tuple(getattr(self, each.name) for each in dataclasses.fields(self) if each.init)
@@ -69,6 +80,11 @@ class Tokenizer:
     def eos_id(self) -> int:
         """The token that ends a text; -1 if there is none."""
         return self.processor.eos_id()
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a generation: `eos_id` and `end_ids`."""
+        return frozenset((self.eos_id, *self.end_ids))
 
     def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = False) -> list[int]:
         """The tokens of a text. The name of a special or an added token written out in it ("<s>") is plain text,
@@ -136,17 +152,14 @@ class Tokenizer:
 
     def _with_special(self, text: str) -> list[int]:
         """The tokens of a text in which names stand for tokens; of two names at one place, the longer one."""
-        names = {self.processor.id_to_piece(id): id for id in range(self.processor.vocab_size())
-                 if self._is_piece(id) and (self.processor.is_control(id) or self.processor.is_unknown(id))}
-        names |= {name: id for id, name in self.added if name}
-        if not names:
+        if not self.specials:
             return self.processor.encode(text)
-        parts = re.split(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})", text)
+        parts = re.split(f"({'|'.join(map(re.escape, sorted(self.specials, key=len, reverse=True)))})", text)
         # Settings that come again in a SentencePiece model replace the first: this is add_dummy_prefix=false.
         within = self.processor if self.legacy else _processor(self.model + b"\x1a\x02\x18\x00")
         ids = self.processor.encode(parts[0])
         for name, rest in zip(parts[1::2], parts[2::2], strict=True):
-            ids += [names[name], *within.encode(rest)]
+            ids += [self.specials[name], *within.encode(rest)]
         return ids
 
 

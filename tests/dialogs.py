@@ -41,9 +41,10 @@ def meta_ids(tokenizer: lf.Tokenizer, dialog: list[lf.Message]) -> list[int]:
     return [*ids, 1, *tokenizer.processor.encode(f"[INST] {said[-1].strip()} [/INST]")]
 
 
-def talker(tokenizer: lf.Tokenizer, max_seq_len: int = 512) -> lf.Model:
-    """A model in float64, in which a draw is the same whatever the order of sums."""
-    config = lf.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=tokenizer.vocab_size, hidden_dim=70)
+def talker(tokenizer: lf.Tokenizer, max_seq_len: int = 512, extra: int = 0) -> lf.Model:
+    """A model in float64, in which a draw is the same whatever the order of sums; `extra` rows are for added tokens."""
+    config = lf.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=tokenizer.processor.vocab_size() + extra,
+                       hidden_dim=70)
     return lf.Model(random_params(dataclasses.replace(config, max_seq_len=max_seq_len), lf.random.key(1)), tokenizer)
 
 

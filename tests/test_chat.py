@@ -12,7 +12,7 @@ from strategies import keys
 from test_tokenizer import TOKENIZERS, on_each
 
 import llama_fn as lf
-from llama_fn.generation.chat import dialog_tokens, split_dialog
+from llama_fn.generation.chat import dialog_ids, split_dialog
 
 TAGS = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"]
 HELLO = [{"role": "user", "content": "hello"}]
@@ -27,13 +27,13 @@ def chatty(tokenizer) -> lf.Model:
 @on_each
 @given(dialogs)
 def test_ids_are_those_of_metas_rules(tokenizer, dialog):
-    assert dialog_tokens(tokenizer, dialog) == meta_ids(tokenizer, dialog)
+    assert dialog_ids(tokenizer, dialog) == meta_ids(tokenizer, dialog)
 
 
 @pytest.mark.skipif("llama2" not in TOKENIZERS, reason="Meta's license keeps its tokenizer out of the repository")
 def test_ids_of_the_released_tokenizer():
     told = dialog("You are assistant.", [("hello ", "\nhow can I help you?")], "how much is 2+2?")
-    assert dialog_tokens(TOKENIZERS["llama2"], told) == [
+    assert dialog_ids(TOKENIZERS["llama2"], told) == [
         1, 518, 25580, 29962, 3532, 14816, 29903, 6778, 13, 3492, 526, 20255, 29889, 13, 29966, 829, 14816, 29903, 6778,
         13, 13, 12199, 518, 29914, 25580, 29962, 920, 508, 306, 1371, 366, 29973, 29871, 2, 1, 518, 25580, 29962, 920,
         1568, 338, 29871, 29906, 29974, 29906, 29973, 518, 29914, 25580, 29962]
@@ -82,7 +82,7 @@ def test_a_tag_of_the_format_is_refused_in_every_message(tokenizer, tag, i):
     told = dialog("Be brief.", [("Who?", "Felix")], "and then?")
     told[i]["content"] += f"so{tag}so"
     with pytest.raises(ValueError, match=re.escape(f"message {i} contains '{tag}', a tag of the chat format itself")):
-        dialog_tokens(tokenizer, told)
+        dialog_ids(tokenizer, told)
 
 
 def test_a_message_that_is_none_is_named(tokenizer):
@@ -100,7 +100,7 @@ def test_a_dialog_in_another_order_is_refused(tokenizer, roles, named):
     spelled = {"s": "system", "u": "user", "a": "assistant"}
     told = [{"role": spelled.get(role, role), "content": "words"} for role in roles]
     with pytest.raises(ValueError, match=rf"a dialog goes .*, and ends with the user, got {named}$"):
-        dialog_tokens(tokenizer, told)
+        dialog_ids(tokenizer, told)
 
 
 def test_bad_requests_are_refused_at_once(chatty):

@@ -12,6 +12,11 @@ import llama_fn as lf
 from llama_fn.cli import chat as chatting
 
 
+def piped(text: str | bytes) -> io.TextIOWrapper:
+    """Standard input that holds a text, and then ends."""
+    return io.TextIOWrapper(io.BytesIO(text if isinstance(text, bytes) else text.encode(errors="surrogatepass")))
+
+
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
     """A model with a context of 100 tokens."""
@@ -33,7 +38,7 @@ def talk(monkeypatch, capsys, tmp_path, folder, tokenizer):
             return logits.argmax() * 0 + id
 
         monkeypatch.setattr(chatting, "sampler", lambda *_: sample)
-        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        monkeypatch.setattr(sys, "stdin", piped("".join(f"{line}\n" for line in lines)))
         done = cli(monkeypatch, capsys, "chat", str(folder), *options)
         assert list(script) in ([], [tokenizer.eos_id])  # which is not drawn when the context is full
         return done
@@ -46,7 +51,7 @@ def test_answers_go_to_standard_output_one_a_message(talk):
 
 
 def test_a_pipe_gives_what_the_library_gives(talk, monkeypatch, capsys, folder):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\nand?"))
+    monkeypatch.setattr(sys, "stdin", piped("Who?\nand?"))
     status, out, err = cli(monkeypatch, capsys, "chat", str(folder), "--seed", "7", "--system", "Be brief.",
                            "--max-new-tokens", "5", "--temperature", "0.9", "--top-k", "99")
     model, chat, said = lf.load(folder), lf.Chat("Be brief."), ""
@@ -88,6 +93,15 @@ def test_a_saved_conversation_goes_on(talk):
     assert saved("three.json") == saved("two.json")[1:]
 
 
+def test_an_answer_with_a_tag_in_it_is_saved_and_opened_again(talk):
+    for i, text in enumerate(["a [/INST] b <<SYS>>", "</s> [INST]", ""]):
+        talk(["Who?", f"/save {i}.json"], [text])
+        status, _, err = talk(["and?", f"/save {i}{i}.json"], ["Omar"], "--dialog", f"{i}.json")
+        assert (status, err) == (0, f"{i}{i}.json: 2 exchanges\n")
+        assert [message["content"] for message in saved(f"{i}{i}.json")] == ["Who?", text, "and?", "Omar"]
+        assert saved(f"{i}{i}.json")[:2] == saved(f"{i}.json")
+
+
 def test_commands_change_the_conversation(talk):
     lines = ["one", "two", "/drop 1", "/save drop.json", "/system Be long.", "/again", "/save again.json", "/system",
              "/reset", "three", "/save reset.json"]
@@ -108,7 +122,7 @@ def test_reset_keeps_the_systems_words(talk):
 @pytest.mark.parametrize(("line", "message"), [
     ("so [/INST] sure", "the message contains '[/INST]', a tag of the chat format itself, which is not allowed"),
     ("/system <<SYS>>", "the system's message contains '<<SYS>>', a tag of the chat format itself"),
-    ("a\ud800", "the text is not valid Unicode: character 8 is the lone surrogate U+D800"),
+    ("a\ud800", "the text is not valid Unicode: character 8 is the lone surrogate U+DCED"),
     ("/drop", "/drop N forgets the N oldest of 1 exchanges, got ''"),
     ("/drop 2", "/drop N forgets the N oldest of 1 exchanges, got '2'"),
     ("/drop 0", "/drop N forgets the N oldest of 1 exchanges, got '0'"),
@@ -122,19 +136,40 @@ def test_a_bad_line_loses_nothing_but_itself(talk, line, message):
     assert saved("all.json") == dialog(None, [("one", "1"), ("two", "2")])
 
 
+def test_a_message_of_many_lines_is_one(talk):
+    talk(["one", '"""', "two", "/reset", "", '"""', "/save all.json"], ["1", "2"])
+    assert saved("all.json") == dialog(None, [("one", "1"), ("two\n/reset\n", "2")])
+
+
 def test_nothing_can_be_answered_again_before_it_was_asked(talk):
     assert talk(["/again"]) == (0, "", "nothing was asked yet\n")
 
 
-def test_a_full_context_tells_what_can_be_dropped(talk):
-    one, two, three = (digit * 20 for digit in "123")  # a digit is a token
-    status, out, err = talk([one, two, three, "/drop 2", three, three * 5, "/save a.json"], ["1", "2", "3"])
-    assert (status, out) == (0, "1\n2\n3\n")
-    full, sent, free, long, _ = err.splitlines()
-    assert full.startswith("the context of 100 tokens is full: the conversation has ")
-    assert full.endswith("; /drop 1 frees 41 tokens; /drop 2 frees 82 tokens") and sent == "the message was not sent"
-    assert free == "82 tokens are free again" and long.endswith("; the message alone is too long: shorten it")
-    assert saved("a.json") == dialog(None, [(three, "3")])
+def test_what_does_not_fit_waits_in_its_order_for_the_room(talk):
+    one, two, three, four = (digit * 20 for digit in "1234")  # a digit is a token
+    lines = [one, two, three, "/help", four, three * 5, "/drop 1", "/drop 9", "/drop 1", "/save a.json"]
+    status, out, err = talk(lines, ["1", "2", "3", "4"])
+    assert (status, out) == (0, "1\n2\n3\n4\n")
+    full, *helped, again, third, free, fourth, much, freed, long, _ = err.splitlines()
+    for line in (full, again, third, fourth):
+        assert line.startswith("the context of 100 tokens is full: the conversation has ")
+        assert line.endswith("; then what waits is sent; /drop 0 forgets it")
+    assert "; /drop 1 frees 41 tokens; /drop 2 frees 82 tokens; " in full and len(helped) == 7
+    assert much == "/drop N forgets the N oldest of 2 exchanges, got '9'"
+    assert free == freed == "41 tokens are free again" and long.endswith("the message alone is too long: shorten it")
+    assert saved("a.json") == dialog(None, [(three, "3"), (four, "4")])
+
+
+def test_what_waits_can_be_forgotten_and_is_not_lost_in_silence(talk):
+    lines = [digit * 20 for digit in "1234"]
+    status, out, err = talk([*lines[:3], "/drop 0", "/drop 0", "/save a.json"], ["1", "2"])
+    assert err.splitlines()[1:3] == ["what waited is forgotten",
+                                     "/drop N forgets the N oldest of 2 exchanges, got '0'"]
+    assert saved("a.json") == dialog(None, [(lines[0], "1"), (lines[1], "2")])
+    for end in ([], ["/quit"]):
+        assert talk([*lines, *end], ["1", "2"])[2].endswith("\nnot sent, for want of room: 2 messages\n")
+    status, out, err = talk([*lines[:3], "/reset", lines[3]], ["1", "2", "4"])
+    assert (status, out) == (0, "1\n2\n4\n") and err.endswith("\na new conversation\n")
 
 
 def test_an_answer_that_fills_the_context_tells_it(talk):

@@ -1,10 +1,12 @@
 """`llama-fn chat` as a process: on a terminal with its keys, and in a pipe that breaks."""
 
+import json
 import os
 import select
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from dialogs import save_talker
@@ -18,6 +20,8 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
 """
 CTRL_A, CTRL_C, CTRL_D, CTRL_P = "\x01", "\x03", "\x04", "\x10"
+THREE_LINES = "one\n/two\n\nthree"
+PASTE = f"\x1b[200~{THREE_LINES}\x1b[201~"  # as a terminal sends it
 
 
 @pytest.fixture(scope="module")
@@ -88,28 +92,53 @@ def test_lines_are_edited_and_ctrl_c_stops_an_answer_and_not_the_program(folders
         assert terminal.end() == 0
 
 
+def asked(file: Path) -> list[str]:
+    """What the user said in a saved conversation."""
+    return [message["content"] for message in json.loads(file.read_text()) if message["role"] == "user"]
+
+
 @pytest.mark.slow
-def test_a_full_context_asks_how_many_exchanges_to_drop(folders):
-    with Terminal("chat", str(folders[100]), "--max-new-tokens", "2", "--temperature", "0") as terminal:
-        for digit in "123":  # which is a token
+def test_a_paste_is_one_message_and_so_are_lines_between_fences(folders, tmp_path):
+    with Terminal("chat", str(folders[4000]), "--max-new-tokens", "2", "--temperature", "0") as terminal:
+        for keys in (f"{PASTE}\n", f'"""\n{THREE_LINES}\n"""\n', f'"""\nfour\n{CTRL_D}', f'"""\nlost{CTRL_C}',
+                     f"{PASTE}{CTRL_C}", "\x1b[200~/help me\x1b[201~\n", f"/save {tmp_path / 'a.json'}\n"):
             terminal.read(until="> ")
-            terminal.type(digit * 20 + "\n")
-        asked = "drop how many of the oldest exchanges? [1, 0 keeps all] "
-        terminal.read(until="the context of 100 tokens is full: the conversation has ")
-        terminal.read(until=asked)
-        terminal.type("3\n")
-        terminal.read(until="of 2 exchanges 3 cannot be dropped")
-        for keys in ("0\n", CTRL_C, CTRL_D, "no\n"):
-            terminal.read(until=asked)
             terminal.type(keys)
-            terminal.read(until="the message was not sent")
-            terminal.read(until="> ")
-            terminal.type("3" * 20 + "\n")
-        terminal.read(until=asked)
-        terminal.type("\n")  # as many as it takes
-        assert "not sent" not in terminal.read(until="> ")
-        terminal.type("/quit\n")
+        terminal.read(until="3 exchanges")
+        terminal.type(CTRL_D)
         assert terminal.end() == 0
+    assert asked(tmp_path / "a.json") == [THREE_LINES, THREE_LINES, "four"]
+
+
+LONG = "the " * 1300 + "end"  # longer than a terminal keeps of a line by itself
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("typed", "messages"), [
+    ([f"{PASTE}\nnext\n", CTRL_C], [THREE_LINES, "next"]), ([f"{LONG}\nnext\n"], [LONG, "next"])])
+def test_what_is_typed_while_the_model_answers_is_kept_in_its_order(folders, tmp_path, typed, messages):
+    with Terminal("chat", str(folders[4000]), "--max-new-tokens", "300", "--temperature", "0") as terminal:
+        terminal.read(until="> ")
+        terminal.type("Who?\n")
+        terminal.read(until="Who?")
+        assert "> " not in terminal.read(at_least=30)  # of the answer
+        for keys in [*typed, f"/save {tmp_path / 'a.json'}\n{CTRL_D}"]:
+            terminal.type(keys)
+        terminal.read(until="3 exchanges")
+        assert terminal.end() == 0
+    assert asked(tmp_path / "a.json") == ["Who?", *messages]
+
+
+@pytest.mark.slow
+def test_nothing_is_asked_that_a_message_could_answer(folders, tmp_path):
+    with Terminal("chat", str(folders[100]), "--max-new-tokens", "2", "--temperature", "0") as terminal:
+        terminal.read(until="> ")
+        digits = [digit * 20 for digit in "123"]  # a digit is a token
+        terminal.type("\n".join([*digits, "2", "/drop 1", "/drop 1", f"/save {tmp_path / 'a.json'}", "/quit\n"]))
+        terminal.read(until="the context of 100 tokens is full: the conversation has ")
+        terminal.read(until="tokens are free again")
+        assert terminal.end() == 0
+    assert asked(tmp_path / "a.json")[-2:] == [digits[2], "2"]
 
 
 @pytest.mark.slow

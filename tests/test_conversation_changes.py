@@ -72,7 +72,7 @@ def test_a_dialogs_conversation_has_its_ids(tokenizer, system, turns, question):
     ([{"role": "assistant"}], 'message 0 of a dialog needs strings under "role" and "content"'),
     ([{"content": "Hi"}], 'message 0 of a dialog needs strings'), (["Hi"], "message 0 of a dialog needs strings"),
     (dialog(None, [("<<SYS>>", "a")]), "message 0 contains '<<SYS>>'"),
-    (dialog(None, [("q", "[INST]")]), r"message 1 contains '\[INST\]'"),
+    (dialog("[INST]", [("q", "a")]), r"message 0 contains '\[INST\]'"),
     (dialog(None, [("q", "a")])[1:], r"a dialog goes \(system,\) user, assistant, user, \.\.\., got assistant"),
 ])
 def test_what_is_no_dialog_is_no_conversation(tokenizer, wrong, message):

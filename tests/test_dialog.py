@@ -62,8 +62,8 @@ def test_training_on_a_dialog_teaches_the_answer(tokenizer):
 def test_what_is_no_dialog_is_refused(tokenizer):
     with pytest.raises(ValueError, match=r"a dialog goes .*, got user, user"):
         lf.dialog_tokens(tokenizer, dialog(None, [], "a") * 2)
-    with pytest.raises(ValueError, match=r"message 1 contains '\[INST\]'"):
-        lf.dialog_tokens(tokenizer, dialog(None, [("a", "[INST]")]))
+    with pytest.raises(ValueError, match=r"message 0 contains '\[INST\]'"):
+        lf.dialog_tokens(tokenizer, dialog(None, [("[INST]", "a")]))
     for nothing in ([], [{"role": "system", "content": "Be brief."}]):
         with pytest.raises(ValueError, match="a dialog goes|the dialog has no question"):
             lf.dialog_tokens(tokenizer, nothing)

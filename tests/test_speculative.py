@@ -36,7 +36,7 @@ def small_pair(dtype: torch.dtype = torch.float64) -> tuple[lf.Params, lf.Params
 def written(target, draft, prompts, keys, narrow, n, limits, end=-1):
     """The tokens of every row, and how many were proposed and accepted for each."""
     rows, proposed, accepted = [[] for _ in prompts], [0] * len(prompts), [0] * len(prompts)
-    for round in speculative.rounds(target, draft, prompts, keys, narrow, n, end, limits):
+    for round in speculative.rounds(target, draft, prompts, keys, narrow, n, [end], limits):
         rows[round.row] += round.tokens
         proposed[round.row] += round.proposed
         accepted[round.row] += round.accepted

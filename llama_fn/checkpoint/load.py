@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.checkpoint import huggingface, llama2c, meta
+from llama_fn.checkpoint import chat_files, huggingface, llama2c, meta
 from llama_fn.checkpoint.atomic import current, replacing_folder, writing
 from llama_fn.checkpoint.tokenizer_files import FILES as TOKENIZER_FILES
 from llama_fn.checkpoint.tokenizer_files import read_tokenizer, write_tokenizer
@@ -118,8 +118,13 @@ def check_not_quantized(weights: Weights, bits: Bits | None, place: Path) -> Non
 
 
 def open_tokenizer(place: Path, weights: Weights) -> Tokenizer | None:
-    """The tokenizer of a model; None if there is none. Raises `ValueError` for more tokens than the weights have."""
-    return read_tokenizer(place if place.is_dir() else place.parent, weights.config.vocab_size)
+    """The tokenizer of a model, with what its folder says of dialogs; None if there is none.
+
+    Raises `ValueError` for more tokens than the weights have.
+    """
+    folder = place if place.is_dir() else place.parent
+    tokenizer = read_tokenizer(folder, weights.config.vocab_size)
+    return None if tokenizer is None else chat_files.read_chat(tokenizer, folder)
 
 
 def write(weights: Weights, tokenizer: Tokenizer | None, path: str | os.PathLike, format: Format,
@@ -137,9 +142,10 @@ def write(weights: Weights, tokenizer: Tokenizer | None, path: str | os.PathLike
         raise ValueError(f"{path}: a model in another format lies there ({others[0]}); choose a folder of its own")
     writer, files = writers[format]
     weights = weights._replace(read=functools.partial(_on_cpu, weights.read))
-    with replacing_folder(path, (*files, *TOKENIZER_FILES)) as beside:
+    with replacing_folder(path, (*files, *TOKENIZER_FILES, *chat_files.FILES)) as beside:
         if tokenizer is not None:
             write_tokenizer(tokenizer, beside, weights.config.max_seq_len, format == "hf")
+            chat_files.write_chat(tokenizer, beside, format == "hf")
         if tokenizer is not None and format == "llama2c":
             llama2c.write_vocabulary(tokenizer, weights.config.vocab_size, beside / llama2c.VOCABULARY)
         writer(weights, beside, shards, report)

@@ -58,7 +58,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_len: int, for_transf
     """
     with writing(folder / MODEL):
         (folder / MODEL).write_bytes(tokenizer.model)
-    if not for_transformers and tokenizer == Tokenizer(tokenizer.model):
+    if not for_transformers and not tokenizer.added and tokenizer.legacy:
         return
     settings, pieces = settings_of(tokenizer.model), pieces_of(tokenizer.model)
     last = max((id for id, name in tokenizer.added if name), default=-1)

@@ -1,9 +1,11 @@
 """`llama-fn chat`: a conversation on the terminal."""
 
 import contextlib
+import itertools
 import json
 import secrets
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from llama_fn import random
 from llama_fn.checkpoint.atomic import replacing
 from llama_fn.checkpoint.load import Model, check_tokenizer
+from llama_fn.cli import lines
 from llama_fn.cli.options import Context, Dtype, MaxNewTokens, model_of, within
 from llama_fn.generation.conversation import (
     Chat,
@@ -31,10 +34,11 @@ from llama_fn.transforms.quantize import Bits
 
 HELP = """/system TEXT  put other words of the system at the beginning ("/system" alone takes them away)
 /again        answer the last message once more
-/drop N       forget the N oldest exchanges
-/reset        forget all of them
+/drop N       forget the N oldest exchanges, and send what waits for their room; "/drop 0" forgets what waits
+/reset        forget all of them, and what waits
 /save FILE    write the conversation as JSON; --dialog FILE goes on with it
-/quit         leave, as Ctrl-D does; Ctrl-C stops an answer"""
+/quit         leave, as Ctrl-D does; Ctrl-C stops an answer
+A pasted text is one message. So are all lines between two lines of three quotation marks."""
 
 
 def chat(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")], *, adapter: Path | None = None,
@@ -42,7 +46,8 @@ def chat(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODE
          context: Context = None,
          temperature: float = 0.6, top_k: int | None = None, top_p: float | None = 0.9, seed: int | None = None,
          dtype: Dtype = "stored", quantize: Bits | None = None, device: str = "auto") -> None:
-    """Talk with a chat model (one that was trained on LLaMA 2's chat format). "/help" names the commands.
+    """Talk with a chat model, in LLaMA 2's format or by the chat template that lies with it (which takes jinja2). A
+    pasted text is one message; so are the lines between two lines of three quotation marks. "/help" names the commands.
 
     Args:
         model: The folder of a chat model.
@@ -67,139 +72,147 @@ def chat(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODE
     key = random.key(secrets.randbelow(2**32) if seed is None else seed)
     loaded = within(model_of(model, adapter, dtype, device, quantize), context)
     check_tokenizer(loaded)
-    talk = _read(loaded, dialog) if dialog else Chat()
+    talk, waiting, count = (_read(loaded, dialog) if dialog else Chat()), [], itertools.count(1)
     if system is not None:
         talk = with_system(loaded, talk, system or None)
-    terminal = sys.stdin.isatty()
+    with contextlib.suppress(ContextFull):
+        ask(loaded, talk, "a")  # a chat template that cannot be rendered is told at once, and not of every message
+    if loaded.tokenizer.chat_template == "":
+        print(f"{model}: no chat template lies with this model; LLaMA 2's format is used", file=sys.stderr)
+    read, terminal = lines.reader(), lines.on_terminal()
     if terminal:
-        with contextlib.suppress(ImportError):  # it gives `input` line editing and a history; Windows has its own
-            import readline  # noqa: F401
         print("/help names the commands, Ctrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
-    turn = 0
+
+    def reply(talk: Chat) -> Chat:
+        return _reply(loaded, talk, random.fold_in(key, next(count)), max_new_tokens, sample)
+
     while True:
         try:
-            line = input("> " if terminal else "")
+            text, is_line = lines.message(read)
         except EOFError:
+            if terminal:
+                print()
             break
         except KeyboardInterrupt:
             if not terminal:
                 raise
             print("\nCtrl-D or /quit leaves", file=sys.stderr)
             continue
-        turn += 1
+        except ValueError as error:  # a terminal's bytes in another encoding than its own
+            print(error, file=sys.stderr)
+            continue
+        word = text.strip() if is_line else ""
         try:
-            if line.strip() in ("/quit", "/exit"):
-                return
-            if line.strip() == "/again":
-                talk = _reply(loaded, unanswered(talk), random.fold_in(key, turn), max_new_tokens, sample)
-            elif line.startswith("/"):
-                talk = _command(loaded, talk, line)
-            elif line.strip():
-                asked = _ask(loaded, talk, line, terminal)
-                if asked is not None:
-                    talk = _reply(loaded, asked, random.fold_in(key, turn), max_new_tokens, sample)
+            if word in ("/quit", "/exit"):
+                break
+            if word == "/again":
+                talk = reply(unanswered(talk))
+            elif word.startswith("/"):
+                before = talk
+                talk, waiting = _command(loaded, talk, waiting, word)
+                if talk is not before:
+                    talk, waiting = _send(loaded, talk, waiting, reply)
+            elif text.strip():
+                talk, waiting = _send(loaded, talk, [*waiting, text], reply)
         except BrokenPipeError:
             raise
-        except (ValueError, OSError) as error:  # a bad line loses nothing but itself
+        except (ValueError, OSError) as error:  # so does a bad command
             print(error, file=sys.stderr)
-    if terminal:
-        print()
+    if waiting:
+        print(f"not sent, for want of room: {len(waiting)} message{'s' * (len(waiting) != 1)}", file=sys.stderr)
 
 
-def _ask(model: Model, talk: Chat, line: str, terminal: bool) -> Chat | None:
-    """The question put, after older exchanges were dropped if the context was full and the user agreed."""
-    try:
-        return ask(model, talk, line)
-    except ContextFull as full:
-        choices = _choices(model, talk)
-        fits = next((n for n, _ in choices if _fits(model, drop(model, talk, n), line)), None)
-        if fits is None:
-            raise ValueError(f"{full}; the message alone is too long: shorten it") from None
-        print(f"{full}; {_offer(choices)}", file=sys.stderr)
-        if not terminal:
-            raise ValueError("the message was not sent") from None
-        while True:
-            try:
-                count = input(f"drop how many of the oldest exchanges? [{fits}, 0 keeps all] ").strip() or str(fits)
-            except (EOFError, KeyboardInterrupt):
-                print(file=sys.stderr)
-                count = "0"
-            if count == "0" or not count.isdecimal():
-                print("the message was not sent", file=sys.stderr)
-                return None
-            try:
-                return ask(model, drop(model, talk, int(count)), line)
-            except ValueError as error:  # too few, or more than there are
-                print(error, file=sys.stderr)
+def _send(model: Model, talk: Chat, waiting: Sequence[str], reply: Callable[[Chat], Chat]) -> tuple[Chat, list[str]]:
+    """The conversation after what waits was asked and answered, and what waits still, since the context is full."""
+    for i, text in enumerate(waiting):
+        try:
+            talk = reply(ask(model, talk, text))
+        except BrokenPipeError:
+            raise
+        except ContextFull as full:
+            if not _fits(model, drop(model, talk, len(talk.exchanges)), text):
+                print(f"{full}; the message alone is too long: shorten it", file=sys.stderr)
+                continue
+            print(f"{full}; {_offer(model, talk)}; then what waits is sent; /drop 0 forgets it", file=sys.stderr)
+            return talk, list(waiting[i:])
+        except (ValueError, OSError) as error:  # a bad message loses nothing but itself
+            print(error, file=sys.stderr)
+    return talk, []
 
 
 def _reply(model: Model, talk: Chat, key: Tensor, max_new_tokens: int | None, sample: Sampler) -> Chat:
     """Stream the answer; Ctrl-C ends it where it is, and in a pipe everything."""
-    pieces = answer(model, talk, key=key, max_new_tokens=max_new_tokens, sampler=sample)
     try:
-        for piece, so_far in pieces:
-            talk = so_far
-            print(piece, end="", flush=True)
+        with lines.held():
+            for piece, so_far in answer(model, talk, key=key, max_new_tokens=max_new_tokens, sampler=sample):
+                talk = so_far
+                print(piece, end="", flush=True)
         print()
     except KeyboardInterrupt:
         print(" [stopped]")
-        if not sys.stdin.isatty():
+        if not lines.on_terminal():
             raise
     count, context = len(talk.tokens), model.params.config.max_seq_len
     if count >= context - 1:
-        print(f"[the context of {context} tokens is full; {_offer(_choices(model, talk))}]", file=sys.stderr)
+        print(f"[the context of {context} tokens is full; {_offer(model, talk)}]", file=sys.stderr)
     return talk
 
 
-def _choices(model: Model, talk: Chat) -> list[tuple[int, int]]:
+def _offer(model: Model, talk: Chat) -> str:
     """How many of the oldest exchanges can be dropped, and how many tokens each choice frees."""
-    return [(n, len(talk.tokens) - len(drop(model, talk, n).tokens)) for n in range(1, len(talk.exchanges) + 1)]
-
-
-def _offer(choices: list[tuple[int, int]]) -> str:
+    choices = [(n, len(talk.tokens) - len(drop(model, talk, n).tokens)) for n in range(1, len(talk.exchanges) + 1)]
     some = choices if len(choices) <= 4 else [*choices[:3], choices[-1]]
     return "; ".join(f"/drop {n} frees {tokens} tokens" for n, tokens in some)
 
 
-def _fits(model: Model, talk: Chat, line: str) -> bool:
+def _fits(model: Model, talk: Chat, text: str) -> bool:
     try:
-        ask(model, talk, line)
+        ask(model, talk, text)
     except ContextFull:
         return False
     return True
 
 
-def _command(model: Model, talk: Chat, line: str) -> Chat:
-    word, _, rest = line.strip().partition(" ")
+def _command(model: Model, talk: Chat, waiting: list[str], line: str) -> tuple[Chat, list[str]]:
+    """The conversation and what waits after a command."""
+    word, _, rest = line.partition(" ")
+    rest = rest.strip()
     if word == "/help":
         print(HELP, file=sys.stderr)
     elif word == "/reset":
-        talk = Chat(talk.system)
+        talk, waiting = Chat(talk.system), []
         print("a new conversation", file=sys.stderr)
     elif word == "/system":
-        talk = with_system(model, talk, rest.strip() or None)
-        print(f"the system says: {rest.strip()}" if rest.strip() else "the system says nothing", file=sys.stderr)
+        talk = with_system(model, talk, rest or None)
+        print(f"the system says: {rest}" if rest else "the system says nothing", file=sys.stderr)
+    elif word == "/drop" and rest == "0" and waiting:
+        waiting = []
+        print("what waited is forgotten", file=sys.stderr)
     elif word == "/drop":
-        if not rest.strip().isdecimal() or not 1 <= int(rest) <= len(talk.exchanges):
-            raise ValueError(f"/drop N forgets the N oldest of {len(talk.exchanges)} exchanges, got {rest.strip()!r}")
+        if not rest.isdecimal() or not 1 <= int(rest) <= len(talk.exchanges):
+            raise ValueError(f"/drop N forgets the N oldest of {len(talk.exchanges)} exchanges, got {rest!r}")
         before = len(talk.tokens)
         talk = drop(model, talk, int(rest))
         print(f"{before - len(talk.tokens)} tokens are free again", file=sys.stderr)
     elif word == "/save":
-        if not rest.strip():
-            raise ValueError("/save needs the name of a file")
-        if Path(rest.strip()).exists():
-            raise ValueError(f"{rest.strip()} exists; choose another name")
-        if not Path(rest.strip()).parent.is_dir():
-            raise ValueError(f"{Path(rest.strip()).parent}: no such folder")
-        with replacing(rest.strip()) as beside:
-            beside.write_text(json.dumps(dialog_of(model.tokenizer, talk), indent=2, ensure_ascii=False) + "\n",
-                              encoding="utf-8")
-        count = len(talk.exchanges)
-        print(f"{rest.strip()}: {count} exchange{'s' * (count != 1)}", file=sys.stderr)
+        _save(model, talk, rest)
     else:
         raise ValueError(f"unknown command {word}; /help names them")
-    return talk
+    return talk, waiting
+
+
+def _save(model: Model, talk: Chat, file: str) -> None:
+    if not file:
+        raise ValueError("/save needs the name of a file")
+    if Path(file).exists():
+        raise ValueError(f"{file} exists; choose another name")
+    if not Path(file).parent.is_dir():
+        raise ValueError(f"{Path(file).parent}: no such folder")
+    with replacing(file) as beside:
+        beside.write_text(json.dumps(dialog_of(model.tokenizer, talk), indent=2, ensure_ascii=False) + "\n",
+                          encoding="utf-8")
+    count = len(talk.exchanges)
+    print(f"{file}: {count} exchange{'s' * (count != 1)}", file=sys.stderr)
 
 
 def _read(model: Model, file: Path) -> Chat:

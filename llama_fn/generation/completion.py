@@ -60,7 +60,7 @@ def text_completion(model: Model, prompts: Sequence[str], *, key: Int[Tensor, "2
     encoded = [model.tokenizer.encode(prompt) for prompt in prompts]
 
     written, nats, prompt_logits = complete(
-        model.params, encoded, key, max_new_tokens, sampler, logprobs, ends=(model.tokenizer.eos_id,),
+        model.params, encoded, key, max_new_tokens, sampler, logprobs, ends=model.tokenizer.ends,
         stopped=stops(model.tokenizer, prompts, stop), adapters=adapters, layer=layer, head=head)
     completions = []
     for row, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
@@ -112,7 +112,7 @@ def stream(model: Model, prompt: str, *, key: Int[Tensor, "2"], max_new_tokens: 
     def ids() -> Iterator[int]:
         state = decode.resume(model.params, tokens, None, len(tokens) + limit, layer, head)
         sample = sampler or make_sampler()
-        for step in decode.steps(model.params, state, keys_of(key, 1, model.params), sample, (model.tokenizer.eos_id,),
+        for step in decode.steps(model.params, state, keys_of(key, 1, model.params), sample, model.tokenizer.ends,
                                  [limit], run=decode.fast(model.params, 1, sample, layer, head)):
             yield step.token
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from llama_fn.checkpoint.load import Model, check_tokenizer
 from llama_fn.generation import decode
-from llama_fn.generation.chat import Message, check_tags, request, split_dialog
+from llama_fn.generation.chat import Message, check_said, closing, dialog_with, segments, split_dialog
 from llama_fn.generation.completion import room
 from llama_fn.generation.sampling import Sampler
 from llama_fn.generation.sampling import sampler as make_sampler
+from llama_fn.generation.template import common
 from llama_fn.model.cache import Cache, NoCache
 from llama_fn.shapes import typed
 from llama_fn.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ class Chat(NamedTuple):
 
     @property
     def tokens(self) -> list[int]:
-        """All tokens so far: Meta's for the same dialog, wherever the answers' tokens are the tokenizer's own."""
+        """All tokens so far: those of the same dialog, wherever the answers' tokens are the tokenizer's own."""
         return [id for exchange in self.exchanges for id in (*exchange.prompt, *exchange.answer)]
 
 
@@ -50,19 +51,22 @@ class ContextFull(ValueError):
 def ask(model: Model, chat: Chat, question: str) -> Chat:
     """The conversation with a question more, for `answer` to go on with.
 
-    Raises `ContextFull` if nothing could be answered, and `ValueError` for a tag of the format in the question or in
-    the system's words.
+    Raises `ContextFull` if nothing could be answered, and `ValueError` as `chat_completion` does, for a tag in the
+    question or in the system's words.
     """
     check_tokenizer(model)
-    check_tags(chat.system or "", "the system's message")
-    check_tags(question, "the message")
-    exchanges = tuple(_closed(model.tokenizer, exchange) for exchange in chat.exchanges)
-    prompt = model.tokenizer.encode(request(question, None if exchanges else chat.system))
-    asked = chat._replace(exchanges=(*exchanges, Exchange(question, tuple(prompt), ())))
+    check_said(model.tokenizer, chat.system, question)
+    end = closing(model.tokenizer)
+    exchanges = (*(_closed(end, exchange) for exchange in chat.exchanges), Exchange(question, (), ()))
+    asked = _prompted(model.tokenizer, chat._replace(exchanges=exchanges))
+    known = common(chat.tokens, asked.tokens)  # all, but for a template that writes what was said anew in every turn
+    if chat.cache and int(chat.cache.length) > known:
+        asked = asked._replace(cache=chat.cache._replace(length=chat.cache.length.clamp(max=known)))
     count, context = len(asked.tokens), model.params.config.max_seq_len
+    new = len(asked.exchanges[-1].prompt)
     if count >= context:
         raise ContextFull(f"the context of {context} tokens is full: the conversation has "
-                          f"{count - len(prompt)}, this message {len(prompt)}, and an answer needs some")
+                          f"{count - new}, this message {new}, and an answer needs some")
     return asked
 
 
@@ -79,7 +83,8 @@ def answer(model: Model, chat: Chat, *, key: Int[Tensor, "2"], max_new_tokens: i
     """
     check_tokenizer(model)
     tokens, latest, context = chat.tokens, chat, model.params.config.max_seq_len
-    if not tokens or tokens[-1] == model.tokenizer.eos_id:
+    end = closing(model.tokenizer)
+    if not tokens or tokens[-1] == model.tokenizer.eos_id or (end and tokens[-1] == end[-1]):
         raise ValueError("there is nothing to answer: ask first")
     if len(tokens) >= context:
         raise ContextFull(f"the context of {context} tokens is full: the conversation has {len(tokens)}")
@@ -93,7 +98,7 @@ def answer(model: Model, chat: Chat, *, key: Int[Tensor, "2"], max_new_tokens: i
         latest = latest._replace(cache=state.cache)
         keys = key[None].to(model.params.embedding.device)
         sample = sampler or make_sampler()
-        for step in decode.steps(model.params, state, keys, sample, (model.tokenizer.eos_id,), [limit],
+        for step in decode.steps(model.params, state, keys, sample, model.tokenizer.ends, [limit],
                                  run=decode.fast(model.params, 1, sample)):
             drawn.append(step.token)
             so_far = last._replace(answer=(*last.answer, *drawn))
@@ -104,7 +109,7 @@ def answer(model: Model, chat: Chat, *, key: Int[Tensor, "2"], max_new_tokens: i
         for piece in model.tokenizer.decode_stream(itertools.chain(last.answer, ids())):
             if drawn:  # what comes before is told already
                 yield piece, latest
-        ended = latest.exchanges[-1] if len(drawn) == limit else _closed(model.tokenizer, latest.exchanges[-1])
+        ended = latest.exchanges[-1] if len(drawn) == limit else _closed(end, latest.exchanges[-1])
         yield "", latest._replace(exchanges=(*before, ended))
 
     return pieces()
@@ -133,55 +138,66 @@ def drop(model: Model, chat: Chat, count: int) -> Chat:
     check_tokenizer(model)
     if not 0 <= count <= len(chat.exchanges):
         raise ValueError(f"of {len(chat.exchanges)} exchanges {count} cannot be dropped")
-    kept = chat.exchanges[count:]
-    if kept and count and chat.system is not None:
-        prompt = model.tokenizer.encode(request(kept[0].question, chat.system))
-        kept = (kept[0]._replace(prompt=tuple(prompt)), *kept[1:])
-    return chat._replace(exchanges=kept, cache=chat.cache if count == 0 else NoCache())
+    return chat if count == 0 else _prompted(model.tokenizer, Chat(chat.system, chat.exchanges[count:]))
 
 
 def with_system(model: Model, chat: Chat, system: str | None) -> Chat:
-    """The conversation as it would stand under other words of the system."""
+    """The conversation as it would stand under other words of the system. Raises `ValueError` for a tag in them."""
     check_tokenizer(model)
-    check_tags(system or "", "the system's message")
-    exchanges = chat.exchanges
-    if exchanges:
-        prompt = model.tokenizer.encode(request(exchanges[0].question, system))
-        exchanges = (exchanges[0]._replace(prompt=tuple(prompt)), *exchanges[1:])
-    return Chat(system, exchanges)
+    check_said(model.tokenizer, system, "")
+    _prompted(model.tokenizer, Chat(system, (Exchange("", (), ()),)))  # refused at once, if nothing was asked yet, too
+    return _prompted(model.tokenizer, Chat(system, chat.exchanges))
 
 
 def dialog_of(tokenizer: Tokenizer, chat: Chat) -> list[Message]:
-    """The conversation as messages, as `chat_completion` takes them (with a question as the last)."""
-    messages: list[Message] = [] if chat.system is None else [{"role": "system", "content": chat.system}]
-    for exchange in chat.exchanges:
-        messages.append({"role": "user", "content": exchange.question})
-        if exchange.answer:
-            messages.append({"role": "assistant", "content": tokenizer.decode(exchange.answer).strip()})
-    return messages
+    """The conversation as messages, as `chat_completion` takes them (with a question as the last). An answer's tokens
+    come with it where they are not those that its content has.
+    """
+    said = [tokenizer.decode(exchange.answer).strip() for exchange in chat.exchanges]
+    turns = [text for exchange, answer in zip(chat.exchanges, said, strict=True)
+             for text in (exchange.question, answer)]
+    opened = bool(chat.exchanges) and not chat.exchanges[-1].answer
+    dialog = dialog_with(chat.system, turns[:len(turns) - opened])
+    own = chat_of(tokenizer, dialog).exchanges
+    for message, exchange, other in zip(dialog[chat.system is not None:][1::2], chat.exchanges, own, strict=False):
+        if exchange.answer != other.answer:
+            message["tokens"] = list(exchange.answer)
+    return dialog
 
 
 def chat_of(tokenizer: Tokenizer, dialog: Sequence[Message]) -> Chat:
-    """The inverse of `dialog_of`: answers get the tokenizer's own tokens. The assistant may have the last word.
+    """The inverse of `dialog_of`. The assistant may have the last word.
 
-    Raises `ValueError` as `chat_completion` does for a dialog in another order, and for a tag of the format.
+    Answers get the tokens that come with them, and their content's own where there are none or where those do not spell
+    it, as after an edit or with another tokenizer. Raises `ValueError` as `segments` does, and for what is no tokens.
     """
     system, turns = split_dialog(dialog, open=False)
-    exchanges = []
-    for i in range(0, len(turns), 2):
-        question = request(turns[i], system if i == 0 else None)
-        prompt = tokenizer.encode(question)
-        whole = tokenizer.encode(f"{question} {turns[i + 1].strip()} ", eos=True) if i + 1 < len(turns) else prompt
-        exchanges.append(Exchange(turns[i], tuple(whole[:len(prompt)]), tuple(whole[len(prompt):])))
-    return Chat(system, tuple(exchanges))
+    bare = [text.strip() if i % 2 else text for i, text in enumerate(turns)]
+    answers = [tuple(ids) for ids, is_answer in segments(tokenizer, dialog_with(system, bare)) if is_answer]
+    for i, message in enumerate(dialog[system is not None:][1::2]):
+        tokens, size = message.get("tokens", []), tokenizer.vocab_size
+        if not isinstance(tokens, list) or any(type(id) is not int for id in tokens):
+            raise ValueError(f'the "tokens" of answer {i} must be a list of token ids')
+        known = bool(tokens) and all(0 <= id < size for id in tokens)
+        if known and tokenizer.decode(tokens).strip() == message["content"].strip():
+            answers[i] = tuple(tokens)
+    exchanges = itertools.zip_longest(turns[::2], answers, fillvalue=())
+    return _prompted(tokenizer, Chat(system, tuple(Exchange(question, (), answer) for question, answer in exchanges)))
 
 
-def _closed(tokenizer: Tokenizer, exchange: Exchange) -> Exchange:
-    """The exchange with the end of its answer: Meta puts a space before the end token, and so may the model. (Not every
-    vocabulary has a space alone: then there is none.)
-    """
-    space, end = tokenizer.processor.piece_to_id("\u2581"), tokenizer.eos_id
-    if exchange.answer[-1:] == (end,):
+def _prompted(tokenizer: Tokenizer, chat: Chat) -> Chat:
+    """The conversation with the prompts of its questions, which do not depend on what was answered."""
+    turns = [text for exchange in chat.exchanges for text in (exchange.question, "a")]
+    prompts = [tuple(ids) for ids, is_answer in segments(tokenizer, dialog_with(chat.system, turns[:-1]))
+               if not is_answer]
+    return chat._replace(exchanges=tuple(exchange._replace(prompt=prompt) for exchange, prompt in
+                                         zip(chat.exchanges, prompts, strict=True)))
+
+
+def _closed(end: tuple[int, ...], exchange: Exchange) -> Exchange:
+    """The exchange with the end of its answer, of which the model may have written a part."""
+    answer = exchange.answer
+    if answer[-1:] == end[-1:]:
         return exchange
-    spaces = [space] * (exchange.answer[-1:] != (space,) and not tokenizer.processor.is_unknown(space))
-    return exchange._replace(answer=(*exchange.answer, *spaces, end))
+    there = next(n for n in range(len(end), -1, -1) if answer[len(answer) - n:] == end[:n])
+    return exchange._replace(answer=(*answer, *end[there:]))

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from llama_fn.generation.chat import Message
-from llama_fn.generation.conversation import chat_of
+from llama_fn.generation.chat import Message, segments
 from llama_fn.shapes import typed
 from llama_fn.tokenizer import Tokenizer
 
@@ -31,12 +30,11 @@ def dialog_tokens(tokenizer: Tokenizer, dialog: Sequence[Message]) -> DialogToke
     `torch.nn.utils.rnn.pad_sequence(..., batch_first=True)` of the tokens and of the masks: what is added is masked.
 
     The dialog may end with an answer, as one to learn from does, or with a question. Raises `ValueError` as
-    `chat_completion` does for a dialog in another order and for a tag of the format in a message, and for no message.
+    `chat_completion` does for a dialog in another order, for a tag of the format in what the system or the user says,
+    and for no message.
     """
-    exchanges = chat_of(tokenizer, dialog).exchanges
-    if not exchanges:
+    parts = segments(tokenizer, dialog)
+    if not parts:
         raise ValueError("the dialog has no question and no answer: it goes (system,) user, assistant, user, ...")
-    parts = [(ids, learned) for exchange in exchanges for ids, learned in ((exchange.prompt, False),
-                                                                           (exchange.answer, True))]
     return DialogTokens(torch.tensor([id for ids, _ in parts for id in ids]),
-                        torch.tensor([learned for ids, learned in parts for _ in ids]))
+                        torch.tensor([is_answer for ids, is_answer in parts for _ in ids]))

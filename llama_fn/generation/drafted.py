@@ -86,7 +86,7 @@ def _begun(model: Model, draft: Model, prompts: Sequence[str], key: Tensor, n: i
     encoded = [model.tokenizer.encode(prompt) for prompt in prompts]
     limits = [room(model.params, len(ids), max_new_tokens) for ids in encoded]
     keys = keys_of(key, len(encoded), model.params)
-    return rounds(model.params, draft.params, encoded, keys, narrow or narrowing(), n, model.tokenizer.eos_id, limits,
+    return rounds(model.params, draft.params, encoded, keys, narrow or narrowing(), n, model.tokenizer.ends, limits,
                   stopped)
 
 

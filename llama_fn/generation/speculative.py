@@ -6,7 +6,7 @@ by the same noise, and a proposal is accepted if it is what the large model draw
 draft when it comes. What was drafted in vain is taken back by another `length` of the caches, and by nothing else.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ class Round(NamedTuple):
 
 
 def rounds(target: Params, draft: Params, prompts: Sequence[list[int]], keys: Int[Tensor, "b 2"], narrow: Narrowing,
-           n: int, end: int, limits: Sequence[int],
+           n: int, end_ids: Collection[int], limits: Sequence[int],
            stopped: Callable[[int, int], bool] = lambda row, token: False) -> Iterator[Round]:
     """All tokens of all rows, by rounds of one pass of the target over n + 1 tokens a row.
 
@@ -62,7 +62,7 @@ def rounds(target: Params, draft: Params, prompts: Sequence[list[int]], keys: In
         for place, row in enumerate(going):
             before, ended = len(written[row]), False
             for id in tokens[place][ends[place] - counts[place] - 1:ends[place]]:
-                if not (ended := id == end):
+                if not (ended := id in end_ids):
                     written[row].append(id)
                     ended = len(written[row]) == limits[row] or stopped(row, id)
                 if ended:
