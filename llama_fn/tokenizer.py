@@ -37,7 +37,8 @@ class Tokenizer:
 
     `chat_template` is the Jinja template of a folder's dialogs. None stands for LLaMA 2's format by Meta's rules, and
     "" for a folder of Hugging Face's that has no template. `end_ids` are tokens that end a generation, besides
-    `eos_id`. `token_names` are what a template calls tokens by, as `("eos_token", "</s>")`, if not by the model's names.
+    `eos_id`. `token_names` are what a template calls tokens by, as `("eos_token", "</s>")`, if not by the names of
+    the model.
 
     Raises `ValueError` if `model` is no such model, and for ids that are none.
     """

@@ -95,9 +95,9 @@ def test_saving_over_a_folder_leaves_none_of_its_older_files(model, folder):
         (folder / name).write_text("{}")
     (folder / "README.md").touch()
     lf.save(model, folder, format="hf")
-    assert {file.name for file in folder.iterdir()} == {"README.md", "config.json", WEIGHTS, "tokenizer.model",
-                                                        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                                                        "generation_config.json"}
+    assert {file.name for file in folder.iterdir()} == {
+        "README.md", "config.json", WEIGHTS, "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "generation_config.json"}
 
 
 @pytest.mark.parametrize("file", ["model-00001-of-00002.safetensors", "nowhere.safetensors"])
