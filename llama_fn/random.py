@@ -28,8 +28,9 @@ MANTISSA_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.
 
 
 @typed
-def key(seed: int, device: torch.device | str | None = None) -> Key:
-    """The key of a seed in [0, 2**64): its high and low words."""
+def key(seed: int, device: torch.device | str = "cpu") -> Key:
+    """The key of a seed in [0, 2**64): its high and low words. (Torch's default device has no say, here and elsewhere.)
+    """
     seed = integer("random.key: seed", seed)
     if not 0 <= seed < 2**64:
         raise ValueError(f"random.key: a seed lies in [0, 2**64), got {seed}")

@@ -25,10 +25,9 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 from jaxtyping import AbstractArray, jaxtyped, print_bindings
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch.autograd import forward_ad
 
 from llama_fn import tree
+from llama_fn.modes import traced
 from llama_fn.ranges import is_integer, is_number
 
 PLAIN = (bool, int, float, str, torch.dtype, torch.device)
@@ -122,41 +121,6 @@ def _told(values: tuple, facts: list[Any]) -> bool:
         else:
             return False
     return True
-
-
-def traced() -> bool:
-    """Whether what runs now is written down as a graph: by `torch.compile`, `export`, `linearize` or `make_fx`."""
-    modes = torch._C._TorchDispatchModeKey
-    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(modes.PROXY) is not None
-
-
-def concrete(x: Tensor) -> bool:
-    """Whether the numbers in `x` can be read on the host now: neither traced, mapped or differentiated, nor recorded
-    by a GPU.
-    """
-    if traced() or x.is_meta or isinstance(x, FakeTensor) or recording(x):
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
-def far(x: Tensor) -> bool:
-    """Whether the tensor lies on a GPU, which does later what it is told, and has to be waited for."""
-    return x.is_cuda
-
-
-def recording(x: Tensor) -> bool:
-    """Whether a GPU writes down what it is told to do, and does it later (a CUDA graph)."""
-    return far(x) and not traced() and torch.cuda.is_current_stream_capturing()
-
-
-def transforms() -> int:
-    """How many of torch.func's transforms are at work; forward mode counts twice, since its zeros are not in a leaf.
-    It is known while tracing.
-    """
-    return len(torch._C._functorch.get_interpreter_stack() or ()) + (forward_ad._current_level >= 0)
-
-
-transforms._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import of 1 s
 
 
 # --- how a hint becomes a check: a function of (value, where) to None, or to (where, hint, value) of what is wrong

@@ -222,6 +222,40 @@ def test_one_sample_moves_the_clipped_sum_by_max_norm_at_most(params, who, max_n
     assert moved == pytest.approx(min(max_norm, float(norm)), rel=1e-9)
 
 
+@given(models(max_layers=1), st.sets(st.integers(0, B - 1), min_size=1), st.sampled_from([math.inf, math.nan, 1e30]),
+       st.sampled_from([None, 1, 2]))
+def test_a_sample_without_a_finite_gradient_counts_as_none_and_a_warning_says_so(params, who, factor, chunk_size):
+    tokens, factors = token_rows(params.config, B, 7), torch.ones(B, dtype=torch.float64)
+    factors[list(who)] = factor
+
+    def loss(params, tokens, factor):
+        return lf.loss(params, tokens) * factor
+
+    params = lf.tree.map(torch.Tensor.float, params)
+    batch = tokens, factors.float()
+    norms = lf.per_sample_norms(loss, params, batch)
+    assert norms.isfinite().logical_not().nonzero().flatten().tolist() == sorted(who)
+    sound = [i for i in range(B) if i not in who]
+    expected = lf.clipped_sum(lf.loss, params, tokens[sound], 1.0)
+    with pytest.warns(UserWarning, match=r"of \d samples have an infinite or NaN gradient, and count as none"):
+        total = lf.clipped_sum(loss, params, batch, 1.0, chunk_size=chunk_size)
+    assert trees_close(total, expected, 1e-4)
+    with pytest.warns(UserWarning, match="count as none"):
+        mean = lf.private_grads(loss, params, batch, max_norm=1.0, noise_multiplier=0.0, key=lf.random.key(0))
+    assert trees_close(mean, lf.tree.map(lambda g: g / B, expected), 1e-4)
+
+
+def test_a_model_that_overflows_for_one_sample_is_no_reason_for_nan():
+    params = random_params(CONFIG, lf.random.key(0), torch.float32)
+    tokens = token_rows(CONFIG, B, 7).clamp(max=75)
+    tokens[2, 3] = 76
+    broken = params._replace(embedding=params.embedding.index_fill(0, torch.tensor(76), math.nan))
+    with pytest.warns(UserWarning, match="1 of 5 samples"):
+        total = lf.clipped_sum(lf.loss, broken, tokens, 1.0)
+    expected = lf.clipped_sum(lf.loss, params, tokens[[0, 1, 3, 4]], 1.0)
+    assert trees_close(total, expected, 1e-5)
+
+
 # --- private gradients
 
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from strategies import random_params, token_rows
 
 import llama_fn as lf
-from llama_fn import shapes
+from llama_fn import modes
 from llama_fn.generation import decode
 from llama_fn.model import cache as kv
-from llama_fn.model import extent, transformer
+from llama_fn.model import checks, extent, transformer
 from llama_fn.transforms import recorded as module
 from llama_fn.transforms.compiled import part
 from llama_fn.transforms.recorded import coarse, recorded
@@ -68,10 +68,10 @@ def graphs(monkeypatch):
     places, original = [], module._record
     monkeypatch.setattr(module, "_record", record)
     monkeypatch.setattr(module, "captured", captured)
-    for place in (shapes, module, extent):
+    for place in (modes, module, extent):
         monkeypatch.setattr(place, "far", lambda x: True)
     monkeypatch.setattr(transformer, "reach", reached)
-    for place in (shapes, module, transformer):
+    for place in (modes, module):
         monkeypatch.setattr(place, "recording", lambda x: bool(at_work))
     return counts
 
@@ -165,7 +165,7 @@ def test_the_host_reads_a_length_once(graphs, params, monkeypatch):
     monkeypatch.setattr(kv, "PAGE", 64)
     step, cache, reads = recorded(donated), lf.init_cache(CONFIG, (5,), max_len=200), []
     ends = extent.ends
-    for place in (extent, transformer):
+    for place in (extent, checks):
         monkeypatch.setattr(place, "ends", lambda x: reads.append(x.shape) or ends(x))
     for t in range(6):
         _, cache = step(params, torch.full((5, 1), t), cache)

@@ -82,7 +82,7 @@ def write_llama2c(weights: Weights, folder: Path, shards: int | None, report: Re
                                config.vocab_size if weights.tied else -config.vocab_size, config.max_seq_len))
         for path in _order(config, weights.tied):
             if path == "rope":  # cosines, then sines: run.c skips them and computes its own
-                angles = rotation(torch.arange(config.max_seq_len), config.head_dim, config.rope_theta)
+                angles = rotation(torch.arange(config.max_seq_len, device="cpu"), config.head_dim, config.rope_theta)
                 parts = [angles.cos, angles.sin]
             else:
                 parts = [weights.read(path)]

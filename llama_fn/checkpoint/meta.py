@@ -86,7 +86,7 @@ def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
         pieces = [state[meta_name(path)].detach() for state in mapped(layer_of(path) if copied else None)]
         if len(pieces) == 1 or _axis(path) is None:
             return pieces[0].reshape(abstract[path].shape).to(dtype or kept, copy=copied)  # a view would keep its layer
-        whole = torch.empty(flat_shape(abstract[path]), dtype=dtype or kept)
+        whole = torch.empty(flat_shape(abstract[path]), dtype=dtype or kept, device="cpu")
         for place, piece in zip(whole.chunk(len(pieces), _axis(path)), pieces, strict=True):
             place.copy_(piece)
         return whole.reshape(abstract[path].shape)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_fn import tree
+from llama_fn import private, tree
 from llama_fn.checkpoint.huggingface import to_hf
 from llama_fn.model.quantized import Grouped, Quantized
 from llama_fn.model.transformer import Params
@@ -117,7 +117,6 @@ def gpt_fast(params: Params, batch: int, new: int, context: int, max_len: int) -
         raise ValueError("bench: gpt-fast is not here; name a clone of it in the environment variable GPT_FAST")
     if new != 1 or isinstance(params.output, Grouped):
         raise ValueError("bench: gpt-fast is measured with one token a step, in tensors or in 8 bits")
-    import torch._inductor.config as inductor
 
     spec = importlib.util.spec_from_file_location("gpt_fast_model", folder / "model.py")
     theirs = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where torch.compile looks for it
@@ -159,7 +158,8 @@ def gpt_fast(params: Params, batch: int, new: int, context: int, max_len: int) -
 
     def step() -> Tensor:
         kernels = torch.nn.attention.SDPBackend.MATH
-        with inductor.patch({"coordinate_descent_tuning": True}), torch.nn.attention.sdpa_kernel(kernels):
+        options = private.inductor().config.patch({"coordinate_descent_tuning": True})
+        with options, torch.nn.attention.sdpa_kernel(kernels):
             return run(tokens, position).clone()
 
     return step

@@ -17,10 +17,11 @@ from llama_fn.model.cache import Cache, NoCache, init_cache
 from llama_fn.model.sums import FEW
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.model.transformer import head as plain_head
+from llama_fn.private import lacking
 from llama_fn.shapes import typed
 from llama_fn.transforms import lora
+from llama_fn.transforms.compiler import obstacle
 from llama_fn.transforms.inductor import MANY_ROUNDS
-from llama_fn.transforms.jit import has_compiler
 from llama_fn.transforms.layers import by_shape, jit_layers
 from llama_fn.transforms.lora import Lora
 
@@ -145,7 +146,7 @@ def fast(params: Params, rows: int, sample: Sampler, layer: Callable = block, he
 
 @functools.cache  # compiled once in a process
 def _compiled(pure: bool) -> Callable:
-    if not pure or not has_compiler():
+    if not pure or obstacle() or lacking():
         return functools.partial(step, run=jit_layers())
     own = by_shape(drawn, dynamic={"tokens": -1}, cpu=MANY_ROUNDS)
 

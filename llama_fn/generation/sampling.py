@@ -9,9 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama_fn import random
+from llama_fn.model.checks import inside
+from llama_fn.modes import concrete
 from llama_fn.random import Key
 from llama_fn.ranges import integer, number
-from llama_fn.shapes import concrete, typed
+from llama_fn.shapes import typed
 
 Sampler = Callable[..., Tensor]
 Narrowing = Callable[..., Tensor]
@@ -108,7 +110,8 @@ def penalize(logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b s"], penalty
     """Make every token that is there already less likely, once, however often it is there."""
     v = logits.shape[-1]
     there = torch.zeros_like(logits[..., :1]).expand(*logits.shape[:-1], v + 1)  # the last stands for none
-    there = there.scatter(-1, torch.where(tokens < 0, v, tokens), 1.0)[..., :v].bool()
+    tokens = inside(torch.where(tokens < 0, 0, tokens), "token", 0, v).where(tokens >= 0, v)
+    there = there.scatter(-1, tokens.clamp(max=v), 1.0)[..., :v].bool()  # on a GPU one outside is none
     limits = torch.finfo(logits.dtype)  # beyond them a penalty would be 0 or infinite there, and 0 times that is NaN
     penalty = min(max(penalty, limits.tiny), limits.max)
     penalized = torch.where(logits > 0, (logits / penalty).clamp(max=limits.max), logits * penalty)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch._C import _functorch as functorch
 
 from llama_fn import tree
 from llama_fn.model import avx2, sdpa
@@ -20,7 +19,8 @@ from llama_fn.model.cache import AnyKeysValues, Forked, NoCache
 from llama_fn.model.linear import Kind, linear, linears
 from llama_fn.model.rope import Rotation, rotate
 from llama_fn.model.sums import in_memory
-from llama_fn.shapes import transforms, typed
+from llama_fn.modes import forward_mode, transforms, twice
+from llama_fn.shapes import typed
 
 BLOCK = 64  # queries
 
@@ -43,15 +43,17 @@ def attention(params: Attention, x: Float[Tensor, "*b t d"], rotation: Rotation,
     `positions` are the tokens' slots in the cache, `slots` those of it that are read; both None where there is no
     cache. The second result is the layer's cache with the tokens in it, or `NoCache()`.
     """
+    cache = cache or NoCache()
+    if cache:
+        x, places = kv.placed(cache, x, positions)
     queries, keys, values = linears((params.wq, params.wk, params.wv), x)
     queries = rotate(rearrange(queries, "... t k g h -> ... t (k g) h"), rotation)
     keys = rotate(keys, rotation)
 
     queries = rearrange(queries, "... t (k g) h -> ... k g t h", k=keys.shape[-2])
     keys, values = (rearrange(leaf, "... t k h -> ... k t h") for leaf in (keys, values))
-    cache = cache or NoCache()
     if cache:
-        cache = kv.write(cache, keys, values, positions)
+        cache = kv.write(cache, keys, values, places)
         keys, values = kv.read(cache, slots)
     heads = attend(queries, keys, values, positions)
     return linear(params.wo, rearrange(heads, "... k g t h -> ... t k g h"), inputs=3), cache
@@ -166,7 +168,8 @@ def attend(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, posi
     on the CPU for many, where it takes 2 to 3 times as long.
     """
     one = torch.compiler.is_compiling() and positions is not None and queries.shape[-2] == 1
-    beyond = isinstance(keys, Forked) or sdpa.forward_mode() or _twice()
+    # The kernel has a second derivative (`sdpa`), but computes again what it did not keep: 3 to 15 % slower.
+    beyond = isinstance(keys, Forked) or forward_mode() or twice()
     if one and not beyond and _for_triton(queries):
         return by_triton(queries, keys, values, positions)
     if torch.compiler.is_compiling() and not beyond and _for_cpp(queries, keys, values):
@@ -199,14 +202,4 @@ def _by_layers(queries: Tensor) -> bool:
             and not queries.requires_grad)
 
 
-def _twice() -> bool:
-    """Whether torch.func asks for a second derivative. It is known while tracing.
-
-    The kernel has it (`sdpa`), but what it did not keep it would compute again: 3 to 15% slower, at 64 to 512 tokens.
-    """
-    kinds = [interpreter.key() for interpreter in functorch.get_interpreter_stack() or ()]
-    return kinds.count(functorch.TransformType.Grad) > 1
-
-
-_twice._dynamo_marked_constant = True  # as in `sdpa.forward_mode`
 _LIBRARY = sdpa.register()

@@ -8,7 +8,6 @@ and take twice as long to trace.
 """
 
 import functools
-import inspect
 import math
 import re
 import sys
@@ -19,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph
 
 from llama_fn.model.operators import define
 from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
+from llama_fn.private import FakeTensor, load_cpp
 
 STEP, PROMPT = ("floats", "integers", "one_query", "one_token"), ("many_queries",)  # files, and their operators
 KERNELS = (*STEP, *PROMPT)
@@ -146,14 +145,9 @@ def _made() -> dict[tuple[str, ...], Future]:
     """The kernels, some beside others, soon to be loaded. They are compiled as inductor's loops are, and kept between
     processes with them; meanwhile the rest is traced, since that takes six seconds.
     """
-    from torch._inductor.codecache import CppCodeCache
-
-    # The flags say which instructions there are. Torch 2.11 asks g++ all the same.
-    known = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
-    options = {"needs_vec_isa": False} if known else {}
     compiler = ThreadPoolExecutor(2)
-    return {kernels: compiler.submit(CppCodeCache.load, _source(kernels), extra_flags=("-mavx2", "-mfma", "-mf16c"),
-                                     **options) for kernels in (STEP, PROMPT)}
+    flags = ("-mavx2", "-mfma", "-mf16c")
+    return {kernels: compiler.submit(load_cpp, _source(kernels), flags) for kernels in (STEP, PROMPT)}
 
 
 def _source(kernels: tuple[str, ...]) -> str:

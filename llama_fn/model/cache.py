@@ -6,13 +6,15 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch._C import _functorch as functorch
 from typing_extensions import TypeVar  # typing's has no default before Python 3.13
 
 from llama_fn.config import Config
+from llama_fn.model.checks import check, held, inside
 from llama_fn.model.extent import extent
+from llama_fn.modes import concrete, traced, transforms, unread
+from llama_fn.private import is_mapped
 from llama_fn.ranges import integer
-from llama_fn.shapes import concrete, transforms, typed
+from llama_fn.shapes import typed
 
 PAGE = 64
 
@@ -65,7 +67,7 @@ AnyKeysValues = TypeVar("AnyKeysValues", bound=KeysValues | NoCache, default=NoC
 
 @typed
 def init_cache(config: Config, batch: tuple[int, ...] = (), *, max_len: int, dtype: torch.dtype = torch.float32,
-               device: torch.device | str | None = None) -> Cache:
+               device: torch.device | str = "cpu") -> Cache:
     """An empty cache of `max_len` slots, for a batch of sequences, or (with `batch` left out) for one.
 
     `max_len` may exceed `config.max_seq_len`: see `forward`. Raises `ValueError` for fewer slots than one, for a batch
@@ -124,8 +126,13 @@ def fork(cache: Cache, batch: tuple[int, ...], *, max_len: int, at: int | None =
 def select(cache: Cache, rows: Tensor | list[int]) -> Cache:
     """Some rows of the first axis, in the order given: numbers, or a mask. The same row twice is a fork of it.
 
-    What the rows of a forked cache share stays in memory once, where an index into each leaf would go wrong.
+    What the rows of a forked cache share stays in memory once, where an index into each leaf would go wrong. Raises
+    `ValueError` for a row that is not there.
     """
+    rows = torch.as_tensor(rows, device=cache.length.device)
+    if rows.dtype != torch.bool:
+        count = len(cache.length)
+        rows = inside(rows, "row", -count, count)
 
     def some(leaf: Tensor | Forked) -> Tensor | Forked:
         if isinstance(leaf, Forked):
@@ -141,6 +148,16 @@ def write(cache: KeysValues, keys: Float[Tensor, "*b k t h"], values: Float[Tens
           positions: Int[Tensor, "*b t"]) -> KeysValues:
     """A layer's cache with new keys and values at the slots `positions`; the old one stays valid."""
     return KeysValues(_put(cache.k, keys, positions), _put(cache.v, values, positions))
+
+
+def placed(cache: KeysValues, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` "*b t d" and the slots "*b t" to write it to. In a graph, which may be of this layer alone, and where nothing
+    reads the positions, one without a slot gets the nearest slot, and a NaN as its x.
+    """
+    if not traced() and not unread(positions):
+        return x, positions
+    slots, outside = held(positions, _start(cache.k), cache.k.shape[-2])
+    return x.masked_fill(outside[..., None], torch.nan), slots
 
 
 def read(cache: KeysValues, slots: Tensor) -> KeysValues:
@@ -174,22 +191,19 @@ def ample(max_len: int) -> int:
     return -(-max_len // PAGE) * PAGE + 1
 
 
-def check_room(cache: Cache, new: int) -> None:
-    """Raise `ValueError` if a row has no room for `new` tokens more (where numbers can be read), and for a forked cache
-    with an index in what its rows share.
+def check_room(cache: Cache, new: int, after: Tensor | None = None) -> Cache:
+    """The cache. Raises `ValueError` if a row has no room for `new` tokens more (see `checks`, `after` too), and for a
+    forked cache with an index in what its rows share.
     """
     if isinstance(cache.k[0], Forked) and not _fits(*(leaf.shape[:-3] for leaf in cache.k[0])):
         shared, own = (list(leaf.shape[:-3]) for leaf in cache.k[0])
         raise ValueError(f"this forked cache has rows of axes {own}, and what they share is of {shared}, which does "
                          "not fit; take some of its rows with lf.select")
+    slots, start = cache.k[0].shape[-2], _start(cache.k[0])
     if (known := extent(cache.length)) is not None:
-        slots, start = cache.k[0].shape[-2], cache.k[0].shared.shape[-2] if isinstance(cache.k[0], Forked) else 0
-        if known.least < start:
-            raise ValueError(f"a cache's length must be at least {start}{', where it was forked' if start else ''}, "
-                             f"got {known.least}")
-        if known.most + new > slots:
-            raise ValueError(f"the cache is full: it has {slots} slots, {known.most} are in use, and {new} more tokens "
-                             f"came; make it with init_cache(..., max_len={known.most + new}) or more")
+        check("length", known.least, known.most, start, slots, new)
+        return cache
+    return cache._replace(length=inside(cache.length, "length", start, slots, new, after))
 
 
 def _put(leaf: Tensor | Forked, new: Tensor, positions: Tensor) -> Tensor | Forked:
@@ -210,6 +224,11 @@ def _first(leaf: Tensor | Forked, slots: int) -> Tensor | Forked:
     return leaf[..., :slots, :]
 
 
+def _start(leaf: Tensor | Forked) -> int:
+    """The first slot that a row may write to."""
+    return leaf.shared.shape[-2] if isinstance(leaf, Forked) else 0
+
+
 def _fits(shared: torch.Size, own: torch.Size) -> bool:
     """Whether the batch axes of what is shared are those of the rows, or 1; a fork of one may have more, all 1."""
     ends = zip(reversed(shared), reversed(own), strict=False)
@@ -221,4 +240,4 @@ def _may_be_expanded(leaf: Tensor) -> bool:
     written. Inductor would write in place into such a view too, all rows into one (torch 2.13, pytorch#188084).
     """
     levels = transforms()
-    return levels > 1 or (levels == 1 and not functorch.is_batchedtensor(leaf))
+    return levels > 1 or (levels == 1 and not is_mapped(leaf))

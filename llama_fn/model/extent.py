@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from llama_fn.shapes import concrete, far, traced, transforms
+from llama_fn.modes import concrete, far, traced, transforms
+from llama_fn.private import version
 
 
 class Extent(NamedTuple):
@@ -44,7 +45,7 @@ def ends(integers: Tensor) -> tuple[int, int]:
 def remembered(length: Tensor) -> Extent | None:
     """What was noted of a tensor on a GPU, if it was not written to since."""
     known = _known.get(id(length))
-    if known is None or known[0]() is not length or known[1:3] != (length._version, length.data_ptr()):
+    if known is None or known[0]() is not length or known[1:3] != (version(length), length.data_ptr()):
         return None
     return known[3]
 
@@ -54,7 +55,7 @@ def noted(length: Tensor, known: Extent) -> Extent:
     if far(length) and not transforms() and not length.is_inference():
         place = id(length)
         end = weakref.ref(length, lambda _: _known.pop(place, None))
-        _known[place] = end, length._version, length.data_ptr(), known
+        _known[place] = end, version(length), length.data_ptr(), known
     return known
 
 

@@ -64,11 +64,11 @@ def init_params(key: Key, config: Config, dtype: torch.dtype = torch.float32,
                 device: torch.device | str | None = None) -> Params:
     """Random parameters: normal weights of the abstract tree's deviations, norms of one. The same on every device.
 
-    On the device "meta" they are shapes and dtypes without numbers, in no memory. What is made of them is, too: that is
-    JAX's `eval_shape`. `forward(params, tokens.to("meta"), init_cache(..., device="meta"))`, `loss` and its gradients
-    tell their shapes and dtypes without computing anything.
+    `device` None is that of the key. On "meta" they are shapes and dtypes without numbers, in no memory. What is made
+    of them is, too: that is JAX's `eval_shape`. `forward(params, tokens.to("meta"), init_cache(..., device="meta"))`,
+    `loss` and its gradients tell their shapes and dtypes without computing anything.
     """
-    abstract = abstract_params(config)
+    abstract, device = abstract_params(config), key.device if device is None else device
     keys = iter(random.split(key, len(tree.leaves(abstract))).to(device))
 
     def draw(weight: Weight) -> torch.Tensor:

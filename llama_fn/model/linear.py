@@ -19,7 +19,9 @@ from llama_fn.model import avx2
 from llama_fn.model.quantized import Grouped, Quantized, dequantized
 from llama_fn.model.sums import FEW, Matrix, in_memory, sums, whole_words
 from llama_fn.model.tapped import Tapped, linear_observed
-from llama_fn.shapes import transforms, typed
+from llama_fn.modes import transforms
+from llama_fn.private import multiplies_bfloat16, times_bytes
+from llama_fn.shapes import typed
 
 
 class Adapted(NamedTuple):
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 else:
     Kind = Adapted | Tapped | Quantized | Grouped  # of a weight that is no tensor
 PIECE = 1024  # outputs of a weight that are made float32 at a time: some megabytes, which stay in the cache
-HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HAS_BFLOAT16 = multiplies_bfloat16()
 
 
 @typed
@@ -199,5 +201,5 @@ def in_pieces(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]
 def packed(weight: Quantized, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
     """`written_out` of an 8-bit weight and bfloat16 rows by torch's kernel, which makes no bfloat16 matrix of it."""
     rows, scale = in_memory(x.reshape(-1, x.shape[-1])), in_memory(weight.scale.to(x.dtype))  # inductor has them there
-    rows = torch._weight_int8pack_mm(rows, weight.values, scale)
+    rows = times_bytes(rows, weight.values, scale)
     return rows.reshape(*x.shape[:-1], -1)

@@ -21,7 +21,8 @@ from llama_fn.model.linear import most_by_triton
 from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
 from llama_fn.model.rope import known_frequencies
 from llama_fn.model.transformer import Params
-from llama_fn.shapes import traced, transforms
+from llama_fn.modes import traced, transforms
+from llama_fn.private import autocast
 
 # What was found of weights and a cache, for as long as they live.
 _known: dict[Hashable, tuple[bool, list[weakref.ref]]] = {}
@@ -88,7 +89,7 @@ def _numbers(leaves: list[Any]) -> bool:
 
 def _values() -> bool:
     """Whether values alone are asked for, by nobody who writes down what is computed."""
-    return not traced() and not transforms() and not torch._C._is_any_autocast_enabled()
+    return not traced() and not transforms() and not autocast()
 
 
 def _once(found: Callable[[], bool], leaves: list[Tensor], *rest: Hashable) -> bool:

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama_fn.config import RopeScaling
-from llama_fn.shapes import recording, typed
+from llama_fn.modes import recording
+from llama_fn.shapes import typed
 
 
 class Rotation(NamedTuple):

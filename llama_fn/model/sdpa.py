@@ -11,32 +11,31 @@ from typing import Any
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
-from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
+
+from llama_fn import private
+from llama_fn.modes import forward_mode
 
 FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 BACKWARD = f"{FORWARD}_backward"
 
 
-def folded(kernel: torch._ops.OpOverload) -> Callable[..., tuple[Tensor, ...]]:
+def folded(kernel: Callable) -> Callable[..., tuple[Tensor, ...]]:
     """The batching rule of a kernel "b n t h": the mapped axis is folded into the batch, and the kernel runs once."""
 
     def rule(queries: Tensor, *rest: Any, attn_mask: Tensor | None = None, **scale: Any) -> tuple[Tensor, ...]:
-        level, size = functorch.maybe_current_level(), retrieve_current_functorch_interpreter().batch_size()
+        level, size = private.level(), private.mapped_size()
         rows = queries.shape[0]
 
         def fold(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
-            x, axis = functorch._unwrap_batched(x, level)
+            x, axis = private.take_axis(x, level)
             return (x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0)).flatten(0, 1)
 
         mask = None if attn_mask is None else fold(attn_mask.expand(rows, 1, *attn_mask.shape[-2:]))
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)):
+        with private.below_vmap():
             results = kernel(*map(fold, (queries, *rest)), attn_mask=mask, **scale)
-            return tuple(functorch._add_batch_dim(x.unflatten(0, (size, rows)), 0, level) for x in results)
+            return tuple(private.add_axis(x.unflatten(0, (size, rows)), level) for x in results)
 
     return rule
 
@@ -66,15 +65,6 @@ def pullback(cotangent: Tensor, queries: Tensor, keys: Tensor, values: Tensor, c
     return dq.to(queries.dtype), dk.to(keys.dtype), dv.to(values.dtype)
 
 
-def forward_mode() -> bool:
-    """Whether there are dual numbers around us, torch.func's or plain ones. It is known while tracing."""
-    interpreters = functorch.get_interpreter_stack() or ()
-    return forward_ad._current_level >= 0 or any(i.key() == functorch.TransformType.Jvp for i in interpreters)
-
-
-forward_mode._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import of a second
-
-
 def derivative(cotangent: Tensor, queries: Tensor, keys: Tensor, values: Tensor, heads: Tensor, logsumexp: Tensor,
                dropout: float, causal: bool, attn_mask: Tensor | None = None,
                scale: float | None = None) -> tuple[Tensor, ...]:
@@ -87,20 +77,22 @@ def derivative(cotangent: Tensor, queries: Tensor, keys: Tensor, values: Tensor,
         return pullback(*inputs, causal, attn_mask, scale)
 
     def kernel(*inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with private.below_autograd():
             return getattr(torch.ops.aten, BACKWARD)(*inputs, heads, logsumexp, dropout, causal, attn_mask=attn_mask,
                                                      scale=scale)
 
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         return kernel(*inputs)
-    # A level of torch.func is one call of this rule: torch's own `apply` would begin again at the outermost.
-    with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, _Derivative).apply(
+    with private.one_level_of_autograd():
+        return _Derivative.apply(
             kernel, lambda *inputs: pullback(*inputs, causal, attn_mask, scale), *inputs)
 
 
-class _Derivative(torch.autograd.Function):
-    """`kernel(*xs)`, whose own derivative is that of its definition."""
+class _Derivative(private.OneLevelFunction):
+    """`kernel(*xs)`, whose own derivative is that of its definition.
+
+    A level of torch.func is one call of the rule: `torch.autograd.Function` would begin again at the outermost.
+    """
 
     @staticmethod
     def forward(kernel: Callable, definition: Callable, *xs: Tensor) -> tuple[Tensor, ...]:
@@ -121,7 +113,7 @@ def register() -> torch.library.Library:
     """Holds for as long as the result lives."""
     library = torch.library.Library("aten", "IMPL")
     for name in (FORWARD, BACKWARD):
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "FuncTorchBatched"):
+        if private.rules_can_be_set() and not private.has_batching_rule(name):
             library.impl(name, folded(getattr(torch.ops.aten, name).default), "FuncTorchBatched")
     library.impl(BACKWARD, derivative, "AutogradCPU")
     return library

@@ -76,7 +76,7 @@ def _byte_sums(weight: Quantized, rows: Tensor) -> Tensor:
         return [shifted & 255 << 8 * i if i < 3 else bits >> 24 for i in range(4)]
 
     fours = rows.unflatten(-1, (-1, 4))
-    place = torch.tensor([1.0, 2.0**-8, 2.0**-16, 1.0], dtype=rows.dtype)
+    place = torch.tensor([1.0, 2.0**-8, 2.0**-16, 1.0], dtype=rows.dtype, device=rows.device)
     added = 128 * in_memory(fours[..., :3].sum((-2, -1)))  # "b"
     y = _word_sums(weight.values.view(torch.float32), numbers, (fours * place).flatten(1))
     return (y - added[:, None]) * weight.scale
@@ -86,7 +86,7 @@ def _nibble_sums(weight: Grouped, rows: Tensor) -> Tensor:
     """Eight integers lie in a word, that of input 8 j + i in nibble i of word j. Where it lies it counts 16**i times,
     which the inputs make good. A group's minimum counts once for all of its inputs.
     """
-    place = torch.tensor([16.0 ** -i for i in range(7)] + [1.0], dtype=rows.dtype)
+    place = torch.tensor([16.0 ** -i for i in range(7)] + [1.0], dtype=rows.dtype, device=rows.device)
     ways = apart((rows.unflatten(-1, (-1, 8)) * place).mT).unflatten(-1, (-1, GROUP // 8))  # "b i groups j"
     whole = in_memory(rows.unflatten(-1, (-1, GROUP)).sum(-1))  # "b groups"
     streams = []

@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llama_fn.shapes import transforms, typed
+from llama_fn.modes import transforms
+from llama_fn.private import known_while_tracing
+from llama_fn.shapes import typed
 
 REMEDY = ("for such a loss, have whole gradients measured, one weight at a time, by wrapping the parameters in a "
           "tuple: the loss is lambda p, *example: loss(p[0], *example), and the parameters (params,)")
@@ -130,6 +132,7 @@ def _exact(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+@known_while_tracing
 def _keep_backward() -> None:
     """Dynamo traces the forward of an `autograd.Function` under `torch.func` and leaves out its backward, in silence
     (2.13); what is allowed in the graph it hands on as it is."""
@@ -137,4 +140,3 @@ def _keep_backward() -> None:
         torch.compiler.allow_in_graph(f)
 
 
-_keep_backward._dynamo_marked_constant = True  # dynamo runs it while tracing, so that who does not compile need not

@@ -11,12 +11,14 @@ from torch import Tensor
 from llama_fn.config import Config
 from llama_fn.model.block import Block, block
 from llama_fn.model.cache import AnyCache, Cache, KeysValues, NoCache, check_room, reach
-from llama_fn.model.extent import ends, grown
+from llama_fn.model.checks import held, inside
+from llama_fn.model.extent import grown
 from llama_fn.model.linear import Kind, linear
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotation
 from llama_fn.model.tapped import Tapped, embedding_observed
-from llama_fn.shapes import concrete, recording, traced, typed
+from llama_fn.modes import unread
+from llama_fn.shapes import typed
 
 
 class Params(NamedTuple):
@@ -54,8 +56,9 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: AnyCache | None 
     computes the logits. `jit_layers` compiles both.
 
     Raises `ValueError` for no tokens, for a token outside the vocabulary, and for more tokens than the cache has room
-    for (the last two in eager mode: compiled, numbers cannot be read before, and the index error is torch's, as it is
-    for a cache that is mapped; in a step that a GPU replays, a token outside makes its row's logits NaN).
+    for, compiled and mapped too; a cache that was donated is then what it was. The last two are not seen where a GPU
+    would have to be waited for (compiled, mapped or replayed there), and in an exported program: the logits of such a
+    token, or of a row without room, are NaN.
     """
     x, cache = _layers(params, tokens, cache, layer)
     return head(params.norm, params.output, x, params.config.norm_eps), cache
@@ -73,11 +76,11 @@ def trunk(params: Params, tokens: Int[Tensor, "*b t"], cache: AnyCache | None = 
 def _layers(params: Params, tokens: Tensor, cache: Cache | NoCache | None,
             layer: Callable) -> tuple[Tensor, Cache | NoCache]:
     config, count = params.config, tokens.shape[-1]
-    check_tokens(tokens, config.vocab_size)
+    tokens = check_tokens(tokens, config.vocab_size)
     check_sizes(params, cache)
     start, slots = 0, None
     if cache:
-        check_room(cache, count)
+        cache = check_room(cache, count, tokens)
         room = reach(cache, count)
         # A layer may have kernels for all of them at once, in the cache that it is given, or say that it has none.
         if (together := getattr(layer, "together", None)) and (x := together(params, tokens, cache, room)) is not None:
@@ -101,13 +104,13 @@ def _layers(params: Params, tokens: Tensor, cache: Cache | NoCache | None,
 
 @typed
 def embed(weight: Float[Tensor, "v d"] | Tapped, tokens: Int[Tensor, "*b t"]) -> Float[Tensor, "*b t d"]:
-    """Each token's row of the weight; for a number outside, where it cannot be read on a GPU, NaN."""
+    """Each token's row of the weight; for a number outside that was not read before (see `checks`), NaN."""
     if isinstance(weight, Tapped):
         plain, tap = weight.use()
-        return embedding_observed(embed(plain, tokens), tokens, tap, len(plain))
-    if recording(tokens):  # there is no error then: a GPU stops for good at a row that is not there
-        inside = tokens.clamp(0, len(weight) - 1)
-        return F.embedding(inside.long(), weight).masked_fill((inside != tokens)[..., None], torch.nan)
+        return embedding_observed(embed(plain, tokens), held(tokens, 0, len(plain))[0], tap, len(plain))
+    if unread(tokens):  # a GPU stops for good at a row that is not there
+        index, outside = held(tokens, 0, len(weight))
+        return F.embedding(index.long(), weight).masked_fill(outside[..., None], torch.nan)
     return F.embedding(tokens.long(), weight)  # indexed, inductor's forward-over-reverse is wrong (torch 2.13)
 
 
@@ -127,15 +130,8 @@ def check_sizes(params: Params, cache: Cache | NoCache | None) -> None:
                          "make it with init_cache from the same config")
 
 
-def check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Raise `ValueError` for no tokens at all, and in eager mode, mapped or not, for one outside the vocabulary."""
+def check_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
+    """The tokens. Raises `ValueError` for no tokens at all, and for one outside the vocabulary (see `checks`)."""
     if tokens.shape[-1] == 0:
         raise ValueError("there are no tokens (an empty prompt): begin a text with the tokenizer's bos_id")
-    if traced():
-        return
-    numbers = torch.func.debug_unwrap(tokens)  # a transform hides them; of all its rows none may be wrong
-    if concrete(numbers) and numbers.numel():
-        low, high = ends(numbers)
-        if low < 0 or high >= vocab_size:
-            raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {vocab_size} tokens, "
-                             f"0 to {vocab_size - 1}; encode the text with the tokenizer that belongs to the model")
+    return inside(tokens, "token", 0, vocab_size)

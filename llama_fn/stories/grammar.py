@@ -44,7 +44,7 @@ def stories(key: Key, count: int) -> Iterator[Story]:
 
 def _stories(key: Key, count: int) -> Iterator[Story]:
     for start in range(0, count, 1024):
-        numbers = torch.arange(start, min(start + 1024, count))
+        numbers = torch.arange(start, min(start + 1024, count), device=key.device)
         words = torch.vmap(lambda n: random.bits(random.fold_in(key, n), (MOST_CHOICES,)))(numbers)
         yield from map(_tell, words.tolist())
 

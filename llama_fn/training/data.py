@@ -174,7 +174,7 @@ def rows(corpus: Corpus, size: int) -> Iterator[tuple[Int[Tensor, "b t"], Bool[T
     for first in range(0, len(corpus.starts), size):
         chosen = np.arange(first, first + size) % len(corpus.starts)
         lengths = np.where(np.arange(first, first + size) < len(corpus.starts), corpus.lengths[chosen], 0)
-        counts = torch.arange(corpus.context + 1) <= torch.from_numpy(lengths)[:, None]
+        counts = torch.arange(corpus.context + 1, device="cpu") <= torch.from_numpy(lengths)[:, None]
         yield _window(corpus, corpus.starts[chosen]), counts
 
 

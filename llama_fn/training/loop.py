@@ -29,7 +29,8 @@ class TrainState(NamedTuple):
 
 def init_state(params: Params, optimizer: Optimizer) -> TrainState:
     """The state before the first step, with a copy of the parameters (training updates its state in place)."""
-    return TrainState(tree.map(torch.clone, params), optimizer.init(params), torch.zeros((), dtype=torch.int64))
+    step = torch.zeros((), dtype=torch.int64, device="cpu")
+    return TrainState(tree.map(torch.clone, params), optimizer.init(params), step)
 
 
 def train(state: TrainState, optimizer: Optimizer, corpus: Corpus, key: Key, steps: int,

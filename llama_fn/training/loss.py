@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llama_fn.model.block import block
-from llama_fn.model.transformer import Params, check_tokens, forward
+from llama_fn.model.checks import held, inside
+from llama_fn.model.transformer import Params, forward
 from llama_fn.shapes import typed
 
 
@@ -45,10 +46,10 @@ def _nats(params: Params, tokens: Tensor, mask: Tensor | None, layer: Callable) 
         places = torch.arange(tokens.shape[-1], device=tokens.device)
         last = places[1:].where(mask[..., 1:], -1).amax(-1, keepdim=True)  # of the tokens that count
         tokens = tokens.where(places <= last, 0)
-    check_tokens(tokens, params.config.vocab_size)
     logits, _ = forward(params, tokens[..., :-1], layer=layer)
-    targets = tokens[..., 1:].long()
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    nats = -exact.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    targets, v = tokens[..., 1:].long(), exact.shape[-1]
     counts = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask[..., 1:]
+    index, outside = held(inside(targets, "target", 0, v), 0, v)
+    nats = -exact.log_softmax(-1).gather(-1, index[..., None])[..., 0].masked_fill(outside, torch.nan)
     return nats.masked_fill(~counts, 0), counts

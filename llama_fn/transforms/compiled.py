@@ -1,6 +1,5 @@
 """`compiled`: a function of trees, traced for certain shapes and given to inductor."""
 
-import contextlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,8 +10,10 @@ from torch import Tensor
 from torch.fx import Graph
 from torch.nn import Parameter
 
+from llama_fn import private
 from llama_fn.model import avx2
-from llama_fn.shapes import transforms
+from llama_fn.modes import transforms
+from llama_fn.private import autocast
 from llama_fn.transforms.inductor import ONE_LOOP, prepared, undisturbed
 
 
@@ -23,12 +24,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
     if these are not such ones. `cpu` are inductor's options there, beside those that are always set.
     """
     # Whoever compiles pays their import: two seconds.
-    from torch._functorch.compile_utils import fx_graph_cse
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.virtualized import V
-    from torch._subclasses import FakeTensorMode
+    inductor = private.inductor()
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, is_concrete_int
 
@@ -43,7 +39,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
     options = prepared(tensors[0], cpu)
 
     shapes, result = ShapeEnv(), None
-    imagined = FakeTensorMode(shape_env=shapes)
+    imagined = inductor.FakeTensorMode(shape_env=shapes)
     fakes = [imagined.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=[
         DimDynamic.DYNAMIC if axis == loose.get(i) else DimDynamic.STATIC for axis in range(x.ndim)]))
         for i, x in enumerate(tensors)]
@@ -54,19 +50,20 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
         values: list[Tensor] = []
         result = f(*filled(args, iter(numbers[len(sizes):])))
         part((result,), values, [])
-        result = filled(result, itertools.repeat(torch.empty(0)))
+        result = filled(result, itertools.repeat(torch.empty(0, device="cpu")))
         return values
 
     # Sizes are inputs of their own, too: there torch's cache between processes looks whether a graph fits.
     inputs = [*sizes, *fakes]
-    with torch.no_grad(), _compiling(), imagined:
-        graph = make_fx(flat, decomposition_table=select_decomp_table())(*inputs)
-    graph.graph = fx_graph_cse(graph.graph)  # queries, keys and values take the same rows, laid out in the same way
+    with torch.no_grad(), private.compiling(), imagined:
+        graph = make_fx(flat, decomposition_table=inductor.decompositions())(*inputs)
+    # Queries, keys and values take the same rows, laid out in the same way.
+    graph.graph = inductor.same_once(graph.graph)
     outside = _views_outside(graph.graph, inputs)
     graph.recompile()  # torch's cache between processes knows a graph by its code
-    with torch.no_grad(), V.set_fake_mode(imagined), config.patch(options), \
-            torch._guards.tracing(torch._guards.TracingContext(imagined)):
-        run = compile_fx_inner(graph, inputs, is_inference=True)
+    with torch.no_grad(), inductor.set_fakes(imagined), inductor.config.patch(options), \
+            inductor.tracing(imagined):
+        run = inductor.compile(graph, inputs, is_inference=True)
     avx2.ready(graph.graph)
 
     # What was asked of a size may have decided it.
@@ -96,12 +93,10 @@ def _alike(tensors: list[Tensor], loose: Mapping[int, int]) -> Callable[..., boo
     """Whether other tensors have the types, dtypes, devices, sizes and strides of these, and are wrapped by as many
     transforms: any size, where a tensor is loose in an axis, and in the axes before any stride.
     """
-    from torch._C._dynamo.guards import TensorGuards
-
     sizes = [[None if axis == loose.get(i) else n for axis, n in enumerate(x.shape)] for i, x in enumerate(tensors)]
     strides = [[None if axis < loose.get(i, 0) else n for axis, n in enumerate(x.stride())]
                for i, x in enumerate(tensors)]
-    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return private.inductor().TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
 def _views_outside(graph: Graph, inputs: list[Any]) -> dict[int, torch.dtype]:
@@ -143,17 +138,6 @@ def _viewer() -> Callable[[Tensor, torch.dtype], Tensor | None]:
     return viewed
 
 
-@contextlib.contextmanager
-def _compiling() -> Iterator[None]:
-    """Within it, `torch.compiler.is_compiling()`: the kernels are those of a compiled step."""
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = before
-
-
 def part(values: tuple, tensors: list[Tensor], rest: list[Any]) -> None:
     """Append the tensors in values to the one list, and all else that a function of them can see to the other."""
     for x in values:
@@ -171,7 +155,7 @@ def part(values: tuple, tensors: list[Tensor], rest: list[Any]) -> None:
 
 def plain(tensors: list[Tensor]) -> bool:
     """Whether these are numbers, and nothing but values is asked for."""
-    if transforms() or torch._C._is_any_autocast_enabled():
+    if transforms() or autocast():
         return False
     grad = torch.is_grad_enabled()
     return all(type(x) in (Tensor, Parameter) and not (grad and x.requires_grad) for x in tensors)

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from llama_fn import private
 from llama_fn.model import avx2
-from llama_fn.shapes import far
+from llama_fn.modes import far
 
 OPTIONS = {"size_asserts": False}  # each call looks first whether its tensors fit
 CPU = {"cpp.enable_floating_point_contract_flag": "fast",  # inductor multiplies and adds apart
@@ -30,32 +31,28 @@ def prepared(x: Tensor, cpu: Mapping[str, Any]) -> dict[str, Any]:
     What inductor asks once in a process it is told meanwhile: which sources torch has, and Triton, half a second of any
     start; and whether g++ knows the processor's instructions, three of a first one. Of AVX2 there is no doubt.
     """
-    from torch._inductor.codecache import CacheBase, torch_key
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-    asked = [torch_key, CacheBase.get_system]
+    inductor = private.inductor()
+    asked = [*inductor.questions]
     if far(x):
         options = OPTIONS | CUDA
     else:
-        options = {**OPTIONS, **CPU, **cpu, "cpp_cache_precompile_headers": _keeps_headers()}
+        options = {**OPTIONS, **CPU, **cpu, "cpp_cache_precompile_headers": _keeps_headers(inductor.headers)}
         if avx2.level() == "AVX2":
             options["cpp.vec_isa_ok"] = True
         else:
-            asked.append(pick_vec_isa)
+            asked.append(inductor.instructions)
     for question in asked:
         threading.Thread(target=question).start()
     return options
 
 
-def _keeps_headers() -> bool:
-    """Whether inductor's headers may be compiled once: a machine's first start takes 15 s and not 20, and every loop
-    from then on a half and not two and a half. For that torch calls openssl, and writes 154 MB to a temporary folder.
+def _keeps_headers(folder: str) -> bool:
+    """Whether inductor's headers may be compiled once, in this folder: a machine's first start takes 15 s and not 20,
+    and every loop from then on a half and not two and a half. For that torch calls openssl, and writes 154 MB.
     """
-    from torch._inductor.codecache import _HEADER_DIR
-
     with contextlib.suppress(OSError):
-        os.makedirs(_HEADER_DIR, exist_ok=True)
-    return os.path.isdir(_HEADER_DIR) and os.access(_HEADER_DIR, os.W_OK) and shutil.which("openssl") is not None
+        os.makedirs(folder, exist_ok=True)
+    return os.path.isdir(folder) and os.access(folder, os.W_OK) and shutil.which("openssl") is not None
 
 
 _ALONE = threading.RLock()

@@ -2,8 +2,6 @@
 
 import functools
 import inspect
-import os
-import shutil
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from llama_fn import tree
+from llama_fn.private import allow_shapes
+from llama_fn.transforms.compiler import obstacle, uncompiled
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,8 +27,8 @@ def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
     value must not be used again: it holds the new one. No other part of the result may be a view of it.
 
     Transforms go inside: `jit(vmap(f))`, not `vmap(jit(f))`. Raises `ValueError` for a donated name that `f` does not
-    have; a call raises torch's `Unsupported` for one that no part of the result can take. Where there is no C++
-    compiler, a warning says so, and `f` runs as it is.
+    have; a call raises torch's `Unsupported` for one that no part of the result can take. Where nothing can be
+    compiled (no C++ compiler that works, no folder that can be written to), a warning says so, and `f` runs as it is.
     """
     names = (donate,) if isinstance(donate, str) else tuple(donate)
     called = getattr(f, "__name__", type(f).__name__)  # a functools.partial has none
@@ -37,10 +37,9 @@ def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
         raise ValueError(f"jit: {called} has no argument {unknown[0]!r} to donate, "
                          f"only {', '.join(signature.parameters)}")
 
-    if not has_compiler():
-        warnings.warn(no_compiler(called), stacklevel=2)
+    if (reason := obstacle()) is not None:
+        warnings.warn(uncompiled(called, reason), stacklevel=2)
         return f
-    import torch._dynamo.config  # a second; only who compiles pays it
 
     def body(*args: P.args, **kwargs: P.kwargs) -> R:
         result = f(*args, **kwargs)
@@ -50,24 +49,8 @@ def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
 
     # Dynamo counts compilations by code object: each jitted function needs one of its own.
     own = types.FunctionType(body.__code__.replace(), body.__globals__, called, None, body.__closure__)
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, MOST_SHAPES)
+    allow_shapes(MOST_SHAPES)
     return functools.wraps(f)(torch.compile(own, fullgraph=True, dynamic=False))
-
-
-def has_compiler() -> bool:
-    """Whether there is a C++ compiler on this machine, which compiled functions need."""
-    return shutil.which(_compiler()) is not None
-
-
-def no_compiler(name: str) -> str:
-    """What a warning says where there is none."""
-    return (f"jit: there is no C++ compiler {_compiler()!r}, so {name} runs as it is, slower; install g++ or name "
-            "another in the environment variable CXX")
-
-
-def _compiler() -> str:
-    return os.environ.get("CXX", "g++")
 
 
 def donated(given: dict[str, Any], result: Any) -> Any:

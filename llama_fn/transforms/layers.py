@@ -15,10 +15,12 @@ from llama_fn.model import one_token
 from llama_fn.model.block import block
 from llama_fn.model.cache import AnyCache
 from llama_fn.model.transformer import Params, forward, head
-from llama_fn.shapes import traced
+from llama_fn.modes import traced
+from llama_fn.private import lacking
 from llama_fn.transforms.compiled import compiled, part, plain
+from llama_fn.transforms.compiler import obstacle, uncompiled
 from llama_fn.transforms.inductor import ONE_LOOP
-from llama_fn.transforms.jit import donated, has_compiler, no_compiler
+from llama_fn.transforms.jit import donated
 from llama_fn.transforms.recorded import recorded
 
 P = ParamSpec("P")
@@ -40,11 +42,11 @@ def jit_layers(f: Callable[P, R] = forward, donate: str | Sequence[str] = "cache
     share one compiled block, so that the first call takes as long for 80 of them as for one. The cache is written in
     place if it is donated, and a step's work follows its length. On a GPU, what a step launches is recorded.
 
-    Only values are compiled: what is differentiated, mapped or traced runs as it is. Where there is no C++ compiler, a
-    warning says so, and all does.
+    Only values are compiled: what is differentiated, mapped or traced runs as it is. Where nothing
+    can be compiled, a warning says why, and all does.
     """
-    if not has_compiler():
-        warnings.warn(no_compiler(getattr(f, "__name__", "a step")), stacklevel=2)
+    if (reason := obstacle() or lacking()) is not None:
+        warnings.warn(uncompiled(getattr(f, "__name__", "a step"), reason), stacklevel=2)
         return f
     layer = by_shape(block, donate, {"slots": 0, "cache": -2})
     if "cache" in ((donate,) if isinstance(donate, str) else donate):

@@ -6,6 +6,7 @@ where every tensor has a first axis of samples. Nothing here is compiled: `jit` 
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from llama_fn import random, tree
 from llama_fn.model.tapped import Tapped, whole_observed
 from llama_fn.model.transformer import Params
+from llama_fn.modes import concrete
 from llama_fn.random import Key
 from llama_fn.ranges import number
 from llama_fn.shapes import typed
@@ -40,7 +42,8 @@ def per_sample_norms(loss: Loss, params: Any, batch: Any, *, chunk_size: int | N
     Where `params` are `Params`, each weight's share is measured where the model uses it (see `model/tapped.py`), and a
     `loss` that does anything else with one, uses it twice, or inside of a transform of its own (`vmap`, `grad`, `jvp`,
     or a `remat` that closes over it), is a `ValueError`. A layer around which `remat` stands is run as it is. For any
-    other tree and any loss, each leaf's gradients are made for all samples, squared, and dropped.
+    other tree and any loss, each leaf's gradients are made for all samples, squared, and dropped. The norm
+    of an infinite or NaN gradient is infinite or NaN.
     """
     exact = functools.reduce(torch.promote_types, [x.dtype for x in tree.leaves(params)], torch.float32)
     zero = torch.zeros((), dtype=exact, device=tree.leaves(params)[0].device)
@@ -62,6 +65,9 @@ def clipped_sum(loss: Loss, params: Any, batch: Any, max_norm: float, *, chunk_s
     """The sum over the samples of min(1, max_norm / |g|) g, for gradients g, which are not held: a second backward of
     the losses, each times its factor ("ghost clipping").
 
+    A sample whose gradient is infinite or NaN counts as none: the sum is finite, and no sample changes it by more than
+    `max_norm`. A warning says how many there were; compiled, where numbers cannot be read, `per_sample_norms` tells.
+
     `chunk_size` samples are gone through at once, None is all of them: sums of several batches add up, and that of no
     samples is 0. Raises `ValueError` as `per_sample_norms` does, and for a `max_norm` that is not positive.
     """
@@ -75,9 +81,17 @@ def clipped_sum(loss: Loss, params: Any, batch: Any, max_norm: float, *, chunk_s
 
     def added(total: Any, start: int) -> Any:
         chunk = tree.map(lambda x: x[start:start + size], batch)
-        factors = (max_norm / per_sample_norms(loss, params, chunk)).clamp(max=1)
+        norms = per_sample_norms(loss, params, chunk)
+        finite = norms.isfinite()
+        if concrete(norms) and (lost := len(norms) - int(finite.sum())):
+            warnings.warn(f"clipped_sum: {lost} of {len(norms)} samples have an infinite or NaN gradient, and count as "
+                          "none; per_sample_norms tells which", stacklevel=2)
+        # Zero times infinity is NaN: a sound sample stands in such a one's place, with a factor of 0.
+        places = torch.arange(len(norms), device=norms.device).where(finite, finite.int().argmax())
+        chunk = tree.map(lambda x: x[places.to(x.device)], chunk)
+        factors = (max_norm / norms).clamp(max=1).where(finite, 0)
         clipped = torch.func.grad(lambda params: (_mapped(loss, params, chunk) * factors).sum())(params)
-        return tree.map(torch.add, total, clipped)
+        return tree.map(lambda old, new: old + new.where(finite.any(), 0), total, clipped)
 
     return functools.reduce(added, range(0, count, size), tree.map(torch.zeros_like, params))
 
@@ -90,8 +104,8 @@ def private_grads(loss: Loss, params: Any, batch: Any, *, max_norm: float, noise
     To the sum of gradients of norm `max_norm` at most comes normal noise of deviation `noise_multiplier * max_norm`,
     and all of it is divided by `expected_batch_size`: where each sample is drawn with a probability, that of the draw
     times their number, for the size that came up is itself private. None is the size of this batch. A sample without
-    a gradient, all masked, counts as none, and of a draw without samples the sum is the noise. `chunk_size` is that of
-    `clipped_sum`.
+    a gradient, all masked, counts as none; so does one of an infinite or NaN gradient (see `clipped_sum`). Of a draw
+    without samples the sum is the noise. `chunk_size` is that of `clipped_sum`.
 
     The noise depends on the key alone, and who knows the key can take it away: draw it from a secret seed, use it once.
     Raises `ValueError` as `clipped_sum` does, for negative noise, and for noise where nothing is clipped.

@@ -15,7 +15,9 @@ from torch import Tensor
 from llama_fn.model import cache as kv
 from llama_fn.model.cache import Cache
 from llama_fn.model.extent import Extent, extent, noted, remembered
-from llama_fn.shapes import bind, far, recording, traced, transforms
+from llama_fn.modes import far, recording, traced, transforms
+from llama_fn.private import autocast, copy_each
+from llama_fn.shapes import bind
 from llama_fn.transforms.compiled import filled, part, plain
 
 P = ParamSpec("P")
@@ -106,7 +108,7 @@ def _key(args: tuple, reached: int) -> Hashable | None:
         return hash(x) if isinstance(x, Tensor | tuple) else x
 
     try:
-        key = reached, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(), *map(one, args)
+        key = reached, torch.is_grad_enabled(), autocast(), *map(one, args)
         hash(key)
     except TypeError:
         return None
@@ -138,12 +140,12 @@ def _record(f: Callable, args: tuple, fixed: list[Tensor]) -> Recording | None:
     places = {id(x): i for i, x in enumerate(fixed)}
     return Recording(replay, [weakref.ref(x) for x in fixed], [x.data_ptr() for x in fixed], integers,
                      [places.get(id(x), x) for x in _own(results, fixed)],
-                     filled(result, itertools.repeat(torch.empty(0))),
+                     filled(result, itertools.repeat(torch.empty(0, device="cpu"))),
                      next(i for i, x in enumerate(results) if x is new.length), after.most - before.most)
 
 
 def _replayed(ready: Recording, args: tuple, length: Extent) -> Any:
-    torch._foreach_copy_(ready.integers, _integers(args))
+    copy_each(ready.integers, _integers(args))
     ready.replay()
     results = [ready.fixed[x]() if isinstance(x, int) else x.clone() for x in ready.results]
     least, most = length.least + ready.growth, length.most + ready.growth

@@ -11,15 +11,14 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
-from torch._higher_order_ops.wrap import dynamo_bypassing_wrapper
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llama_fn import tree
-from llama_fn.model.sdpa import forward_mode
 from llama_fn.model.tapped import Tapped
+from llama_fn.modes import forward_mode
+from llama_fn.private import is_wrapped, outside_of_dynamo
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,7 +44,7 @@ def remat(f: Callable[P, R]) -> Callable[P, R]:
         if forward_mode() or any(isinstance(x, Tapped) for x in tree.leaves((args, kwargs))):
             return f(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
-            return dynamo_bypassing_wrapper(_in_graph, own, *args, **kwargs)
+            return outside_of_dynamo(_in_graph, own, *args, **kwargs)
         with contextlib.suppress(_Outside, RuntimeError):  # what is wrong with f itself, the next line raises again
             return _call(own, _watched, args, kwargs)
         return f(*args, **kwargs)
@@ -173,7 +172,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _active(x: Any) -> bool:
-    return isinstance(x, Tensor) and (functorch.is_functorch_wrapped_tensor(x) or x.requires_grad)
+    return isinstance(x, Tensor) and (is_wrapped(x) or x.requires_grad)
 
 
 def _smooth(x: Tensor) -> bool:

@@ -1,0 +1,215 @@
+"""Torch's private names: every one that this package uses, here alone (but for `torch.utils._pytree`, see `tree`).
+
+They change without notice, so this is the file to look at when a new torch comes out (`pyproject.toml` has the range
+that was seen to work). Each has its reason, and what stands in for it where a torch has none. What takes seconds to
+import is imported by whoever compiles.
+"""
+
+import importlib
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+MISSING: list[str] = []  # those below that this torch does not have
+
+
+def _found(module: str, name: str, otherwise: Any) -> Any:
+    try:
+        return operator.attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError):
+        MISSING.append(f"{module}.{name}")
+        return otherwise
+
+
+# --- What torch is doing. No public name tells; without these: nothing but what is public.
+
+is_wrapped = _found("torch._C", "_functorch.is_functorch_wrapped_tensor", lambda x: type(x) is not Tensor)
+is_mapped = _found("torch._C", "_functorch.is_batchedtensor", lambda x: False)
+_interpreters = _found("torch._C", "_functorch.get_interpreter_stack", lambda: None)
+_kinds = _found("torch._C", "_functorch.TransformType", SimpleNamespace(Grad="grad", Jvp="jvp"))
+_dispatch_mode = _found("torch._C", "_get_dispatch_mode", lambda key: None)
+_proxy = _found("torch._C", "_TorchDispatchModeKey.PROXY", None)  # of make_fx, which `is_compiling` does not tell
+autocast = _found("torch._C", "_is_any_autocast_enabled", torch.is_autocast_enabled)
+FakeTensor = _found("torch._subclasses", "FakeTensor", ())
+
+
+def graph_is_made() -> bool:
+    """Whether `make_fx` writes down what runs."""
+    return _dispatch_mode(_proxy) is not None
+
+
+def levels() -> int:
+    """How many of torch.func's transforms are at work."""
+    return len(_interpreters() or ())
+
+
+def gradients() -> int:
+    """How many of them are gradients."""
+    return sum(interpreter.key() == _kinds.Grad for interpreter in _interpreters() or ())
+
+
+def tangents() -> bool:
+    """Whether one of them is forward mode."""
+    return any(interpreter.key() == _kinds.Jvp for interpreter in _interpreters() or ())
+
+
+def dual_numbers() -> bool:
+    """Whether there are dual numbers around us that are not torch.func's."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def known_while_tracing(f: Callable) -> Callable:
+    """Have dynamo run `f` while it traces, and take its result for a constant: `torch.compiler.assume_constant_result`
+    without its import of a second.
+    """
+    f._dynamo_marked_constant = True
+    return f
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Within it, `torch.compiler.is_compiling()`. (`make_fx` does not say so.)"""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+def version(x: Tensor) -> int:
+    """How often the tensor was written to."""
+    return x._version
+
+
+# --- Rules for an operator of torch's own. `torch.library` has no level of them.
+
+level = _found("torch._C", "_functorch.maybe_current_level", lambda: None)
+_add_axis = _found("torch._C", "_functorch._add_batch_dim", None)
+_take_axis = _found("torch._C", "_functorch._unwrap_batched", None)
+below_autograd = _found("torch._C", "_AutoDispatchBelowAutograd", nullcontext)
+OneLevelFunction = _found("torch.autograd.function", "_SingleLevelFunction", torch.autograd.Function)
+one_level_of_autograd = _found("torch._functorch.utils", "enable_single_level_autograd_function", nullcontext)
+
+
+def rules_can_be_set() -> bool:
+    """Whether all is there for a batching rule; without it torch's own way is slower, and right."""
+    return None not in (_add_axis, _take_axis, _found("torch._functorch.pyfunctorch",
+                                                      "retrieve_current_functorch_interpreter", None))
+
+
+def mapped_size() -> int:
+    """The size of the axis that the innermost `vmap` maps."""
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    return retrieve_current_functorch_interpreter().batch_size()
+
+
+def take_axis(x: Tensor, level: int) -> tuple[Tensor, int | None]:
+    """A mapped tensor as the tensor beneath, and which axis is mapped."""
+    return _take_axis(x, level)
+
+
+def add_axis(x: Tensor, level: int) -> Tensor:
+    """The inverse, of the first axis."""
+    return _add_axis(x, 0, level)
+
+
+def below_vmap() -> AbstractContextManager:
+    """Within it, operators are run as outside of `vmap`."""
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched))
+
+
+def has_batching_rule(name: str) -> bool:
+    """Whether torch has one for the operator by now."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "FuncTorchBatched")
+
+
+# --- Kernels
+
+def copy_each(to: list[Tensor], values: list[Tensor]) -> None:
+    """Copy tensor by tensor, on a GPU by one kernel."""
+    if (together := getattr(torch, "_foreach_copy_", None)) is not None:
+        together(to, values)
+        return
+    for x, value in zip(to, values, strict=True):
+        x.copy_(value)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has products of bfloat16, so that oneDNN's are fast. Without this: as if it had."""
+    known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    return torch.backends.mkldnn.is_available() and known()
+
+
+def times_bytes(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Rows "r d" times an 8-bit weight "o d" with scales "o", which becomes no matrix of the rows' dtype."""
+    return torch._weight_int8pack_mm(rows, weight, scale)
+
+
+# --- The compiler. `torch.compile` traces a layer five times as long, and looks for changes 0.1 ms a call.
+
+_bypass = _found("torch._higher_order_ops.wrap", "dynamo_bypassing_wrapper", None)
+
+
+def outside_of_dynamo(make: Callable, f: Callable, *args: Any, **kwargs: Any) -> Any:
+    """`make(f)(*args, **kwargs)`, where dynamo traces `f` to a graph, and `make` and what it makes are left alone. (It
+    drops the backward of an `autograd.Function`.) Without this, `f` is traced as it is.
+    """
+    return f(*args, **kwargs) if _bypass is None else _bypass(make, f, *args, **kwargs)
+
+
+def allow_shapes(most: int) -> None:
+    """Have dynamo compile a function for at least so many shapes; it gives up after 8. (Its import takes a second.)"""
+    import torch._dynamo.config as config
+
+    if hasattr(config, "recompile_limit"):
+        config.recompile_limit = max(config.recompile_limit, most)
+
+
+def lacking() -> str | None:
+    """Which of the names that `inductor` needs this torch does not have. (Whoever compiles pays their import, too.)"""
+    try:
+        inductor()
+    except (ImportError, AttributeError) as error:
+        return f"torch {torch.__version__} is one that this package was not written for ({error})"
+    return None
+
+
+def inductor() -> SimpleNamespace:
+    """The parts of `torch.compile` beneath dynamo: from a graph to what runs it. (Two seconds.)"""
+    import torch._inductor.codecache as code
+    from torch._C._dynamo.guards import TensorGuards
+    from torch._functorch.compile_utils import fx_graph_cse
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.virtualized import V
+    from torch._subclasses import FakeTensorMode
+
+    return SimpleNamespace(
+        TensorGuards=TensorGuards, same_once=fx_graph_cse, config=config, compile=compile_fx_inner,
+        decompositions=select_decomp_table, set_fakes=V.set_fake_mode, FakeTensorMode=FakeTensorMode,
+        tracing=lambda fakes: tracing(TracingContext(fakes)),
+        # What inductor asks once in a process: which sources torch has, which Triton, which instructions g++ knows.
+        questions=(code.torch_key, code.CacheBase.get_system), instructions=pick_vec_isa, headers=code._HEADER_DIR)
+
+
+def load_cpp(source: str, flags: tuple[str, ...]) -> Any:
+    """Compile C++ as inductor does its loops, once for all processes, and load it. (`torch.utils.cpp_extension` wants
+    ninja, and takes five times as long.)
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    # The flags say which instructions there are. Torch 2.11 asks g++ all the same.
+    known = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
+    return CppCodeCache.load(source, extra_flags=flags, **({"needs_vec_isa": False} if known else {}))

@@ -1,0 +1,58 @@
+"""Whether code can be compiled here: a C++ compiler that works, and a folder for what it makes."""
+
+import ctypes
+import getpass
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+ROOM = 2**24  # bytes: the loops of a small model take 5 MB
+
+
+def obstacle() -> str | None:
+    """Why nothing can be compiled on this machine, and what to do about it; None where a trial succeeds (0.05 s).
+
+    Without compiled code everything gives the same results, slower: whoever asks warns, and goes on.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler {compiler!r}; install g++ or name another in the environment variable CXX"
+    remedy = "name a folder with room that can be written to in the environment variable TORCHINDUCTOR_CACHE_DIR"
+    folder = "a temporary one"
+    try:
+        folder = _folder()
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            library = Path(place, "trial.so")
+            made = subprocess.run([compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", library], text=True,
+                                  input='extern "C" int trial() { return 1; }', capture_output=True)
+            if shutil.disk_usage(place).free < ROOM:
+                return f"the folder for compiled code, {folder}, has less than {ROOM >> 20} MiB of room; {remedy}"
+            if made.returncode or not library.exists():
+                said = (made.stderr.strip() or f"exit status {made.returncode}").splitlines()[0]
+                return (f"the C++ compiler {compiler!r} does not work ({said}); install g++ or name another in the "
+                        "environment variable CXX")
+            ctypes.CDLL(library)
+    except OSError as error:
+        return f"the folder for compiled code, {folder}, cannot be used ({error}); {remedy}"
+    return None
+
+
+def _folder() -> str:
+    """Where inductor keeps compiled code. (Its own function for this has a private name, and takes a second to import.)
+    """
+    if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return os.path.abspath(folder)
+    try:
+        user = getpass.getuser()
+    except (KeyError, ImportError, OSError):
+        user = f"uid_{os.getuid()}"
+    return os.path.join(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+
+
+def uncompiled(name: str, obstacle: str) -> str:
+    """What a warning says of a function for which there is an obstacle."""
+    return f"jit: {obstacle}. Until then {name} runs as it is, slower"
