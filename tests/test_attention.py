@@ -15,8 +15,9 @@ from torch.func import grad, hessian, jacrev, jvp, vjp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fn as lf
-from llama_fn.model import attention, sdpa
+from llama_fn.model import attention
 from llama_fn.model.attention import attend, fused, one_query, written_out
+from llama_fn.ops.aten import sdpa_rules as sdpa
 
 K, G, T, H, S = 2, 3, 4, 6, 9  # key/value heads, query heads of each, queries, a head's width, slots
 KERNEL = "_scaled_dot_product_flash_attention_for_cpu"

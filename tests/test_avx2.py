@@ -17,8 +17,10 @@ from strategies import Calls, keys, leave_no_number_in_memory, random_params
 from test_linear import plain, weight_of
 
 import llama_fn as lf
-from llama_fn.model import attention, avx2, linear
+from llama_fn.model import attention
 from llama_fn.model.cache import Forked
+from llama_fn.ops import linear
+from llama_fn.ops.cpu import build as avx2
 
 pytestmark = pytest.mark.skipif(not avx2.level(), reason="this processor has no AVX2")
 KINDS = st.sampled_from(["int8", "int4"])

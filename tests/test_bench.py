@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import cli
 
-from llama_fn.cli import bench_speed
-from llama_fn.cli.bench_transforms import peak_bytes
-from llama_fn.cli.timing import Ratio, interleave, quartiles, ratio
+from llama_fn.bench import speed as bench_speed
+from llama_fn.bench.timing import Ratio, interleave, quartiles, ratio
+from llama_fn.bench.transforms import peak_bytes
 
 seconds = st.lists(st.floats(1e-6, 1e3), min_size=3, max_size=12)
 

@@ -7,8 +7,8 @@ import torch
 from strategies import random_params, token_rows
 
 import llama_fn as lf
+from llama_fn.compiled import compiler
 from llama_fn.generation import decode
-from llama_fn.transforms import compiler
 
 CONFIG = lf.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70, max_seq_len=64)
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"

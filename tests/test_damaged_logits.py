@@ -13,10 +13,10 @@ from strategies import keys
 from test_cli import cli
 
 import llama_fn as lf
+from llama_fn.compiled.inductor import MANY_ROUNDS
+from llama_fn.compiled.layers import by_shape
 from llama_fn.generation import decode
 from llama_fn.generation.sampling import drawable
-from llama_fn.transforms.inductor import MANY_ROUNDS
-from llama_fn.transforms.layers import by_shape
 
 REMEDY = (r"the logits are NaN or infinite \(\+inf, or -inf for every token\): .* overflowed in a 16-bit dtype; "
           "load the model in bfloat16 or float32")

@@ -12,15 +12,21 @@ from test_linear import plain, weight_of
 from torch._subclasses import FakeTensorMode
 
 import llama_fn as lf
+from llama_fn.compiled import whole_step as one_token
 from llama_fn.model import attention as attending
-from llama_fn.model import linear, one_token, operators
 from llama_fn.model.cache import KeysValues
 from llama_fn.model.rope import Rotation, rotate, rotation
+from llama_fn.ops import linear, operators
 
 pytest.importorskip("triton", reason="there is no triton for this system")
-from llama_fn.model import gpu_after, gpu_attention, gpu_heads, gpu_row, gpu_sums, gpu_token
-from llama_fn.model.gpu_row import Turned, row
-from llama_fn.model.gpu_sums import Weights
+from llama_fn.compiled import gpu_step as gpu_token
+from llama_fn.ops.gpu import attend as gpu_attention
+from llama_fn.ops.gpu import attend_heads as gpu_heads
+from llama_fn.ops.gpu import epilogues as gpu_after
+from llama_fn.ops.gpu import linear_few_rows as gpu_sums
+from llama_fn.ops.gpu import linear_one_row as gpu_row
+from llama_fn.ops.gpu.linear_few_rows import Weights
+from llama_fn.ops.gpu.linear_one_row import Turned, row
 
 
 def sums(weights: list[torch.Tensor], x: torch.Tensor, share: int | None = None) -> torch.Tensor:

@@ -14,13 +14,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import llama_fn as lf
-from llama_fn.cli.bench_transforms import peak_bytes
+from llama_fn.bench.transforms import peak_bytes
+from llama_fn.compiled import inductor, layers
+from llama_fn.compiled import whole_step as one_token
 from llama_fn.generation import decode
-from llama_fn.model import avx2, linear, one_token
-from llama_fn.model.sums import sums
+from llama_fn.ops import linear
+from llama_fn.ops.aten.inductor_sums import sums
+from llama_fn.ops.cpu import build as avx2
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
-from llama_fn.transforms import inductor, layers
 
 CONFIG = lf.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70, max_seq_len=64)
 

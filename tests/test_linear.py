@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from strategies import keys
 
 import llama_fn as lf
-from llama_fn.model import avx2, linear
-from llama_fn.model.quantized import dequantized, grouped, quantized
-from llama_fn.model.sums import sums
+from llama_fn.ops import linear
+from llama_fn.ops.aten.inductor_sums import sums
+from llama_fn.ops.cpu import build as avx2
+from llama_fn.ops.quantized import dequantized, grouped, quantized
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 KINDS = ("tensor", "int8", "int4")

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fn as lf
 from llama_fn import lora, tree
-from llama_fn.model.linear import Adapted
+from llama_fn.ops.linear import Adapted
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
 

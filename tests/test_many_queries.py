@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from strategies import Calls, keys, leave_no_number_in_memory, random_params
 
 import llama_fn as lf
-from llama_fn.model import attention, avx2
+from llama_fn.model import attention
+from llama_fn.ops.cpu import build as avx2
 
 pytestmark = pytest.mark.skipif(not avx2.level(), reason="this processor has no AVX2")
 # Beside the definition in float64: of a weight a pair of bfloat16 keeps 9 bits.

@@ -13,8 +13,8 @@ from strategies import keys, models, random_params, token_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fn as lf
-from llama_fn.model.linear import Adapted
-from llama_fn.model.tapped import embedding_square, linear_square
+from llama_fn.ops.linear import Adapted
+from llama_fn.transforms.tapped import embedding_square, linear_square
 
 B = 5  # samples
 CONFIG = lf.Config(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70, max_seq_len=64)

@@ -12,7 +12,7 @@ from torch.func import grad
 
 import llama_fn as lf
 from llama_fn.checkpoint.load import load
-from llama_fn.model.quantized import GROUP, dequantized, grouped, quantized
+from llama_fn.ops.quantized import GROUP, dequantized, grouped, quantized
 
 BITS = st.sampled_from(["int8", "int4"])
 AXES = st.sampled_from([((5,), (8,)), ((5,), (64,)), ((2, 3), (70,)), ((5,), (2, 3, 24)), ((2, 3, 4), (200,))])

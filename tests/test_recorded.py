@@ -11,12 +11,12 @@ from strategies import random_params, token_rows
 
 import llama_fn as lf
 from llama_fn import modes
+from llama_fn.compiled import cuda_graph as module
+from llama_fn.compiled.cuda_graph import coarse, recorded
+from llama_fn.compiled.trace import part
 from llama_fn.generation import decode
 from llama_fn.model import cache as kv
 from llama_fn.model import checks, extent, transformer
-from llama_fn.transforms import recorded as module
-from llama_fn.transforms.compiled import part
-from llama_fn.transforms.recorded import coarse, recorded
 
 CONFIG = lf.Config(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=34, max_seq_len=900)
 

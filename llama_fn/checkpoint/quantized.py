@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama_fn.model.init import Weight
-from llama_fn.model.quantized import GROUP, Grouped, Quantized
+from llama_fn.ops.quantized import GROUP, Grouped, Quantized
 
 SCALE = ".scale"
 BITS = {torch.int8: "int8", torch.uint8: "int4"}

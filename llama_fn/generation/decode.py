@@ -9,20 +9,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama_fn import random, tree
+from llama_fn.compiled.compiler import obstacle
+from llama_fn.compiled.inductor import MANY_ROUNDS
+from llama_fn.compiled.layers import by_shape, jit_layers
 from llama_fn.generation.sampling import DAMAGED, Sampler, drawable, is_pure
-from llama_fn.model import avx2
 from llama_fn.model import cache as kv
 from llama_fn.model.block import block
 from llama_fn.model.cache import Cache, NoCache, init_cache
-from llama_fn.model.sums import FEW
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.model.transformer import head as plain_head
+from llama_fn.ops.aten.inductor_sums import FEW
+from llama_fn.ops.cpu import build as avx2
 from llama_fn.private import lacking
 from llama_fn.shapes import typed
 from llama_fn.transforms import lora
-from llama_fn.transforms.compiler import obstacle
-from llama_fn.transforms.inductor import MANY_ROUNDS
-from llama_fn.transforms.layers import by_shape, jit_layers
 from llama_fn.transforms.lora import Lora
 
 CHUNK = 512  # tokens of a prompt that go through the model at once: what a token may see is a mask "t s" in memory

@@ -13,13 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.model import avx2, sdpa
 from llama_fn.model import cache as kv
 from llama_fn.model.cache import AnyKeysValues, Forked, NoCache
-from llama_fn.model.linear import Kind, linear, linears
 from llama_fn.model.rope import Rotation, rotate
-from llama_fn.model.sums import in_memory
 from llama_fn.modes import forward_mode, transforms, twice
+from llama_fn.ops.aten import sdpa_rules as sdpa
+from llama_fn.ops.aten.inductor_sums import in_memory
+from llama_fn.ops.cpu import build as avx2
+from llama_fn.ops.linear import Kind, linear, linears
 from llama_fn.shapes import typed
 
 BLOCK = 64  # queries
@@ -132,7 +133,7 @@ def one_query(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s 
 def by_triton(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"], values: Float[Tensor, "*b k s h"],
               positions: Int[Tensor, "*b t"]) -> Float[Tensor, "*b k g t h"]:
     """`written_out` for one query a row on a GPU, by a kernel of `gpu_attention`."""
-    from llama_fn.model import gpu_attention  # noqa: F401  it imports triton, and defines the operator
+    from llama_fn.ops.gpu import attend as gpu_attention  # noqa: F401  it imports triton, and defines the operator
 
     keys, values = (leaf.reshape(-1, *leaf.shape[-3:]) for leaf in (keys, values))
     heads = queries.reshape(-1, *queries.shape[-4:-2], queries.shape[-1])

@@ -10,8 +10,8 @@ from llama_fn.model.cache import AnyKeysValues
 from llama_fn.model.feedforward import FeedForward, feed_forward
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import Rotation
-from llama_fn.model.tapped import Tapped
 from llama_fn.shapes import typed
+from llama_fn.transforms.tapped import Tapped
 
 
 class Block(NamedTuple):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from llama_fn.model.extent import ends
-from llama_fn.model.operators import LIBRARY, define
 from llama_fn.modes import concrete, unread
+from llama_fn.ops.operators import LIBRARY, define
 
 
 def inside(x: Tensor, what: str, low: int, high: int, count: int = 1, after: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from llama_fn.model.linear import Kind, linear, linears
+from llama_fn.ops.linear import Kind, linear, linears
 from llama_fn.shapes import typed
 
 

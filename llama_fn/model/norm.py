@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llama_fn.model.tapped import Tapped, scale_observed
 from llama_fn.shapes import typed
+from llama_fn.transforms.tapped import Tapped, scale_observed
 
 
 @typed

@@ -13,12 +13,12 @@ from llama_fn.model.block import Block, block
 from llama_fn.model.cache import AnyCache, Cache, KeysValues, NoCache, check_room, reach
 from llama_fn.model.checks import held, inside
 from llama_fn.model.extent import grown
-from llama_fn.model.linear import Kind, linear
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotation
-from llama_fn.model.tapped import Tapped, embedding_observed
 from llama_fn.modes import unread
+from llama_fn.ops.linear import Kind, linear
 from llama_fn.shapes import typed
+from llama_fn.transforms.tapped import Tapped, embedding_observed
 
 
 class Params(NamedTuple):

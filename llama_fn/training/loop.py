@@ -10,13 +10,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from llama_fn import tree
+from llama_fn.compiled.jit import jit
 from llama_fn.model.transformer import Params
 from llama_fn.random import Key
 from llama_fn.training.data import Corpus, batch, rows
 from llama_fn.training.loss import loss_sum
 from llama_fn.training.optim import Optimizer
 from llama_fn.training.step import Metrics, make_step
-from llama_fn.transforms.jit import jit
 
 
 class TrainState(NamedTuple):

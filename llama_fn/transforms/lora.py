@@ -19,8 +19,8 @@ from llama_fn import random, tree
 from llama_fn.checkpoint.peft import adaptable, read_peft, write_peft
 from llama_fn.config import Config
 from llama_fn.model.init import Weight, abstract_params
-from llama_fn.model.linear import Adapted
 from llama_fn.model.transformer import Params
+from llama_fn.ops.linear import Adapted
 from llama_fn.random import Key
 from llama_fn.ranges import integer, number
 from llama_fn.shapes import typed

@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama_fn import random, tree
-from llama_fn.model.tapped import Tapped, whole_observed
 from llama_fn.model.transformer import Params
 from llama_fn.modes import concrete
 from llama_fn.random import Key
 from llama_fn.ranges import number
 from llama_fn.shapes import typed
+from llama_fn.transforms.tapped import Tapped, whole_observed
 
 Loss = Callable[..., Tensor]
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.model.init import Weight, abstract_params
-from llama_fn.model.quantized import Grouped, Quantized, dequantized, grouped, quantized
 from llama_fn.model.transformer import Params
+from llama_fn.ops.quantized import Grouped, Quantized, dequantized, grouped, quantized
 from llama_fn.shapes import typed
 
 Bits = Literal["int8", "int4"]

@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llama_fn import tree
-from llama_fn.model.tapped import Tapped
 from llama_fn.modes import forward_mode
 from llama_fn.private import is_wrapped, outside_of_dynamo
+from llama_fn.transforms.tapped import Tapped
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from llama_fn import random, tree
+from llama_fn.bench.opacus import opacus_grads
+from llama_fn.bench.timing import interleave, quartiles, ratio
 from llama_fn.checkpoint.load import load
-from llama_fn.cli.bench_opacus import opacus_grads
-from llama_fn.cli.timing import interleave, quartiles, ratio
+from llama_fn.compiled.jit import jit
 from llama_fn.config import Config
 from llama_fn.generation.completion import text_completion
 from llama_fn.generation.drafted import speculate
@@ -23,7 +24,6 @@ from llama_fn.model.transformer import Params, forward
 from llama_fn.training import optim
 from llama_fn.training.loss import loss
 from llama_fn.transforms import lora
-from llama_fn.transforms.jit import jit
 from llama_fn.transforms.per_sample import per_sample_grads, per_sample_norms
 from llama_fn.transforms.remat import remat
 

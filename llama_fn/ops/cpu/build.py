@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 from torch.fx import Graph
 
-from llama_fn.model.operators import define
-from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
+from llama_fn.ops.operators import define
+from llama_fn.ops.quantized import GROUP, Grouped, Quantized, as_made
 from llama_fn.private import FakeTensor, load_cpp
 
-STEP, PROMPT = ("floats", "integers", "one_query", "one_token"), ("many_queries",)  # files, and their operators
+FILES = {"floats": "linear_floats.cpp", "integers": "linear_integers.cpp", "one_query": "attend_one_query.cpp",
+         "one_token": "step.cpp", "many_queries": "attend_many_queries.cpp"}  # of each operator
+STEP, PROMPT = ("floats", "integers", "one_query", "one_token"), ("many_queries",)  # operators that are compiled as one
 KERNELS = (*STEP, *PROMPT)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -163,7 +165,7 @@ def _source(kernels: tuple[str, ...]) -> str:
         text = Path(__file__).with_name(name).read_text().replace("#pragma once\n", "")
         return re.sub(r'#include "(.*)"', lambda found: take(found[1]), text)
 
-    return source + "".join(take(f"{kernel}.cpp") for kernel in kernels)
+    return source + "".join(take(FILES[kernel]) for kernel in kernels)
 
 
 # Their kernels for the CPU are in C++.

@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama_fn.model import gpu
-from llama_fn.model.gpu import silu
-from llama_fn.model.gpu_row import Turned, row
-from llama_fn.model.gpu_sums import Weights, gated_sums, share, summed, sums_of
+from llama_fn.ops.gpu import launch as gpu
+from llama_fn.ops.gpu.launch import silu
+from llama_fn.ops.gpu.linear_few_rows import Weights, gated_sums, share, summed, sums_of
+from llama_fn.ops.gpu.linear_one_row import Turned, row
 
 
 def turned(weights: Weights, x: Tensor, places: Turned, following: Weights | None) -> Tensor:

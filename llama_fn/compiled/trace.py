@@ -11,10 +11,10 @@ from torch.fx import Graph
 from torch.nn import Parameter
 
 from llama_fn import private
-from llama_fn.model import avx2
+from llama_fn.compiled.inductor import ONE_LOOP, prepared, undisturbed
 from llama_fn.modes import transforms
+from llama_fn.ops.cpu import build as avx2
 from llama_fn.private import autocast
-from llama_fn.transforms.inductor import ONE_LOOP, prepared, undisturbed
 
 
 @undisturbed()

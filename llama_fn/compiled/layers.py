@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.model import one_token
+from llama_fn.compiled import whole_step as one_token
+from llama_fn.compiled.compiler import obstacle, uncompiled
+from llama_fn.compiled.cuda_graph import recorded
+from llama_fn.compiled.inductor import ONE_LOOP
+from llama_fn.compiled.jit import donated
+from llama_fn.compiled.trace import compiled, part, plain
 from llama_fn.model.block import block
 from llama_fn.model.cache import AnyCache
 from llama_fn.model.transformer import Params, forward, head
 from llama_fn.modes import traced
 from llama_fn.private import lacking
-from llama_fn.transforms.compiled import compiled, part, plain
-from llama_fn.transforms.compiler import obstacle, uncompiled
-from llama_fn.transforms.inductor import ONE_LOOP
-from llama_fn.transforms.jit import donated
-from llama_fn.transforms.recorded import recorded
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -11,14 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from llama_fn.model.cache import Cache
-from llama_fn.model.gpu_after import added, gated, normed, turned
-from llama_fn.model.gpu_attention import attention
-from llama_fn.model.gpu_heads import MANY, attended
-from llama_fn.model.gpu_row import Turned
-from llama_fn.model.gpu_sums import Weights
-from llama_fn.model.quantized import Quantized
 from llama_fn.model.rope import known_frequencies
 from llama_fn.model.transformer import Params
+from llama_fn.ops.gpu.attend import attention
+from llama_fn.ops.gpu.attend_heads import MANY, attended
+from llama_fn.ops.gpu.epilogues import added, gated, normed, turned
+from llama_fn.ops.gpu.linear_few_rows import Weights
+from llama_fn.ops.gpu.linear_one_row import Turned
+from llama_fn.ops.quantized import Quantized
 
 
 def one_token(params: Params, tokens: Tensor, cache: Cache, slots: int) -> Tensor:

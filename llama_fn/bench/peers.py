@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from llama_fn import private, tree
 from llama_fn.checkpoint.huggingface import to_hf
-from llama_fn.model.quantized import Grouped, Quantized
 from llama_fn.model.transformer import Params
+from llama_fn.ops.quantized import Grouped, Quantized
 from llama_fn.transforms.quantize import dequantize
 
 LLAMA_CPP = {"embedding": "token_embd", "norm": "output_norm", "output": "output", "attention_norm": "attn_norm",

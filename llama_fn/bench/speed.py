@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from llama_fn import tree
+from llama_fn.bench.peers import gpt_fast, hugging_face, llama_cpp
+from llama_fn.bench.timing import interleave, quartiles, ratio
 from llama_fn.checkpoint.load import load
-from llama_fn.cli.bench_peers import gpt_fast, hugging_face, llama_cpp
 from llama_fn.cli.options import device_of
-from llama_fn.cli.timing import interleave, quartiles, ratio
+from llama_fn.compiled.jit import jit
+from llama_fn.compiled.layers import jit_layers
 from llama_fn.config import LLAMA2_7B, Config
 from llama_fn.model.cache import Cache, init_cache
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
-from llama_fn.transforms.jit import jit
-from llama_fn.transforms.layers import jit_layers
 from llama_fn.transforms.quantize import quantized_leaf
 
 SHAPES = {

@@ -10,8 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from llama_fn import tree
+from llama_fn.compiled.compiler import obstacle, uncompiled
 from llama_fn.private import allow_shapes
-from llama_fn.transforms.compiler import obstacle, uncompiled
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from llama_fn import private
-from llama_fn.model import avx2
 from llama_fn.modes import far
+from llama_fn.ops.cpu import build as avx2
 
 OPTIONS = {"size_asserts": False}  # each call looks first whether its tensors fit
 CPU = {"cpp.enable_floating_point_contract_flag": "fast",  # inductor multiplies and adds apart

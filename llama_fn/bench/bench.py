@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 import tyro
 
+from llama_fn.bench.speed import SPEED, Work, check
+from llama_fn.bench.transforms import TRANSFORMS
 from llama_fn.checkpoint.load import load
-from llama_fn.cli.bench_speed import SPEED, Work, check
-from llama_fn.cli.bench_transforms import TRANSFORMS
 from llama_fn.cli.options import device_of
 from llama_fn.memory import keep_memory
 from llama_fn.model.cache import init_cache
@@ -72,7 +72,7 @@ def checks(rounds: int, calls: int = 200) -> dict[str, str]:
     times: dict[str, list[float]] = {"1": [], "0": []}
     for _ in range(rounds):
         for switch, seen in times.items():
-            program = f"from llama_fn.cli.bench import step_time; print(step_time({calls}))"
+            program = f"from llama_fn.bench.bench import step_time; print(step_time({calls}))"
             done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "LLAMA_FN_TYPED": switch},
                                   check=True, stdout=subprocess.PIPE, text=True)
             seen.append(1e6 * float(done.stdout))

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from llama_fn.compiled.trace import filled, part, plain
 from llama_fn.model import cache as kv
 from llama_fn.model.cache import Cache
 from llama_fn.model.extent import Extent, extent, noted, remembered
 from llama_fn.modes import far, recording, traced, transforms
 from llama_fn.private import autocast, copy_each
 from llama_fn.shapes import bind
-from llama_fn.transforms.compiled import filled, part, plain
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
+from llama_fn.ops.quantized import GROUP, Grouped, Quantized, as_made
 from llama_fn.shapes import typed
 
 Matrix = Float[Tensor, "o d"] | Quantized | Grouped

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama_fn.model import gpu
-from llama_fn.model.gpu import ask, mine, silu
-from llama_fn.model.operators import define
+from llama_fn.ops.gpu import launch as gpu
+from llama_fn.ops.gpu.launch import ask, mine, silu
+from llama_fn.ops.operators import define
 
 ASKED = 4096  # bytes of the next weights that a program asks for
 

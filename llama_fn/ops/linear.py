@@ -15,13 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.model import avx2
-from llama_fn.model.quantized import Grouped, Quantized, dequantized
-from llama_fn.model.sums import FEW, Matrix, in_memory, sums, whole_words
-from llama_fn.model.tapped import Tapped, linear_observed
 from llama_fn.modes import transforms
+from llama_fn.ops.aten.inductor_sums import FEW, Matrix, in_memory, sums, whole_words
+from llama_fn.ops.cpu import build as avx2
+from llama_fn.ops.quantized import Grouped, Quantized, dequantized
 from llama_fn.private import multiplies_bfloat16, times_bytes
 from llama_fn.shapes import typed
+from llama_fn.transforms.tapped import Tapped, linear_observed
 
 
 class Adapted(NamedTuple):
@@ -134,7 +134,8 @@ def by_triton(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]
 
 
 def _by_triton(weights: Sequence[Tensor | Quantized], x: Tensor) -> list[Tensor]:
-    from llama_fn.model import gpu_row, gpu_sums  # noqa: F401  they import triton, which is only where there is a GPU
+    from llama_fn.ops.gpu import linear_few_rows as gpu_sums
+    from llama_fn.ops.gpu import linear_one_row as gpu_row  # noqa: F401  they import triton, which is only where there is a GPU
 
     weights = [_matrix(weight, 1) for weight in weights]
     values = [weight.values if isinstance(weight, Quantized) else weight for weight in weights]

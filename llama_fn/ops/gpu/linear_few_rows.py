@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama_fn.model import gpu
-from llama_fn.model.gpu import mine, silu
-from llama_fn.model.operators import define
+from llama_fn.ops.gpu import launch as gpu
+from llama_fn.ops.gpu.launch import mine, silu
+from llama_fn.ops.operators import define
 
 OUTPUTS, BLOCK = 64, 128  # that a program multiplies at once, and inputs
 FIRST = 512  # inputs of the first block of bytes, for up to 16 rows

@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama_fn.model import gpu
-from llama_fn.model.gpu_row import Turned
-from llama_fn.model.gpu_sums import Weights, summed, sums_of
+from llama_fn.ops.gpu import launch as gpu
+from llama_fn.ops.gpu.linear_few_rows import Weights, summed, sums_of
+from llama_fn.ops.gpu.linear_one_row import Turned
 
 MANY = 264  # heads of all rows, two on each of a Hopper's processors; of fewer, slots are shared among programs, too
 SLOTS, WARPS = 32, 2  # that a program attends to at once: the fastest of five (H100)

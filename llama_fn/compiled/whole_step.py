@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from llama_fn.model import avx2
 from llama_fn.model.block import Block
 from llama_fn.model.cache import Cache, KeysValues
-from llama_fn.model.linear import most_by_triton
-from llama_fn.model.quantized import GROUP, Grouped, Quantized, as_made
 from llama_fn.model.rope import known_frequencies
 from llama_fn.model.transformer import Params
 from llama_fn.modes import traced, transforms
+from llama_fn.ops.cpu import build as avx2
+from llama_fn.ops.linear import most_by_triton
+from llama_fn.ops.quantized import GROUP, Grouped, Quantized, as_made
 from llama_fn.private import autocast
 
 # What was found of weights and a cache, for as long as they live.
@@ -55,7 +55,7 @@ def one_token(params: Params, tokens: Tensor, cache: Cache, slots: int) -> Tenso
     if not here or cache.length.dtype != torch.int64 or not _once(fit, leaves, tokens.shape):
         return None
     if tokens.is_cuda:
-        from llama_fn.model import gpu_token  # it imports triton, which is only where there is a GPU
+        from llama_fn.compiled import gpu_step as gpu_token  # it imports triton, which is only where there is a GPU
 
         with torch.cuda.device(tokens.device):  # where triton launches
             return gpu_token.one_token(params, tokens, cache, slots)

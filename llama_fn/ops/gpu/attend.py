@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama_fn.model import gpu
-from llama_fn.model.operators import define
+from llama_fn.ops.gpu import launch as gpu
+from llama_fn.ops.operators import define
 
 MANY = 2**17  # slots of all heads, of which a program attends to 128 of each and not to 32
 
