@@ -81,7 +81,7 @@ def test_floats_are_summed_piece_after_piece_and_block_after_block_of_inputs(dty
 
 def test_fewer_threads_than_were_asked_for_compute_all():
     """OpenMP may give fewer; how many at most, it is told before it begins."""
-    program = ("import torch, llama_fn as lf; from llama_fn.model import avx2; torch.get_num_threads = lambda: 5;"
+    program = ("import torch, llama_fn as lf; from llama_fn.ops.cpu import build as avx2; torch.get_num_threads = lambda: 5;"
                "one, two = lf.random.split(lf.random.key(0)); w = lf.random.normal(one, (47, 64), torch.float32);"
                "x = lf.random.normal(two, (1, 64), torch.float32);"
                "assert (avx2.sums([w], x)[0] - x @ w.T).abs().max() <= 1e-4")

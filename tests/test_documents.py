@@ -15,6 +15,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 import llama_fn as lf
 from llama_fn.cli import main as program
+from llama_fn.training import loop
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.md")
@@ -40,6 +41,7 @@ STEPS = {"2000": "3"}  # of training, and of that alone
 def place(tmp_path, monkeypatch, model, texts) -> Path:
     """The folder in which a reader of the documents would be: it holds the weights and texts that they name."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "jit", lambda f, donate: f)  # a training step compiles for 15 s, and is tested elsewhere
     for folder in ("llama-2-7b", "llama-2-7b-chat"):
         lf.save(model, folder)
     (tmp_path / "book.txt").write_text(" ".join(texts[:3]))
@@ -58,7 +60,7 @@ def run_command(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     for beginning, more in SHORTER.items():
         if line.startswith(beginning):
-            words = [STEPS.get(word, word) for word in words] + [m for m in more if "--resume" not in words]
+            words = [STEPS.get(word, word) for word in words] + more
     monkeypatch.setattr(sys, "argv", words)
     if line.startswith(PARSED):
         monkeypatch.setattr(program, "COMMANDS", {name: _parsed(f) for name, f in program.COMMANDS.items()})

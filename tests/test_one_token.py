@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 import llama_fn as lf
 from llama_fn.bench.transforms import peak_bytes
+from llama_fn.compiled import layers
 from llama_fn.compiled import whole_step as one_token
 from llama_fn.model.cache import Forked
 from llama_fn.model.rope import frequencies, known_frequencies
@@ -76,7 +77,7 @@ def names_of(params, tokens, cache, step=None) -> list[str]:
 
 def test_it_is_chosen_for_values_of_one_token_a_row_alone(monkeypatch):
     params, tokens = model_of(lf.random.key(0), torch.bfloat16, None), token_rows(CONFIG, 2, 1)
-    monkeypatch.setattr(lf.transforms.layers, "compiled", lambda f, args, *_: lambda tensors: f(*args))
+    monkeypatch.setattr(layers, "compiled", lambda f, args, *_: lambda tensors: f(*args))
 
     def cache(dtype: torch.dtype = torch.bfloat16) -> lf.Cache:
         return lf.init_cache(CONFIG, (2,), max_len=9, dtype=dtype)
