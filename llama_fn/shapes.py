@@ -173,7 +173,7 @@ def _check(hint: Any) -> Callable[[Any, str], tuple[str, Any, Any] | None]:
                     return None
                 wrongs.append(wrong)
             # Of several options, the one of the value's own kind says best what is wrong.
-            own = [w for w in wrongs if w[0] != where or (isinstance(value, Tensor) and _is_array(w[1]))]
+            own = [w for w in wrongs if w[0] != where or (_is_array(w[1]) and isinstance(value, w[1].array_type))]
             return own[0] if len(own) == 1 else wrongs[0] if len(wrongs) == 1 else (where, hint, value)
 
         return union

@@ -19,6 +19,7 @@ from test_linear import plain, weight_of
 import llama_fn as lf
 from llama_fn.model import attention
 from llama_fn.model.cache import Forked
+from llama_fn.model.linear import written_out
 from llama_fn.ops import linear
 from llama_fn.ops.cpu import build as avx2
 
@@ -57,10 +58,10 @@ def check_integers(threads: int, key: torch.Tensor, kind: str, outputs: list[int
         ys = avx2.sums(weights, x)
     for weight, y in zip(weights, ys, strict=True):
         w = plain(weight)
-        lost = linear.written_out(w.abs() + plain(weight._replace(values=weight.values * 0)).abs(), largest) * 2**-16
-        terms = linear.written_out(w.abs(), x.double().abs())
+        lost = written_out(w.abs() + plain(weight._replace(values=weight.values * 0)).abs(), largest) * 2**-16
+        terms = written_out(w.abs(), x.double().abs())
         assert y.dtype == torch.float32 and y.shape == (rows, len(w))
-        assert ((y - linear.written_out(w, x.double())).abs() <= lost + 2e-6 * terms).all()
+        assert ((y - written_out(w, x.double())).abs() <= lost + 2e-6 * terms).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -99,9 +100,9 @@ def check_floats(threads: int, key: torch.Tensor, dtype: torch.dtype, outputs: l
         patch.setattr(torch, "get_num_threads", lambda: threads)
         ys = avx2.sums(numbers.split(outputs), x)
     for weight, y in zip(numbers.double().split(outputs), ys, strict=True):
-        terms = linear.written_out(weight.abs(), x.double().abs())
+        terms = written_out(weight.abs(), x.double().abs())
         assert y.dtype == torch.float32 and y.shape == (rows, len(weight))
-        assert ((y - linear.written_out(weight, x.double())).abs() <= 2e-6 * terms).all()
+        assert ((y - written_out(weight, x.double())).abs() <= 2e-6 * terms).all()
 
 
 @pytest.mark.parametrize("rows", range(1, 9))
@@ -112,8 +113,8 @@ def test_the_largest_integers_do_not_overflow(rows):
     nibbles = nibbles._replace(values=torch.full_like(nibbles.values, 255))
     three, same = 3 * signs, torch.full((192,), 3.0)
     for weight, x in ((bytes_, three), (bytes_, -three), (nibbles, same), (nibbles, -same)):
-        y, exact = avx2.sums([weight], x.expand(rows, 192))[0], linear.written_out(plain(weight), x.double())
-        assert ((y - exact).abs() <= 1e-6 * linear.written_out(plain(weight).abs(), x.double().abs())).all()
+        y, exact = avx2.sums([weight], x.expand(rows, 192))[0], written_out(plain(weight), x.double())
+        assert ((y - exact).abs() <= 1e-6 * written_out(plain(weight).abs(), x.double().abs())).all()
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -131,8 +132,8 @@ def test_what_is_no_number_stays_none_in_its_row_alone(kind, bad):
 def test_by_cpp_a_map_is_what_is_written_out_and_rounds_once(key, kind, batch, dtype):
     weight = weight_of(kind, key, (7,), (192,), dtype)
     x = lf.random.normal(key, (*batch, 192), torch.float64).to(dtype)
-    y, exact = linear.by_cpp(weight, x), linear.written_out(plain(weight), x.double())
-    terms = linear.written_out(plain(weight).abs(), x.double().abs())
+    y, exact = linear.by_cpp(weight, x), written_out(plain(weight), x.double())
+    terms = written_out(plain(weight).abs(), x.double().abs())
     unit, lost = torch.finfo(dtype).eps / 2, 2e-6 if kind == "tensor" else 1e-4
     assert y.dtype == dtype and y.shape == exact.shape
     assert ((y - exact).abs() <= unit * exact.abs() + lost * terms).all()

@@ -15,6 +15,7 @@ import llama_fn as lf
 from llama_fn.compiled import whole_step as one_token
 from llama_fn.model import attention as attending
 from llama_fn.model.cache import KeysValues
+from llama_fn.model.linear import written_out
 from llama_fn.model.rope import Rotation, rotate, rotation
 from llama_fn.ops import linear, operators
 
@@ -66,7 +67,7 @@ def test_sums_of_several_weights_are_products_summed_in_float32(rows, share, key
     y = sums(weights, x, share)
     assert y.dtype == torch.float32 and y.shape[1:] == (rows, sum(outputs)) and y.isfinite().all()
     whole = torch.cat(weights).double()
-    exact, terms = (linear.written_out(a, b) for a, b in ((whole, x.double()), (whole.abs(), x.double().abs())))
+    exact, terms = (written_out(a, b) for a, b in ((whole, x.double()), (whole.abs(), x.double().abs())))
     assert ((y.double().sum(0) - exact).abs() <= 2e-6 * terms).all()
 
 
@@ -85,9 +86,9 @@ def test_by_triton_a_map_is_what_is_written_out_and_rounds_once(key, kind, batch
     weight = lf.tree.map(lambda x: x.to(DEVICE), weight_of(kind, key, (7,), (4 * d,), HALF))
     x = lf.random.normal(key, (*batch, 4 * d), torch.float64).to(HALF).to(DEVICE)
     y = linear.by_triton(weight, x)
-    exact = linear.written_out(plain(weight), x.double())
+    exact = written_out(plain(weight), x.double())
     assert y.dtype == HALF and y.shape == exact.shape
-    assert ((y - exact).abs() <= 2**-11 * exact.abs() + 2e-6 * linear.written_out(plain(weight).abs(), x.double().abs())
+    assert ((y - exact).abs() <= 2**-11 * exact.abs() + 2e-6 * written_out(plain(weight).abs(), x.double().abs())
             ).all()
 
 
@@ -104,7 +105,7 @@ def test_a_row_is_the_product_and_what_is_made_of_it(key, outputs, d, bytes_, wh
     scales = [torch.arange(1, 1 + len(w), device=DEVICE) / 40 + i for i, w in enumerate(weights)] if bytes_ else []
     weights = [w.to(DEVICE) for w in weights]
     wide = [w.double() * (scales[i][:, None] if bytes_ else 1) for i, w in enumerate(weights)]
-    ys, terms = ([linear.written_out(f(w), f(x.double())) for w in wide] for f in (lambda w: w, torch.abs))
+    ys, terms = ([written_out(f(w), f(x.double())) for w in wide] for f in (lambda w: w, torch.abs))
     error = sum(t * 2e-6 for t in terms) if what == "gated" else 2e-6 * torch.cat(terms, -1)
     if what == "residual":
         before = lf.random.normal(two, ys[0].shape, torch.float64).to(HALF).to(DEVICE)
@@ -135,7 +136,7 @@ def test_queries_and_keys_are_turned_and_keys_and_values_kept(rows, key, k, g, p
     angles = [part.contiguous() for part in rotation(slots + 3, h, 1e4)]
     leaves = [lf.random.normal(n, (rows, k, 7, h), torch.float32).to(HALF).to(DEVICE) for n in (two, three)]
     after, every = [leaf.clone() for leaf in leaves], torch.arange(rows, device=DEVICE)
-    queries, keys_, values = (linear.written_out(w, x.double()).to(HALF).view(rows, -1, h) for w in wide)
+    queries, keys_, values = (written_out(w, x.double()).to(HALF).view(rows, -1, h) for w in wide)
     turn = Rotation(*(part[:, None] for part in angles))
     queries, keys_ = (rotate(part[:, None], turn)[:, 0] for part in (queries, keys_))
     after[0][every, :, slots], after[1][every, :, slots] = keys_, values
@@ -157,7 +158,7 @@ def test_a_head_is_turned_kept_and_attended_to_and_reads_no_slot_beyond(slots, k
     positions = slots + 2 - (lf.random.bits(two, (rows,)) * min(slots + 3, 40) >> 32).to(DEVICE)  # two are beyond
     angles = [part.contiguous() for part in rotation(positions + 3, h, 1e4)]
     leaves = [lf.random.normal(n, (rows, k, slots + 1, h), torch.float32).to(HALF).to(DEVICE) for n in (two, three)]
-    queries, *own = (linear.written_out(w, x.double()).to(HALF).view(rows, 1, k, h) for w in wide)
+    queries, *own = (written_out(w, x.double()).to(HALF).view(rows, 1, k, h) for w in wide)
     turn = Rotation(*(part[:, None] for part in angles))
     queries, own[0] = rotate(queries, turn), rotate(own[0], turn)
     mine = torch.arange(slots + 1, device=DEVICE) == positions[:, None]
@@ -194,7 +195,7 @@ def test_gated_sums_are_the_gate_of_products(key, o, d, rows, bytes_, unit):
     one, *others = lf.random.split(key, 3)
     x = lf.random.normal(one, (rows, d), torch.float64).to(HALF).to(DEVICE)
     weights, wide = matrices(others, [o, o], d, bytes_)
-    gate, up = (linear.written_out(w, x.double()) for w in wide)
+    gate, up = (written_out(w, x.double()) for w in wide)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_sums, "share", lambda weights, x: -(-x.shape[1] // unit) * unit)
         y = gpu_sums.gated_sums(weights, x)
@@ -334,18 +335,18 @@ def test_these_kernels_are_chosen_in_a_compiled_step_on_a_gpu(monkeypatch, kind,
     weight, seen = weight_of(kind, lf.random.key(0), (3,), (64,), dtype), []
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(rows, 64, dtype=dtype, device="cuda")
-        assert linear._kernel(weight, x).__name__ == "product"
+        assert linear.chosen(weight, x, written_out).__name__ == "product"
         monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
-        assert linear._kernel(weight, x).__name__ == kernel
+        assert linear.chosen(weight, x, written_out).__name__ == kernel
         if kind == "tensor":
-            assert linear._kernel(weight.repeat(1, 2)[:, ::2], x).__name__ != "by_triton"  # it would be copied
+            assert linear.chosen(weight.repeat(1, 2)[:, ::2], x, written_out).__name__ != "by_triton"  # it would be copied
         if kind == "int8":  # its scales are read as they lie
             one_for_all = weight._replace(scale=weight.scale[:1].expand(3))
-            assert linear._kernel(one_for_all, x).__name__ != "by_triton"
+            assert linear.chosen(one_for_all, x, written_out).__name__ != "by_triton"
         heads = torch.empty(2, 3, 1, 4, dtype=dtype, device="cuda")
         assert attending._for_triton(heads) and not attending._for_triton(heads.double())
         torch.vmap(lambda row: seen.append(linear._for_triton(weight, row)) or row)(x)
         torch.vmap(lambda one: seen.append(attending._for_triton(one)) or one)(heads)
-        assert linear._kernel(weight, x.requires_grad_()).__name__ == "product"
+        assert linear.chosen(weight, x.requires_grad_(), written_out).__name__ == "product"
         assert not attending._for_triton(x)
     assert seen == [False, False]

@@ -18,7 +18,7 @@ from llama_fn.bench.transforms import peak_bytes
 from llama_fn.compiled import inductor, layers
 from llama_fn.compiled import whole_step as one_token
 from llama_fn.generation import decode
-from llama_fn.ops import linear
+from llama_fn.model.linear import written_out
 from llama_fn.ops.aten.inductor_sums import sums
 from llama_fn.ops.cpu import build as avx2
 from llama_fn.training import optim
@@ -241,7 +241,7 @@ def test_a_weight_that_begins_within_a_word_is_compiled_apart(compilations):
     x = lf.random.normal(lf.random.key(1), (1, 64), torch.float32).bfloat16()
     for begin in (0, 1, 0):
         weight = memory[begin:begin + 5 * 64].view(5, 64)
-        assert (product(weight, x) - linear.written_out(weight.double(), x.double())).abs().max() < 0.1
+        assert (product(weight, x) - written_out(weight.double(), x.double())).abs().max() < 0.1
     assert compilations == ["sums"] * 2
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from strategies import keys
 
 import llama_fn as lf
+from llama_fn.model.linear import linear as linear_map
+from llama_fn.model.linear import written_out
 from llama_fn.ops import linear
 from llama_fn.ops.aten.inductor_sums import sums
 from llama_fn.ops.cpu import build as avx2
@@ -34,7 +36,7 @@ def near(y: torch.Tensor, weight, x: torch.Tensor, inputs: int = 1, roundings: i
     """Whether y is the weight times x: in bfloat16 after so many roundings of a result, and of each weight."""
     w, x64 = plain(weight).flatten(-inputs), x.double().flatten(-inputs)
     flat = w.flatten(0, -2)
-    exact, terms = (linear.written_out(a, b).unflatten(-1, w.shape[:-1]) for a, b in ((flat, x64),
+    exact, terms = (written_out(a, b).unflatten(-1, w.shape[:-1]) for a, b in ((flat, x64),
                                                                                     (flat.abs(), x64.abs())))
     unit, sums = {torch.float64: (0.0, 1e-13), torch.float32: (2**-24, 1e-5), torch.bfloat16: (2**-8, 1e-5)}[x.dtype]
     assert y.dtype == x.dtype and y.shape == exact.shape
@@ -96,7 +98,7 @@ def test_no_rows_have_no_outputs(monkeypatch, kind, compiling):
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", compiling)
     for dtype in (torch.float32, torch.bfloat16):
         weight = weight_of(kind, lf.random.key(0), (5,), (64,), dtype)
-        assert linear.linear(weight, torch.zeros((3, 0, 64), dtype=dtype)).shape == (3, 0, 5)
+        assert linear_map(weight, torch.zeros((3, 0, 64), dtype=dtype)).shape == (3, 0, 5)
 
 
 @pytest.mark.parametrize("rows", [1, 8])
@@ -128,7 +130,7 @@ def test_heads_are_axes_of_the_inputs_or_of_the_outputs(key, kind, dtype, batch,
     one, two = lf.random.split(key)
     weight = weight_of(kind, one, outer, inner, dtype)
     x = lf.random.normal(two, (*batch, *inner), torch.float64).to(dtype)
-    assert near(linear.linear(weight, x, len(inner)), weight, x, len(inner), roundings=2, weights=1)
+    assert near(linear_map(weight, x, len(inner)), weight, x, len(inner), roundings=2, weights=1)
 
 
 # --- which kernel
@@ -137,7 +139,7 @@ def test_heads_are_axes_of_the_inputs_or_of_the_outputs(key, kind, dtype, batch,
 def chosen(kind: str, dtype: torch.dtype, rows: int, d: int = 64, device: str = "cpu") -> str:
     weight = weight_of(kind, lf.random.key(0), (3,), (d,), dtype)
     x = torch.zeros((rows, d), dtype=dtype, device=device)
-    return linear._kernel(weight, x).__name__
+    return linear.chosen(weight, x, written_out).__name__
 
 
 @pytest.mark.parametrize(("kind", "dtype", "rows", "d", "eager", "compiled"), [
@@ -199,8 +201,8 @@ def test_scales_that_were_cast_are_not_read_as_words(monkeypatch, dtype):
     weight, x = weight_of("int4", lf.random.key(0), (3,), (64,), dtype), torch.ones(2, 64, dtype=dtype)
     for scale in (weight.scale.to(torch.float16), weight.scale.float(), weight.scale.mT.contiguous().mT):
         other = weight._replace(scale=scale)
-        terms = linear.written_out(plain(other).abs(), x.double().abs())
-        error = linear.linear(other, x) - linear.written_out(plain(other), x.double())
+        terms = written_out(plain(other).abs(), x.double().abs())
+        error = linear_map(other, x) - written_out(plain(other), x.double())
         assert (error.abs() <= {torch.float32: 1e-5, torch.float16: 2e-3}[dtype] * terms).all()
 
 
@@ -211,7 +213,7 @@ def test_what_is_mapped_or_differentiated_goes_through_torchs_product(monkeypatc
     weight, x, seen = weight_of(kind, lf.random.key(0), (3,), (64,), dtype), torch.ones(4, 64, dtype=dtype), []
 
     def f(row: torch.Tensor) -> torch.Tensor:
-        seen.append(linear._kernel(weight, row).__name__)
+        seen.append(linear.chosen(weight, row, written_out).__name__)
         return row.sum()
 
     torch.vmap(f)(x)
@@ -226,7 +228,7 @@ def test_what_is_mapped_or_differentiated_goes_through_torchs_product(monkeypatc
 def test_an_exported_program_has_torchs_operators_alone(kind):
     class Map(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return linear.linear(weight, x)
+            return linear_map(weight, x)
 
     weight, x = weight_of(kind, lf.random.key(0), (3,), (64,), torch.bfloat16), torch.ones(2, 64, dtype=torch.bfloat16)
     program = torch.export.export(Map(), (x,), strict=False)

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fn as lf
 from llama_fn import lora, tree
-from llama_fn.ops.linear import Adapted
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
+from llama_fn.transforms.lora import Adapted
 
 CONFIG = lf.Config(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70, max_seq_len=64)
 ALL = (*lora.LINEAR, "output")

@@ -15,12 +15,13 @@ from torch import Tensor
 from llama_fn import tree
 from llama_fn.model import cache as kv
 from llama_fn.model.cache import AnyKeysValues, Forked, NoCache
+from llama_fn.model.linear import linear, linears
 from llama_fn.model.rope import Rotation, rotate
 from llama_fn.modes import forward_mode, transforms, twice
 from llama_fn.ops.aten import sdpa_rules as sdpa
 from llama_fn.ops.aten.inductor_sums import in_memory
 from llama_fn.ops.cpu import build as avx2
-from llama_fn.ops.linear import Kind, linear, linears
+from llama_fn.ops.weight import Matrix
 from llama_fn.shapes import typed
 
 BLOCK = 64  # queries
@@ -29,10 +30,10 @@ BLOCK = 64  # queries
 class Attention(NamedTuple):
     """The four matrices, with their heads. Query head i belongs to key/value head i // g."""
 
-    wq: Float[Tensor, "k g h d"] | Kind
-    wk: Float[Tensor, "k h d"] | Kind
-    wv: Float[Tensor, "k h d"] | Kind
-    wo: Float[Tensor, "d k g h"] | Kind
+    wq: Float[Matrix, "k g h d"]
+    wk: Float[Matrix, "k h d"]
+    wv: Float[Matrix, "k h d"]
+    wo: Float[Matrix, "d k g h"]
 
 
 @typed

@@ -10,16 +10,16 @@ from llama_fn.model.cache import AnyKeysValues
 from llama_fn.model.feedforward import FeedForward, feed_forward
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import Rotation
+from llama_fn.ops.weight import Vector
 from llama_fn.shapes import typed
-from llama_fn.transforms.tapped import Tapped
 
 
 class Block(NamedTuple):
     """The parameters of one layer."""
 
-    attention_norm: Float[Tensor, "d"] | Tapped
+    attention_norm: Float[Vector, "d"]
     attention: Attention
-    ffn_norm: Float[Tensor, "d"] | Tapped
+    ffn_norm: Float[Vector, "d"]
     feed_forward: FeedForward
 
 

@@ -6,16 +6,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from llama_fn.ops.linear import Kind, linear, linears
+from llama_fn.model.linear import linear, linears
+from llama_fn.ops.weight import Matrix
 from llama_fn.shapes import typed
 
 
 class FeedForward(NamedTuple):
     """Meta's w1, w3 and w2."""
 
-    w_gate: Float[Tensor, "f d"] | Kind
-    w_up: Float[Tensor, "f d"] | Kind
-    w_down: Float[Tensor, "d f"] | Kind
+    w_gate: Float[Matrix, "f d"]
+    w_up: Float[Matrix, "f d"]
+    w_down: Float[Matrix, "d f"]
 
 
 @typed

@@ -4,22 +4,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llama_fn.ops.weight import Vector
 from llama_fn.shapes import typed
-from llama_fn.transforms.tapped import Tapped, scale_observed
 
 
 @typed
-def rms_norm(weight: Float[Tensor, "d"] | Tapped, x: Float[Tensor, "*b t d"], eps: float) -> Float[Tensor, "*b t d"]:
+def rms_norm(weight: Float[Vector, "d"], x: Float[Tensor, "*b t d"], eps: float) -> Float[Tensor, "*b t d"]:
     """The mean square is taken in float32 at least and the quotient cast back before the weight, as Meta does."""
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
-    return scaled(weight, (exact * scale).to(x.dtype))
-
-
-@typed
-def scaled(weight: Float[Tensor, "d"] | Tapped, x: Float[Tensor, "*b t d"]) -> Float[Tensor, "*b t d"]:
-    """x times the weight."""
-    if isinstance(weight, Tapped):
-        plain, tap = weight.use()
-        return scale_observed(x * plain, x, tap)
-    return x * weight
+    unit = (exact * scale).to(x.dtype)
+    return unit * weight if isinstance(weight, Tensor) else weight.scale(unit)

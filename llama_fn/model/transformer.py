@@ -13,26 +13,26 @@ from llama_fn.model.block import Block, block
 from llama_fn.model.cache import AnyCache, Cache, KeysValues, NoCache, check_room, reach
 from llama_fn.model.checks import held, inside
 from llama_fn.model.extent import grown
+from llama_fn.model.linear import linear
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotation
 from llama_fn.modes import unread
-from llama_fn.ops.linear import Kind, linear
+from llama_fn.ops.weight import Matrix, Table, Vector
 from llama_fn.shapes import typed
-from llama_fn.transforms.tapped import Tapped, embedding_observed
 
 
 class Params(NamedTuple):
     """All weights of a model, and its config, which has no leaves. Plain tensors: `torch.func` differentiates them."""
 
-    embedding: Float[Tensor, "v d"] | Tapped
+    embedding: Float[Table, "v d"]
     blocks: tuple[Block, ...]
-    norm: Float[Tensor, "d"] | Tapped
-    output: Float[Tensor, "v d"] | Kind
+    norm: Float[Vector, "d"]
+    output: Float[Matrix, "v d"]
     config: Config
 
 
 @typed
-def head(norm: Float[Tensor, "d"] | Tapped, output: Float[Tensor, "v d"] | Kind, x: Float[Tensor, "*b t d"],
+def head(norm: Float[Vector, "d"], output: Float[Matrix, "v d"], x: Float[Tensor, "*b t d"],
          eps: float) -> Float[Tensor, "*b t v"]:
     """The logits of what the last layer says: output (norm x)."""
     return linear(output, rms_norm(norm, x, eps))
@@ -103,11 +103,10 @@ def _layers(params: Params, tokens: Tensor, cache: Cache | NoCache | None,
 
 
 @typed
-def embed(weight: Float[Tensor, "v d"] | Tapped, tokens: Int[Tensor, "*b t"]) -> Float[Tensor, "*b t d"]:
+def embed(weight: Float[Table, "v d"], tokens: Int[Tensor, "*b t"]) -> Float[Tensor, "*b t d"]:
     """Each token's row of the weight; for a number outside that was not read before (see `checks`), NaN."""
-    if isinstance(weight, Tapped):
-        plain, tap = weight.use()
-        return embedding_observed(embed(plain, tokens), held(tokens, 0, len(plain))[0], tap, len(plain))
+    if not isinstance(weight, Tensor):
+        return weight.look_up(tokens)
     if unread(tokens):  # a GPU stops for good at a row that is not there
         index, outside = held(tokens, 0, len(weight))
         return F.embedding(index.long(), weight).masked_fill(outside[..., None], torch.nan)

@@ -1,109 +1,98 @@
-"""The linear map: the written-out definition, and the kernels that compute it, for every kind of weight.
+"""The linear map y = W x, computed fast: an ordered table of implementations, of which the first that accepts runs.
 
-A weight is a tensor, or a `NamedTuple` that stands in a tensor's place in the tree and says what is to be computed
-instead of W x. The rest of the model does not notice.
+The definition stands in `model/linear.py`, and is the table's last row: the model hands it down. Every row is tested
+against it.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.modes import transforms
-from llama_fn.ops.aten.inductor_sums import FEW, Matrix, in_memory, sums, whole_words
+from llama_fn.ops.aten.inductor_sums import FEW, Flat, in_memory, sums, whole_words
 from llama_fn.ops.cpu import build as avx2
 from llama_fn.ops.quantized import Grouped, Quantized, dequantized
+from llama_fn.ops.weight import Matrix
 from llama_fn.private import multiplies_bfloat16, times_bytes
 from llama_fn.shapes import typed
-from llama_fn.transforms.tapped import Tapped, linear_observed
 
-
-class Adapted(NamedTuple):
-    """W + B A, where B and A are thin: x goes through W and, beside it, through A, then B (Hu et al. 2021, eq. 3)."""
-
-    weight: Any  # a weight of any kind
-    a: Float[Tensor, "_ ..."] | Tapped
-    b: Float[Tensor, "... _"] | Tapped
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of W."""
-        return self.weight.shape
-
-
-if TYPE_CHECKING:
-    Kind = Tensor  # so that `params.output + 1` is right, which for nearly all parameters it is
-else:
-    Kind = Adapted | Tapped | Quantized | Grouped  # of a weight that is no tensor
 PIECE = 1024  # outputs of a weight that are made float32 at a time: some megabytes, which stay in the cache
 HAS_BFLOAT16 = multiplies_bfloat16()
 
 
-@typed
-def linear(weight: Float[Tensor, "..."] | Kind, x: Float[Tensor, "..."], inputs: int = 1) -> Float[Tensor, "..."]:
-    """`written_out`, where the last `inputs` axes of the weight and of x together are d, and the weight's others o."""
-    if isinstance(weight, Adapted):
-        return linear(weight.weight, x, inputs) + linear(weight.b, linear(weight.a, x, inputs))
-    if isinstance(weight, Tapped):
-        plain, tap = weight.use()
-        return linear_observed(linear(plain, x, inputs), x.flatten(-inputs), tap, len(plain.shape) - inputs)
-    matrix, x = _matrix(weight, inputs), x.flatten(-inputs)
-    return _kernel(matrix, x)(matrix, x).unflatten(-1, weight.shape[:-inputs])
+class Implementation(NamedTuple):
+    """A way to compute y = W x, and whether it accepts a matrix W "o d" and rows x "*b d"."""
+
+    compute: Callable[[Flat, Tensor], Tensor]
+    accepts: Callable[[Flat, Tensor], bool]
 
 
-def linears(weights: Sequence[Tensor | Kind], x: Float[Tensor, "..."]) -> list[Float[Tensor, "..."]]:
-    """`linear` of each; where a kernel takes several at once, by that: a GPU is not at its speed before a small weight
+def chosen(matrix: Flat, x: Tensor, definition: Callable[[Flat, Tensor], Tensor]) -> Callable[[Flat, Tensor], Tensor]:
+    """The first implementation of `TABLE` that accepts these; the definition, which computes everything, if none does.
+
+    Under a transform an axis may be hidden, and few rows be many: there, and where gradients are recorded, torch's own
+    product runs.
+    """
+    for implementation in TABLE:
+        if implementation.accepts(matrix, x):
+            return implementation.compute
+    return definition
+
+
+def integers(weight: Quantized | Grouped, x: Tensor, inputs: int) -> Tensor:
+    """y = W x for integers W."""
+    matrix, x = weight.flat(), x.flatten(-inputs)
+    return chosen(matrix, x, product)(matrix, x).unflatten(-1, weight.shape[:-inputs])
+
+
+def together(weights: Sequence[Matrix], x: Tensor) -> list[Tensor] | None:
+    """y = W x for several weights by one kernel, if one takes them all: a GPU is not at its speed before a small weight
     is read, and a kernel in C++ is called less often.
     """
-    for chosen, kernel in ((_for_triton, _by_triton), (_for_cpp, _by_cpp)):
-        if all(chosen(weight, x) for weight in weights) and len(set(map(type, weights))) == 1:
+    for accepts, kernel in ((_for_triton, _by_triton), (_for_cpp, _by_cpp)):
+        if all(accepts(weight, x) for weight in weights) and len(set(map(type, weights))) == 1:
             ys = kernel(weights, x)
             return [y.unflatten(-1, weight.shape[:-1]) for y, weight in zip(ys, weights, strict=True)]
-    return [linear(weight, x) for weight in weights]
+    return None
 
 
-def _matrix(weight: Tensor | Quantized | Grouped, inputs: int) -> Matrix:
-    return weight.reshape(-1, math.prod(weight.shape[-inputs:])) if isinstance(weight, Tensor) else weight.flat()
+def _values_alone(x: Tensor) -> bool:
+    return not x.requires_grad and not transforms()
 
 
-def _kernel(matrix: Matrix, x: Tensor) -> Callable[[Matrix, Tensor], Tensor]:
-    """Torch's product, but for rows of which nothing is mapped or differentiated: in a compiled step of a few, kernels
-    that read a weight once; and on the CPU, where torch has no good product, one of float32 pieces.
-
-    Under a transform an axis may be hidden, and few rows be many.
-    """
-    rows, d = x.shape[:-1].numel(), x.shape[-1]
-    if transforms() or x.requires_grad:
-        return product
-    if _for_triton(matrix, x):
-        return by_triton
-    if _for_cpp(matrix, x):
-        return by_cpp
-    if x.device.type != "cpu":
-        return sum_of_products if torch.compiler.is_compiling() and rows == 1 else product
-    if torch.compiler.is_compiling() and 0 < rows <= FEW and (isinstance(matrix, Tensor) or whole_words(matrix)):
-        return sums
-    if (isinstance(matrix, Quantized) and matrix.values.is_contiguous() and x.dtype == torch.bfloat16
-            and 1 < rows <= 64 and d % 16 == 0):
-        return packed  # of widths that 16 does not divide, it reads beyond the end and is wrong (torch 2.13)
-    if isinstance(matrix, Grouped) or (rows > FEW and x.dtype == torch.bfloat16 and not HAS_BFLOAT16):
-        return in_pieces
-    return product
+def _for_sum_of_products(matrix: Flat, x: Tensor) -> bool:
+    return (torch.compiler.is_compiling() and x.device.type != "cpu" and x.shape[:-1].numel() == 1
+            and _values_alone(x))
 
 
-def written_out(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
-    """The definition: y[o] = sum over d of weight[o, d] x[d]."""
-    return einsum(weight if isinstance(weight, Tensor) else dequantized(weight, x.dtype), x, "o d, ... d -> ... o")
+def _for_sums(matrix: Flat, x: Tensor) -> bool:
+    return (torch.compiler.is_compiling() and x.device.type == "cpu" and 0 < x.shape[:-1].numel() <= FEW
+            and (isinstance(matrix, Tensor) or whole_words(matrix)) and _values_alone(x))
+
+
+def _for_packed(matrix: Flat, x: Tensor) -> bool:
+    """Of widths that 16 does not divide, torch's kernel reads beyond the end and is wrong (torch 2.13)."""
+    return (isinstance(matrix, Quantized) and x.device.type == "cpu" and x.dtype == torch.bfloat16
+            and matrix.values.is_contiguous() and 1 < x.shape[:-1].numel() <= 64 and x.shape[-1] % 16 == 0
+            and _values_alone(x))
+
+
+def _for_in_pieces(matrix: Flat, x: Tensor) -> bool:
+    slow = x.dtype == torch.bfloat16 and not HAS_BFLOAT16 and x.shape[:-1].numel() > FEW
+    return x.device.type == "cpu" and (slow or isinstance(matrix, Grouped)) and _values_alone(x)
+
+
+def _for_product(matrix: Flat, x: Tensor) -> bool:
+    return not isinstance(matrix, Tensor) or matrix.dtype == x.dtype
 
 
 @typed
-def product(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+def product(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
     """`written_out`, by torch's own matrix product."""
     rows = x.reshape(-1, x.shape[-1])  # compiled, rows that lie apart would each be multiplied by themselves
     if isinstance(weight, Quantized):  # 8 bits are exact in bfloat16
@@ -115,7 +104,7 @@ def product(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
 
 
 @typed
-def sum_of_products(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+def sum_of_products(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
     """`written_out` for one row on a GPU, in the words that inductor makes one loop of, and of several weights that
     take the same row one loop, too."""
     exact = torch.promote_types(x.dtype, torch.float32)
@@ -128,7 +117,7 @@ def sum_of_products(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "
 
 
 @typed
-def by_triton(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+def by_triton(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
     """`written_out` for a few rows on a GPU, by a kernel of `gpu_row` or `gpu_sums`, which reads a weight once."""
     return _by_triton([weight], x)[0]
 
@@ -137,7 +126,7 @@ def _by_triton(weights: Sequence[Tensor | Quantized], x: Tensor) -> list[Tensor]
     from llama_fn.ops.gpu import linear_few_rows as gpu_sums
     from llama_fn.ops.gpu import linear_one_row as gpu_row  # noqa: F401  they import triton, which is only where there is a GPU
 
-    weights = [_matrix(weight, 1) for weight in weights]
+    weights = [weight.flatten(0, -2) if isinstance(weight, Tensor) else weight.flat() for weight in weights]
     values = [weight.values if isinstance(weight, Quantized) else weight for weight in weights]
     scales = [weight.scale for weight in weights if isinstance(weight, Quantized)]
     rows, outputs = x.reshape(-1, x.shape[-1]), [len(value) for value in values]
@@ -150,7 +139,7 @@ def _by_triton(weights: Sequence[Tensor | Quantized], x: Tensor) -> list[Tensor]
     return [y.to(x.dtype).reshape(*x.shape[:-1], -1) for y in ys]
 
 
-def _for_triton(weight: Tensor | Kind, x: Tensor) -> bool:
+def _for_triton(weight: Flat, x: Tensor) -> bool:
     """Whether `by_triton` takes these: in a compiled step, whose arguments the weights are, 16 bits times 16 bits or
     times bytes, of as few rows as it is faster for than torch.
     """
@@ -163,23 +152,23 @@ def _for_triton(weight: Tensor | Kind, x: Tensor) -> bool:
             and not transforms() and not x.requires_grad)
 
 
-def most_by_triton(weight: Tensor | Kind) -> int:
+def most_by_triton(weight: Matrix) -> int:
     """The rows for which these kernels are the fastest."""
     return 64 if isinstance(weight, Quantized) else 16
 
 
 @typed
-def by_cpp(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+def by_cpp(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
     """`written_out` for a few rows on the CPU, by a kernel in C++ (see `avx2`)."""
     return _by_cpp([weight], x)[0]
 
 
-def _by_cpp(weights: Sequence[Matrix], x: Tensor) -> list[Tensor]:
+def _by_cpp(weights: Sequence[Flat], x: Tensor) -> list[Tensor]:
     ys = avx2.sums(weights, x.reshape(-1, x.shape[-1]))
     return [y.to(x.dtype).reshape(*x.shape[:-1], -1) for y in ys]
 
 
-def _for_cpp(weight: Tensor | Kind, x: Tensor) -> bool:
+def _for_cpp(weight: Flat, x: Tensor) -> bool:
     """Whether `by_cpp` takes these: in a compiled step, since a compiler makes it."""
     return (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
             and not torch.compiler.is_exporting() and avx2.takes(weight, x) and not transforms()
@@ -187,7 +176,7 @@ def _for_cpp(weight: Tensor | Kind, x: Tensor) -> bool:
 
 
 @typed
-def in_pieces(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+def in_pieces(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
     """`written_out` in float32, a piece of the weight after the other: for 512 rows of bfloat16 160 GFLOP/s where a
     processor without such products reaches 21 (two cores, AVX2)."""
     exact = torch.promote_types(x.dtype, torch.float32)
@@ -204,3 +193,14 @@ def packed(weight: Quantized, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]
     rows, scale = in_memory(x.reshape(-1, x.shape[-1])), in_memory(weight.scale.to(x.dtype))  # inductor has them there
     rows = times_bytes(rows, weight.values, scale)
     return rows.reshape(*x.shape[:-1], -1)
+
+
+TABLE = (
+    Implementation(by_triton, _for_triton),
+    Implementation(by_cpp, _for_cpp),
+    Implementation(sum_of_products, _for_sum_of_products),
+    Implementation(sums, _for_sums),
+    Implementation(packed, _for_packed),
+    Implementation(in_pieces, _for_in_pieces),
+    Implementation(product, _for_product),
+)

@@ -1,5 +1,6 @@
 """Weights in eight or four bits: leaves of the tree that take a half or a quarter of the memory of bfloat16."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,16 @@ class Quantized(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of W."""
-        return self.values.shape
+        """That of W. If the scale does not fit, its axes stand in it, for the check of axes to tell."""
+        return (*self.scale.shape, *self.values.shape[self.scale.ndim:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale.dtype
+
+    def linear(self, x: Tensor, inputs: int) -> Tensor:
+        """W x."""
+        return _multiplied(self, x, inputs)
 
     def flat(self) -> "Quantized":
         """As a matrix "o d"."""
@@ -37,8 +46,19 @@ class Grouped(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of W."""
-        return (*self.values.shape[:-1], 2 * self.values.shape[-1])
+        """That of W. If the scale does not fit, its axes stand in it, for the check of axes to tell."""
+        outer = self.scale.ndim - 2
+        shape = (*self.scale.shape[:outer], *self.values.shape[outer:-1], 2 * self.values.shape[-1])
+        groups = -(-math.prod(shape[outer:]) // GROUP)
+        return shape if self.scale.shape[outer] == groups else (*self.scale.shape, *shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale.dtype
+
+    def linear(self, x: Tensor, inputs: int) -> Tensor:
+        """W x."""
+        return _multiplied(self, x, inputs)
 
     def flat(self) -> "Grouped":
         """As a matrix "o d"."""
@@ -103,6 +123,12 @@ def dequantized(weight: Quantized | Grouped, dtype: torch.dtype = torch.float32)
     scale, minimum = (part.repeat_interleave(GROUP, -1)[..., :n.shape[outer:].numel()].to(exact)
                       for part in weight.scale.unbind(-1))
     return (n.flatten(outer).to(exact) * scale + minimum).to(dtype).reshape(weight.shape)
+
+
+def _multiplied(weight: Quantized | Grouped, x: Tensor, inputs: int) -> Tensor:
+    from llama_fn.ops.linear import integers  # whose kernels read weights of these two kinds
+
+    return integers(weight, x, inputs)
 
 
 def _finite(x: Tensor, kind: str) -> Tensor:

@@ -19,8 +19,9 @@ from llama_fn import random, tree
 from llama_fn.checkpoint.peft import adaptable, read_peft, write_peft
 from llama_fn.config import Config
 from llama_fn.model.init import Weight, abstract_params
+from llama_fn.model.linear import linear
 from llama_fn.model.transformer import Params
-from llama_fn.ops.linear import Adapted
+from llama_fn.ops.weight import Matrix
 from llama_fn.random import Key
 from llama_fn.ranges import integer, number
 from llama_fn.shapes import typed
@@ -48,6 +49,32 @@ class Lora(NamedTuple):
 
     matrices: dict[str, LowRank]
     scale: Scale
+
+
+class Adapted(NamedTuple):
+    """W + B A, where B and A are thin: x goes through W and, beside it, through A, then B (Hu et al. 2021, eq. 3)."""
+
+    weight: Any  # a weight of any kind
+    a: Float[Matrix, "_ ..."]
+    b: Float[Matrix, "... _"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of W, if B A has it. If not, that of B A, or of B beside A if these do not fit each other: no weight of
+        the model has such a shape, so the check of axes tells what is wrong.
+        """
+        if self.b.shape[-1] != self.a.shape[0]:
+            return *self.b.shape, *self.a.shape
+        shape = *self.b.shape[:-1], *self.a.shape[1:]
+        return self.weight.shape if shape == tuple(self.weight.shape) else shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def linear(self, x: Tensor, inputs: int) -> Tensor:
+        """W x + B (A x)."""
+        return linear(self.weight, x, inputs) + linear(self.b, linear(self.a, x, inputs))
 
 
 @typed

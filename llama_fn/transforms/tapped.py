@@ -13,6 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llama_fn.model.checks import held
+from llama_fn.model.linear import linear
+from llama_fn.model.transformer import embed
 from llama_fn.modes import transforms
 from llama_fn.private import known_while_tracing
 from llama_fn.shapes import typed
@@ -40,7 +43,23 @@ class Tapped(Base):
     """
 
     def __init__(self, weight: Tensor, tap: Tensor, path: str) -> None:
-        self.shape, self.path, self._tensors, self._depth = weight.shape, path, (weight, tap), transforms()
+        self.shape, self.dtype, self.path = weight.shape, weight.dtype, path
+        self._tensors, self._depth = (weight, tap), transforms()
+
+    def linear(self, x: Tensor, inputs: int) -> Tensor:
+        """W x."""
+        plain, tap = self.use()
+        return linear_observed(linear(plain, x, inputs), x.flatten(-inputs), tap, len(plain.shape) - inputs)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """W * x."""
+        plain, tap = self.use()
+        return scale_observed(x * plain, x, tap)
+
+    def look_up(self, numbers: Tensor) -> Tensor:
+        """The rows of W with these numbers."""
+        plain, tap = self.use()
+        return embedding_observed(embed(plain, numbers), held(numbers, 0, len(plain))[0], tap, len(plain))
 
     def use(self) -> tuple[Tensor, Tensor]:
         """The weight and its tap. Raises `TappedError` the second time, and inside of any further transform."""

@@ -10,13 +10,13 @@ from torch import Tensor
 from llama_fn.ops.quantized import GROUP, Grouped, Quantized, as_made
 from llama_fn.shapes import typed
 
-Matrix = Float[Tensor, "o d"] | Quantized | Grouped
+Flat = Float[Tensor, "o d"] | Quantized | Grouped
 
 FEW = 8  # rows that a processor holds the sums of in its registers, while it reads a weight once
 
 
 @typed
-def sums(weight: Matrix, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+def sums(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
     """`written_out` for a few rows, as products summed in float32 at least: a weight is read once, as words of 32 bits
     and in streams side by side, so that pages are on their way at once (34 GB/s where oneDNN's kernel reaches 20, two
     cores, bfloat16).
@@ -104,7 +104,7 @@ def _nibble_sums(weight: Grouped, rows: Tensor) -> Tensor:
     return _rows([[one(row, total, *stream) for stream in streams] for row, total in zip(ways, whole, strict=True)])
 
 
-def whole_words(matrix: Matrix) -> bool:
+def whole_words(matrix: Flat) -> bool:
     """Whether a row of the weight is whole words, and in four bits whole groups, with scales as they were made."""
     values = matrix if isinstance(matrix, Tensor) else matrix.values
     whole = GROUP // 2 if isinstance(matrix, Grouped) else 4 // values.itemsize

@@ -1,0 +1,32 @@
+"""The linear map."""
+
+import math
+from collections.abc import Sequence
+
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from llama_fn.ops.linear import chosen, together
+from llama_fn.ops.weight import Matrix
+from llama_fn.shapes import typed
+
+
+def written_out(weight: Float[Tensor, "o d"], x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+    """y[o] = sum over d of weight[o, d] x[d]."""
+    return einsum(weight, x, "o d, ... d -> ... o")
+
+
+@typed
+def linear(weight: Float[Matrix, "..."], x: Float[Tensor, "..."], inputs: int = 1) -> Float[Tensor, "..."]:
+    """`written_out`, where the last `inputs` axes of the weight and of x together are d, and the weight's others o."""
+    if not isinstance(weight, Tensor):
+        return weight.linear(x, inputs)
+    matrix, x = weight.reshape(-1, math.prod(weight.shape[-inputs:])), x.flatten(-inputs)
+    return chosen(matrix, x, written_out)(matrix, x).unflatten(-1, weight.shape[:-inputs])
+
+
+def linears(weights: Sequence[Matrix], x: Float[Tensor, "..."]) -> list[Float[Tensor, "..."]]:
+    """`linear` of each weight, at once where a kernel can."""
+    ys = together(weights, x)
+    return [linear(weight, x) for weight in weights] if ys is None else ys

@@ -1,0 +1,51 @@
+"""Weights with an open door: a parameter is a tensor, or any value that says how it multiplies.
+
+The mathematics asks three things of a weight W: the linear map W x, the product W * x number by number, and rows of W
+by their numbers. A value in a weight's place has the `shape` and `dtype` of W, which are checked like a tensor's, and
+the methods for what is asked of it there. LoRA, per-sample gradients and quantization each bring such values.
+"""
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class Shaped(Protocol):
+    """What every value in a weight's place has."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+@runtime_checkable
+class Multiplies(Shaped, Protocol):
+    """A value in the place of a matrix."""
+
+    def linear(self, x: Tensor, inputs: int) -> Tensor:
+        """W x, summed over the last `inputs` axes of W and of x."""
+
+
+@runtime_checkable
+class Scales(Shaped, Protocol):
+    """A value in the place of a vector."""
+
+    def scale(self, x: Tensor) -> Tensor:
+        """W * x, number by number."""
+
+
+@runtime_checkable
+class LooksUp(Shaped, Protocol):
+    """A value in the place of a table."""
+
+    def look_up(self, numbers: Tensor) -> Tensor:
+        """The rows of W with these numbers."""
+
+
+if TYPE_CHECKING:  # so that `params.output + 1` is right, which for nearly all parameters it is
+    Matrix = Vector = Table = Tensor
+else:
+    Matrix, Vector, Table = Tensor | Multiplies, Tensor | Scales, Tensor | LooksUp
