@@ -16,7 +16,8 @@ from llama_fn.generation.sampling import narrowing, sampler
 from llama_fn.generation.scoring import Perplexity, Score, perplexity, score, score_options
 from llama_fn.memory import keep_memory
 from llama_fn.model.block import Block, block
-from llama_fn.model.cache import Cache, NoCache, fork, init_cache, select
+from llama_fn.model.cache import Cache, NoCache, init_cache
+from llama_fn.model.fork import fork, select
 from llama_fn.model.init import abstract_params, init_params
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.shapes import AxesError, typed

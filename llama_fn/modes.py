@@ -12,6 +12,26 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or graph_is_made()
 
 
+def compiling() -> bool:
+    """Whether a compiled step is being made, by `torch.compile` or by `jit_layers`."""
+    return torch.compiler.is_compiling()
+
+
+def under_dynamo() -> bool:
+    """Whether `torch.compile` or `jit` traces, which knows less of a tensor than `jit_layers`."""
+    return torch.compiler.is_dynamo_compiling()
+
+
+def by_layers() -> bool:
+    """Whether `jit_layers` traces: then a graph may hold this package's own kernels."""
+    return compiling() and not under_dynamo() and not torch.compiler.is_exporting()
+
+
+def eager() -> bool:
+    """Whether neither `torch.compile` nor `export` traces."""
+    return not under_dynamo() and not torch.compiler.is_exporting()
+
+
 def concrete(x: Tensor) -> bool:
     """Whether the numbers in `x` can be read on the host now: neither traced, mapped or differentiated, nor recorded
     by a GPU.

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import llama_fn as lf
-from llama_fn.model import cache
+from llama_fn.model import room
 
 # A process started in the background of a script ignores Ctrl-C, and its children with it; ours are asked to stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # A failing example shows its config, not its weights (inductor formats numbers, and wants a threshold of 4 at least).
 torch.set_printoptions(threshold=4, edgeitems=1)
-cache.PAGE = 2  # or no cache in the tests would be read in part
+room.PAGE = 2  # or no cache in the tests would be read in part
 torch.set_num_threads(1)  # tensors of a few hundred numbers: a second thread costs more than it gives
 
 

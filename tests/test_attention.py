@@ -4,6 +4,7 @@ All in float64, where the two differ by rounding alone: 1e-14 seen.
 """
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from torch.func import grad, hessian, jacrev, jvp, vjp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fn as lf
-from llama_fn.model import attention
-from llama_fn.model.attention import attend, fused, one_query, written_out
+from llama_fn.model.attention import written_out
+from llama_fn.ops import attend as attend_ops
 from llama_fn.ops.aten import sdpa_rules as sdpa
+from llama_fn.ops.attend import fused, one_query
 
+attend = partial(attend_ops.attend, written_out)
 K, G, T, H, S = 2, 3, 4, 6, 9  # key/value heads, query heads of each, queries, a head's width, slots
 KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
 
@@ -77,12 +80,12 @@ def test_in_blocks_it_computes_what_is_written_out(key, batch, cached, size):
     first = lf.random.bits(key, (*batch, 1)) * (S - T + 1) >> 32
     positions = first + torch.arange(T) if cached else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "BLOCK", size)
-        assert close(attention.in_blocks(queries, k, v, positions), written_out(queries, k, v, positions))
+        patch.setattr(attend_ops, "BLOCK", size)
+        assert close(attend_ops.in_blocks(queries, k, v, positions), written_out(queries, k, v, positions))
 
 
 def test_many_queries_go_in_blocks_where_values_alone_are_asked_for(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 2)
+    monkeypatch.setattr(attend_ops, "BLOCK", 2)
     args = heads(lf.random.key(3), 5, slots=S)
 
     def shapes(f, *args) -> list[tuple[int, ...]]:

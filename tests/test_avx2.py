@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import Executor, Future
+from functools import partial
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from test_linear import plain, weight_of
 
 import llama_fn as lf
 from llama_fn.model import attention
-from llama_fn.model.cache import Forked
 from llama_fn.model.linear import written_out
+from llama_fn.ops import attend as attend_ops
 from llama_fn.ops import linear
 from llama_fn.ops.cpu import build as avx2
+from llama_fn.ops.slots import Forked
 
 pytestmark = pytest.mark.skipif(not avx2.level(), reason="this processor has no AVX2")
 KINDS = st.sampled_from(["int8", "int4"])
@@ -82,7 +84,8 @@ def test_floats_are_summed_piece_after_piece_and_block_after_block_of_inputs(dty
 
 def test_fewer_threads_than_were_asked_for_compute_all():
     """OpenMP may give fewer; how many at most, it is told before it begins."""
-    program = ("import torch, llama_fn as lf; from llama_fn.ops.cpu import build as avx2; torch.get_num_threads = lambda: 5;"
+    program = ("import torch, llama_fn as lf; from llama_fn.ops.cpu import build as avx2;"
+               "torch.get_num_threads = lambda: 5;"
                "one, two = lf.random.split(lf.random.key(0)); w = lf.random.normal(one, (47, 64), torch.float32);"
                "x = lf.random.normal(two, (1, 64), torch.float32);"
                "assert (avx2.sums([w], x)[0] - x @ w.T).abs().max() <= 1e-4")
@@ -231,7 +234,7 @@ def test_by_cpp_attention_is_what_is_written_out_and_rounds_once(key, batch, dty
     numbers = [lf.random.normal(k, shape, torch.float32).to(dtype) for k, shape in
                zip(lf.random.split(key, 3), shapes, strict=True)]
     positions = lf.random.bits(key, (*batch, 1)) * 9 >> 32
-    y, exact = attention.by_cpp(*numbers, positions), attention.written_out(*(x.double() for x in numbers), positions)
+    y, exact = attend_ops.by_cpp(*numbers, positions), attention.written_out(*(x.double() for x in numbers), positions)
     assert y.dtype == dtype and y.shape == exact.shape
     assert ((y - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 2e-6).all()
 
@@ -253,7 +256,7 @@ def test_attentions_kernels_are_chosen_in_a_compiled_step_for_values_alone(monke
         args = change(queries.bfloat16(), keys, values, positions)
         calls = Calls()
         with calls:
-            y = seen(attention.attend, args)
+            y = seen(partial(attend_ops.attend, attention.written_out), args)
         assert y.shape == args[0].shape and y.dtype == args[0].dtype
         return calls.names
 

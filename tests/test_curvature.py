@@ -47,7 +47,7 @@ def unflat(x: Tensor, like):
 
 
 def written_out():
-    return mock.patch.object(attention, "attend", attention.written_out)
+    return mock.patch.object(attention, "attend", lambda definition, *args: definition(*args))
 
 
 def explicit(f, at) -> Tensor:

@@ -10,7 +10,7 @@ from strategies import models, random_params, token_rows
 
 import llama_fn as lf
 from llama_fn.generation import decode
-from llama_fn.model.cache import Forked
+from llama_fn.ops.slots import Forked
 
 P, N, T = 5, 4, 3  # tokens of the prompt, continuations, tokens of each
 

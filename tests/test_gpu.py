@@ -13,10 +13,11 @@ from torch._subclasses import FakeTensorMode
 
 import llama_fn as lf
 from llama_fn.compiled import whole_step as one_token
-from llama_fn.model import attention as attending
+from llama_fn.model.attention import written_out as written_attention
 from llama_fn.model.cache import KeysValues
 from llama_fn.model.linear import written_out
 from llama_fn.model.rope import Rotation, rotate, rotation
+from llama_fn.ops import attend as attending
 from llama_fn.ops import linear, operators
 
 pytest.importorskip("triton", reason="there is no triton for this system")
@@ -167,7 +168,7 @@ def test_a_head_is_turned_kept_and_attended_to_and_reads_no_slot_beyond(slots, k
     after = [torch.where(mine[:, None, :, None], new[:, 0, :, None], leaf)
              for new, leaf in zip(own, leaves, strict=True)]
     y = gpu_heads.attended(weights, x, Turned(*angles, *leaves, positions), slots)
-    exact = attending.written_out(queries[:, 0, :, None, None].double(), *(leaf[:, :, :slots].nan_to_num().double()
+    exact = written_attention(queries[:, 0, :, None, None].double(), *(leaf[:, :, :slots].nan_to_num().double()
                                   for leaf in after), positions[:, None])[..., 0, 0, :]
     assert y.dtype == HALF and (y - exact).abs().max() <= 4e-3 * max(1, exact.abs().max())
     for leaf, other in zip(leaves, after, strict=True):  # no other slot was written to
@@ -273,7 +274,7 @@ def test_attention_is_what_is_written_out_and_reads_no_slot_beyond(key, batch, g
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_attention, "MANY", 0 if many else gpu_attention.MANY)
         y = attending.by_triton(queries, *with_nan, positions)
-    exact = attending.written_out(queries.double(), keys, values, positions)
+    exact = written_attention(queries.double(), keys, values, positions)
     assert y.dtype == queries.dtype and (y - exact).abs().max() <= 1e-5 * max(1, exact.abs().max())
 
 
@@ -290,7 +291,9 @@ def test_a_step_by_these_kernels_is_the_step(bits, batch):
     with pytest.MonkeyPatch.context() as patch, calls:
         patch.setattr(torch.compiler, "_is_compiling_flag", True)
         patch.setattr(linear, "_for_triton", lambda weight, x: not isinstance(weight, linear.Grouped))
-        patch.setattr(attending, "_for_triton", lambda queries: True)
+        by_triton = linear.Implementation(linear.by_triton, lambda weight, x: not isinstance(weight, linear.Grouped))
+        patch.setattr(linear, "TABLE", (by_triton, *linear.TABLE))
+        patch.setattr(attending, "TABLE", (attending.Implementation(attending.by_triton, lambda *args: True),))
         logits, after = lf.forward(params, tokens[..., 4:], cache)
     product = "sums" if batch else "row"
     assert calls.names == (["attention"] if bits == "int4" else [product, "attention", *[product] * 4])
@@ -339,14 +342,20 @@ def test_these_kernels_are_chosen_in_a_compiled_step_on_a_gpu(monkeypatch, kind,
         monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
         assert linear.chosen(weight, x, written_out).__name__ == kernel
         if kind == "tensor":
-            assert linear.chosen(weight.repeat(1, 2)[:, ::2], x, written_out).__name__ != "by_triton"  # it would be copied
+            strided = weight.repeat(1, 2)[:, ::2]  # it would be copied
+            assert linear.chosen(strided, x, written_out).__name__ != "by_triton"
         if kind == "int8":  # its scales are read as they lie
             one_for_all = weight._replace(scale=weight.scale[:1].expand(3))
             assert linear.chosen(one_for_all, x, written_out).__name__ != "by_triton"
         heads = torch.empty(2, 3, 1, 4, dtype=dtype, device="cuda")
-        assert attending._for_triton(heads) and not attending._for_triton(heads.double())
+        slots, places = torch.empty(2, 9, 4, dtype=dtype, device="cuda"), torch.zeros(1, dtype=torch.int64)
+
+        def takes(queries: torch.Tensor) -> bool:
+            return attending._for_triton(queries, slots, slots, places)
+
+        assert takes(heads) and not takes(heads.double())
         torch.vmap(lambda row: seen.append(linear._for_triton(weight, row)) or row)(x)
-        torch.vmap(lambda one: seen.append(attending._for_triton(one)) or one)(heads)
+        torch.vmap(lambda one: seen.append(takes(one)) or one)(heads)
         assert linear.chosen(weight, x.requires_grad_(), written_out).__name__ == "product"
-        assert not attending._for_triton(x)
+        assert not takes(heads.requires_grad_())
     assert seen == [False, False]

@@ -10,6 +10,7 @@ from strategies import Calls, keys, leave_no_number_in_memory, random_params
 
 import llama_fn as lf
 from llama_fn.model import attention
+from llama_fn.ops import attend as attend_ops
 from llama_fn.ops.cpu import build as avx2
 
 pytestmark = pytest.mark.skipif(not avx2.level(), reason="this processor has no AVX2")
@@ -91,7 +92,7 @@ def test_by_cpp_many_queries_are_what_is_written_out(key, batch, dtype, cached):
     queries, *leaves = (lf.random.normal(k, shape, torch.float32).to(dtype) for k, shape in
                         zip(lf.random.split(key, 3), (*shapes, shapes[1]), strict=True))
     positions = lf.random.bits(key, (*batch, 7)) * 9 >> 32 if cached else None
-    y, exact = attention.many_by_cpp(queries, *leaves, positions), attended(queries, *leaves, positions)
+    y, exact = attend_ops.many_by_cpp(queries, *leaves, positions), attended(queries, *leaves, positions)
     assert y.dtype == dtype and y.shape == exact.shape
     assert (y - exact).abs().max() <= LOST[dtype] * leaves[1].abs().max()
 

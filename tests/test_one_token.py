@@ -13,9 +13,10 @@ import llama_fn as lf
 from llama_fn.bench.transforms import peak_bytes
 from llama_fn.compiled import layers
 from llama_fn.compiled import whole_step as one_token
-from llama_fn.model.cache import Forked
-from llama_fn.model.rope import frequencies, known_frequencies
+from llama_fn.compiled.angles import known_frequencies
+from llama_fn.model.rope import frequencies
 from llama_fn.ops.cpu import build as avx2
+from llama_fn.ops.slots import Forked
 
 pytestmark = pytest.mark.skipif(not avx2.level(), reason="this processor has no AVX2")
 CONFIG = lf.Config(dim=192, n_layers=3, n_heads=12, n_kv_heads=4, vocab_size=37, hidden_dim=320, max_seq_len=64)

@@ -15,8 +15,9 @@ from llama_fn.compiled import cuda_graph as module
 from llama_fn.compiled.cuda_graph import coarse, recorded
 from llama_fn.compiled.trace import part
 from llama_fn.generation import decode
-from llama_fn.model import cache as kv
-from llama_fn.model import checks, extent, transformer
+from llama_fn.model import room as kv
+from llama_fn.model import transformer
+from llama_fn.ops import extent
 
 CONFIG = lf.Config(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=34, max_seq_len=900)
 
@@ -165,7 +166,7 @@ def test_the_host_reads_a_length_once(graphs, params, monkeypatch):
     monkeypatch.setattr(kv, "PAGE", 64)
     step, cache, reads = recorded(donated), lf.init_cache(CONFIG, (5,), max_len=200), []
     ends = extent.ends
-    for place in (extent, checks):
+    for place in (extent, inside):
         monkeypatch.setattr(place, "ends", lambda x: reads.append(x.shape) or ends(x))
     for t in range(6):
         _, cache = step(params, torch.full((5, 1), t), cache)

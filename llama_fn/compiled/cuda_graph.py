@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from llama_fn.compiled.trace import filled, part, plain
-from llama_fn.model import cache as kv
+from llama_fn.model import room
 from llama_fn.model.cache import Cache
-from llama_fn.model.extent import Extent, extent, noted, remembered
 from llama_fn.modes import far, recording, traced, transforms
+from llama_fn.ops.extent import Extent, extent, noted, remembered
 from llama_fn.private import autocast, copy_each
 from llama_fn.shapes import bind
 
@@ -80,13 +80,13 @@ def recorded(f: Callable[P, R]) -> Callable[P, R]:
                 return _first(f, _copies(args, length, reached), fixed)
             for other in [other for other, old in known.items() if old is not None and not _there(old)]:
                 del known[other]
-            kv.check_room(cache, 0)  # what fails while it is recorded leaves the GPU's memory in disorder
+            room.check_room(cache, 0)  # what fails while it is recorded leaves the GPU's memory in disorder
             ready = _record(f, _copies(args, length, reached), fixed)
             _keep(known, key, ready)
             if ready is None:
                 return f(*args)
         known.move_to_end(key)
-        kv.check_room(cache, ready.growth)
+        room.check_room(cache, ready.growth)
         return _replayed(ready, args, length)
 
     return called
@@ -215,6 +215,6 @@ def _keep(places: OrderedDict, key: Hashable, value: Any) -> None:
 def coarse(most: int, slots: int) -> int:
     """A length up to a quarter more than `most`, with which one token more fills pages, two of them or more, as far as
     there are as many."""
-    step = max(2 * kv.PAGE, 2 ** ((most + 1).bit_length() - 3))
-    upper, whole = -(-(most + 1) // step) * step, slots // kv.PAGE * kv.PAGE
+    step = max(2 * room.PAGE, 2 ** ((most + 1).bit_length() - 3))
+    upper, whole = -(-(most + 1) // step) * step, slots // room.PAGE * room.PAGE
     return min(upper, whole if most < whole else max(most + 1, slots)) - 1

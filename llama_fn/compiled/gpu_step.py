@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama_fn.compiled.angles import known_frequencies
 from llama_fn.model.cache import Cache
-from llama_fn.model.rope import known_frequencies
 from llama_fn.model.transformer import Params
 from llama_fn.ops.gpu.attend import attention
 from llama_fn.ops.gpu.attend_heads import MANY, attended

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from llama_fn.compiled.angles import known_frequencies
 from llama_fn.model.block import Block
 from llama_fn.model.cache import Cache, KeysValues
-from llama_fn.model.rope import known_frequencies
 from llama_fn.model.transformer import Params
 from llama_fn.modes import traced, transforms
 from llama_fn.ops.cpu import build as avx2

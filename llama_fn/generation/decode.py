@@ -13,9 +13,10 @@ from llama_fn.compiled.compiler import obstacle
 from llama_fn.compiled.inductor import MANY_ROUNDS
 from llama_fn.compiled.layers import by_shape, jit_layers
 from llama_fn.generation.sampling import DAMAGED, Sampler, drawable, is_pure
-from llama_fn.model import cache as kv
 from llama_fn.model.block import block
 from llama_fn.model.cache import Cache, NoCache, init_cache
+from llama_fn.model.fork import select as select_rows
+from llama_fn.model.room import ample
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.model.transformer import head as plain_head
 from llama_fn.ops.aten.inductor_sums import FEW
@@ -61,7 +62,7 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int, adap
     if adapters is not None and (counts := {len(x) for x in tree.leaves(adapters)}) != {len(prompts)}:
         raise ValueError(f"adapters should be a stack of {len(prompts)}, one a prompt; the first axes of what came are "
                          f"{', '.join(map(str, sorted(counts)))}")
-    device, slots = params.embedding.device, kv.ample(max_len)
+    device, slots = params.embedding.device, ample(max_len)
     padded = torch.tensor([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts], device=device)
     cache = init_cache(params.config, (len(prompts),), max_len=slots, dtype=params.embedding.dtype, device=device)
     pieces = []
@@ -83,7 +84,7 @@ def resume(params: Params, tokens: Sequence[int], cache: Cache | NoCache | None,
     the model, and at least the last. The cache grows to `max_len` slots and a few more if it has fewer (so its axis s
     has two sizes here, and this function is not `typed`).
     """
-    device, dtype, slots = params.embedding.device, params.embedding.dtype, kv.ample(max_len)
+    device, dtype, slots = params.embedding.device, params.embedding.dtype, ample(max_len)
     if not cache:
         cache = init_cache(params.config, (1,), max_len=slots, dtype=dtype, device=device)
     known = min(int(cache.length), len(tokens) - 1)
@@ -215,7 +216,7 @@ def steps(params: Params, state: State, keys: Int[Tensor, "b 2"], sample: Sample
 def select(state: State, rows: list[int]) -> State:
     """The state of some of the rows, in the order given; the same row twice is a fork."""
     rest = tree.map(lambda x: x[rows], state._replace(cache=None))
-    return rest._replace(cache=kv.select(state.cache, rows))
+    return rest._replace(cache=select_rows(state.cache, rows))
 
 
 def _advanced(params: Params, adapters: Lora | None, cache: Cache, tokens: Tensor, token: Tensor,

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama_fn import random
-from llama_fn.model.checks import inside
 from llama_fn.modes import concrete
+from llama_fn.ops.inside import inside
 from llama_fn.random import Key
 from llama_fn.ranges import integer, number
 from llama_fn.shapes import typed

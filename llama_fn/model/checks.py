@@ -1,69 +1,34 @@
-"""Integers that index memory (tokens, targets, lengths, rows): one outside is an error before anything uses it.
+"""What is checked before the first layer: that tokens are tokens, and that config, weights and cache fit together."""
 
-Eager code reads the numbers at once. A graph reads them when it runs, by the operator `llama_fn::inside`: compiled code
-for the CPU would end the whole process at such an index, since inductor's loops cannot raise. (`torch._assert_async`
-has no batching rule, and its message cannot name a value.) On a GPU, which the host would have to wait for, and in an
-exported program, which must not need this package, nothing reads them: there an index is `held` inside, and the result
-is NaN.
-"""
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from llama_fn.model.extent import ends
-from llama_fn.modes import concrete, unread
-from llama_fn.ops.operators import LIBRARY, define
+from llama_fn.model.cache import Cache, NoCache
+from llama_fn.ops.inside import inside
+
+if TYPE_CHECKING:
+    from llama_fn.model.transformer import Params
 
 
-def inside(x: Tensor, what: str, low: int, high: int, count: int = 1, after: Tensor | None = None) -> Tensor:
-    """`x`, each of whose integers begins `count` indices that lie in [low, high).
-
-    In a graph, what uses the result runs after the check, and the check runs after `after` is computed.
-    Raises `ValueError` with the message of `check`.
-    """
-    if concrete(x):
-        if x.numel():
-            check(what, *ends(x), low, high, count)
-        return x
-    return x if unread(x) else torch.ops.llama_fn.inside(x, what, low, high, count, after)
-
-
-def held(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """The nearest index in [low, high), and whether that is another one."""
-    index = x.clamp(low, high - 1)
-    return index, index != x
+def check_sizes(params: "Params", cache: Cache | NoCache | None) -> None:
+    """Raise `ValueError` where the config or the cache is not that of the weights."""
+    v, d = params.embedding.shape
+    if (v, d) != (params.config.vocab_size, params.config.dim):
+        raise ValueError(f"the config says {params.config.vocab_size} tokens and width {params.config.dim}, "
+                         f"the weights {v} and {d}")
+    for layer in params.blocks[:1]:
+        k, g, h, _ = layer.attention.wq.shape
+        if (k, g, h) != (params.config.n_kv_heads, params.config.group_size, params.config.head_dim):
+            raise ValueError(f"the config says {params.config.n_heads} heads on {params.config.n_kv_heads} key/value "
+                             f"heads of width {params.config.head_dim}, the weights {k * g} on {k} of width {h}")
+    if cache and not len(cache.k) == len(cache.v) == len(params.blocks):
+        raise ValueError(f"the cache has {len(cache.k)} layers, the weights {len(params.blocks)}; "
+                         "make it with init_cache from the same config")
 
 
-def check(what: str, least: int, most: int, low: int, high: int, count: int = 1) -> None:
-    """Raise `ValueError` if `least` or `most` does not begin `count` indices in [low, high)."""
-    if least >= low and most + count <= high:
-        return
-    value = least if least < low else most
-    if what == "row":
-        raise ValueError(f"the cache has {high} rows, 0 to {high - 1}, and none is number {value}")
-    if what == "length" and value < low:
-        forked = ", where it was forked" if low else ""
-        raise ValueError(f"a cache's length must be at least {low}{forked}, got {value}")
-    if what == "length":
-        raise ValueError(f"the cache is full: it has {high} slots, {value} are in use, and {count} more tokens "
-                         f"came; make it with init_cache(..., max_len={value + count}) or more")
-    remedy = {"token": "encode the text with the tokenizer that belongs to the model",
-              "target": "what is not to be predicted needs a mask that is false there"}[what]
-    raise ValueError(f"{what} {value} is outside the vocabulary of {high} tokens, 0 to {high - 1}; {remedy}")
-
-
-def _read(x: Tensor, what: str, low: int, high: int, count: int, after: Tensor | None = None) -> Tensor:
-    if x.numel() == 1:  # of one number, in half the time
-        check(what, value := x.item(), value, low, high, count)
-    elif x.numel():
-        check(what, *ends(x), low, high, count)
-    return x.clone()  # an operator's result is never its argument
-
-
-def _mapped(info: object, axes: tuple, *args: object) -> tuple[Tensor, int | None]:
-    return torch.ops.llama_fn.inside(*args), axes[0]
-
-
-define("inside(Tensor x, str what, SymInt low, SymInt high, SymInt count, Tensor? after) -> Tensor",
-       lambda x, *_: torch.empty_like(x), CPU=_read)
-torch.library.register_vmap("llama_fn::inside", _mapped, lib=LIBRARY)
+def check_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
+    """The tokens. Raises `ValueError` for no tokens at all, and for one outside the vocabulary (see `checks`)."""
+    if tokens.shape[-1] == 0:
+        raise ValueError("there are no tokens (an empty prompt): begin a text with the tokenizer's bos_id")
+    return inside(tokens, "token", 0, vocab_size)

@@ -5,7 +5,7 @@ depends on the difference of their positions alone.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama_fn.config import RopeScaling
-from llama_fn.modes import recording
 from llama_fn.shapes import typed
 
 
@@ -39,21 +38,6 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device
     """The angle of each pair at position 1, in radians."""
     exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
     return scaled(1.0 / theta**exponents, scaling)
-
-
-_known: dict[tuple, Tensor] = {}
-
-
-def known_frequencies(*what: Any) -> Float[Tensor, "p"]:
-    """`frequencies`, computed once, for kernels of one token: eight operations, which take as long as all layers' norms
-    (CPU). What a GPU records is not there yet, so that it is not kept.
-    """
-    if what in _known:
-        return _known[what]
-    found = frequencies(*what)
-    if type(found) is Tensor and not recording(found):
-        _known[what] = found
-    return found
 
 
 @typed

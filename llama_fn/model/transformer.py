@@ -10,13 +10,15 @@ from torch import Tensor
 
 from llama_fn.config import Config
 from llama_fn.model.block import Block, block
-from llama_fn.model.cache import AnyCache, Cache, KeysValues, NoCache, check_room, reach
-from llama_fn.model.checks import held, inside
-from llama_fn.model.extent import grown
+from llama_fn.model.cache import AnyCache, Cache, KeysValues, NoCache
+from llama_fn.model.checks import check_sizes, check_tokens
 from llama_fn.model.linear import linear
 from llama_fn.model.norm import rms_norm
+from llama_fn.model.room import check_room, reach
 from llama_fn.model.rope import rotation
 from llama_fn.modes import unread
+from llama_fn.ops.extent import grown
+from llama_fn.ops.inside import held
 from llama_fn.ops.weight import Matrix, Table, Vector
 from llama_fn.shapes import typed
 
@@ -111,26 +113,3 @@ def embed(weight: Float[Table, "v d"], tokens: Int[Tensor, "*b t"]) -> Float[Ten
         index, outside = held(tokens, 0, len(weight))
         return F.embedding(index.long(), weight).masked_fill(outside[..., None], torch.nan)
     return F.embedding(tokens.long(), weight)  # indexed, inductor's forward-over-reverse is wrong (torch 2.13)
-
-
-def check_sizes(params: Params, cache: Cache | NoCache | None) -> None:
-    """Raise `ValueError` where the config or the cache is not that of the weights."""
-    v, d = params.embedding.shape
-    if (v, d) != (params.config.vocab_size, params.config.dim):
-        raise ValueError(f"the config says {params.config.vocab_size} tokens and width {params.config.dim}, "
-                         f"the weights {v} and {d}")
-    for layer in params.blocks[:1]:
-        k, g, h, _ = layer.attention.wq.shape
-        if (k, g, h) != (params.config.n_kv_heads, params.config.group_size, params.config.head_dim):
-            raise ValueError(f"the config says {params.config.n_heads} heads on {params.config.n_kv_heads} key/value "
-                             f"heads of width {params.config.head_dim}, the weights {k * g} on {k} of width {h}")
-    if cache and not len(cache.k) == len(cache.v) == len(params.blocks):
-        raise ValueError(f"the cache has {len(cache.k)} layers, the weights {len(params.blocks)}; "
-                         "make it with init_cache from the same config")
-
-
-def check_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
-    """The tokens. Raises `ValueError` for no tokens at all, and for one outside the vocabulary (see `checks`)."""
-    if tokens.shape[-1] == 0:
-        raise ValueError("there are no tokens (an empty prompt): begin a text with the tokenizer's bos_id")
-    return inside(tokens, "token", 0, vocab_size)

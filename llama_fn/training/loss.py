@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llama_fn.model.block import block
-from llama_fn.model.checks import held, inside
 from llama_fn.model.transformer import Params, forward
+from llama_fn.ops.inside import held, inside
 from llama_fn.shapes import typed
 
 

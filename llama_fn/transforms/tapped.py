@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llama_fn.model.checks import held
 from llama_fn.model.linear import linear
 from llama_fn.model.transformer import embed
 from llama_fn.modes import transforms
+from llama_fn.ops.inside import held
 from llama_fn.private import known_while_tracing
 from llama_fn.shapes import typed
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from llama_fn.modes import concrete, far, traced, transforms
+from llama_fn.ops.inside import ends
 from llama_fn.private import version
 
 
@@ -33,13 +34,6 @@ def extent(length: Tensor) -> Extent | None:
         return None
     least, most = ends(length)
     return noted(length, Extent(least, most, most))
-
-
-def ends(integers: Tensor) -> tuple[int, int]:
-    """The least and the most of them, which can be read."""
-    few = integers.numel() <= 64  # read as they are in a third of the time
-    numbers = integers.flatten().tolist() if few else [int(x) for x in integers.aminmax()]
-    return min(numbers), max(numbers)
 
 
 def remembered(length: Tensor) -> Extent | None:
