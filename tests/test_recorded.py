@@ -17,7 +17,7 @@ from llama_fn.compiled.trace import part
 from llama_fn.generation import decode
 from llama_fn.model import room as kv
 from llama_fn.model import transformer
-from llama_fn.ops import extent
+from llama_fn.ops import extent, inside
 
 CONFIG = lf.Config(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=34, max_seq_len=900)
 
