@@ -1,6 +1,6 @@
 """LLaMA 2 as stateless pure functions in PyTorch."""
 
-from llama_fn import quiet, random, stories, tree  # noqa: F401  quiet: torch's warnings about itself stay unsaid
+from llama_fn import lora, quiet, random, stories, tree  # noqa: F401  quiet: torch's warnings about itself stay unsaid
 from llama_fn.checkpoint.huggingface import from_hf, to_hf
 from llama_fn.checkpoint.load import Model, load, save
 from llama_fn.compiled.jit import jit
@@ -24,7 +24,6 @@ from llama_fn.shapes import AxesError, typed
 from llama_fn.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llama_fn.training import optim
 from llama_fn.training.loss import loss, loss_sum
-from llama_fn.transforms import lora
 from llama_fn.transforms.per_sample import clipped_sum, per_sample_grads, per_sample_norms, private_grads
 from llama_fn.transforms.quantize import dequantize, quantize
 from llama_fn.transforms.remat import remat

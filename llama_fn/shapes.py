@@ -209,5 +209,7 @@ def _message(f: Callable, where: str, hint: Any, value: Any) -> str:
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):  # it stands in a weight's place
+        return f"{type(value).__name__}{list(value.shape)}"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

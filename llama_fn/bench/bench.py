@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 import tyro
 
+from llama_fn.bench.device import device_of
 from llama_fn.bench.speed import SPEED, Work, check
 from llama_fn.bench.transforms import TRANSFORMS
 from llama_fn.checkpoint.load import load
-from llama_fn.cli.options import device_of
 from llama_fn.memory import keep_memory
 from llama_fn.model.cache import init_cache
 from llama_fn.model.transformer import forward

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from llama_fn import tree
+from llama_fn.bench.device import device_of
 from llama_fn.bench.peers import gpt_fast, hugging_face, llama_cpp
 from llama_fn.bench.timing import interleave, quartiles, ratio
 from llama_fn.checkpoint.load import load
-from llama_fn.cli.options import device_of
 from llama_fn.compiled.jit import jit
 from llama_fn.compiled.layers import jit_layers
 from llama_fn.config import LLAMA2_7B, Config

@@ -4,6 +4,7 @@ The rows of B that belong to `wq` and `wk` are permuted as those of the weights 
 """
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from llama_fn import tree
 from llama_fn.checkpoint.atomic import current, replacing_folder, writing
 from llama_fn.checkpoint.files import header, inside, read_json, read_tensors, write_json, write_safetensors
 from llama_fn.checkpoint.huggingface import HEAD, entries, hf_name, rope_heads, to_halves, to_interleaved
 from llama_fn.checkpoint.load import SETTINGS as MODELS
 from llama_fn.checkpoint.weights import misfits, same_numbers
 from llama_fn.config import Config
-from llama_fn.model.init import Weight, abstract_params
+from llama_fn.model.init import Weight
+from llama_fn.model.transformer import Params
+from llama_fn.shapes import typed
+from llama_fn.transforms.lora import Lora, LowRank, Scale, adaptable, check_fit
 
 SETTINGS, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -39,10 +42,29 @@ UNDERSTOOD = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": 
 Matrices = Mapping[str, tuple[Tensor, Tensor]]  # A and B, with the axes of heads, by the path of their weight
 
 
-def adaptable(config: Config) -> dict[str, Weight]:
-    """The matrices that an adapter may stand beside: all but the embedding."""
-    return {path: weight for path, weight in tree.paths(abstract_params(config)).items()
-            if len(weight.shape) > 1 and path != "embedding"}
+@typed
+def save(adapter: Lora, folder: str | os.PathLike[str], params: Params,
+         base: str | os.PathLike[str] | None = None) -> None:
+    """Write an adapter of `params` as PEFT does, which loads it on the model that `lf.save(..., format="hf")` writes.
+
+    `base` is that model's folder, or its name on the hub: by it, PEFT's `AutoPeftModelForCausalLM.from_pretrained`
+    finds the model alone (`base_model_name_or_path`). The files are written beside their places and moved there at the
+    end. Raises `ValueError` for an adapter that does not fit, for several ranks, and for the folder of a model.
+    """
+    check_fit(params, adapter)
+    write_peft(adapter.matrices, adapter.scale.alpha, params.config, Path(folder),
+               None if base is None else os.fspath(base))
+
+
+@typed
+def load(folder: str | os.PathLike[str], params: Params) -> Lora:
+    """Read an adapter for `params`, in its own dtype, from the folder where `save`, or PEFT, wrote it.
+
+    Raises `FileNotFoundError`, and `ValueError` naming everything that does not fit `params` or is no plain LoRA.
+    """
+    matrices, alpha = read_peft(Path(folder), params.config, lambda: params.output)
+    device = params.embedding.device
+    return Lora({path: LowRank(a.to(device), b.to(device)) for path, (a, b) in matrices.items()}, Scale(alpha))
 
 
 def write_peft(matrices: Matrices, alpha: float, config: Config, folder: Path, base: str | None = None) -> None:

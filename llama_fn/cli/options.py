@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from llama_fn import lora
+from llama_fn.bench.device import device_of
 from llama_fn.checkpoint.load import Model, load
-from llama_fn.transforms import lora
 from llama_fn.transforms.quantize import Bits, quantize
 
 Dtype = Literal["stored", "float32", "bfloat16", "float16"]
@@ -19,18 +20,6 @@ Context = Annotated[int | None, tyro.conf.arg(aliases=["-c"])]
 def dtype_of(name: Dtype) -> torch.dtype | None:
     """A dtype by its name; None, which `load` understands, for the dtype of the file."""
     return None if name == "stored" else getattr(torch, name)
-
-
-def device_of(name: str) -> torch.device:
-    """A device by its name; "auto" is a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if torch.device(name).type == "meta":
-            raise RuntimeError("a meta device computes nothing")
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def model_of(name: str, adapter: Path | None, dtype: Dtype, device: str, bits: Bits | None = None) -> Model:

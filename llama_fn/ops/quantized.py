@@ -20,8 +20,9 @@ class Quantized(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of W. If the scale does not fit, its axes stand in it, for the check of axes to tell."""
-        return (*self.scale.shape, *self.values.shape[self.scale.ndim:])
+        """That of W. If values and scale do not fit each other, both with a 0 between, for the check of axes to tell."""
+        fits = self.values.shape[:self.scale.ndim] == self.scale.shape
+        return self.values.shape if fits else (*self.values.shape, 0, *self.scale.shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,11 +47,11 @@ class Grouped(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of W. If the scale does not fit, its axes stand in it, for the check of axes to tell."""
-        outer = self.scale.ndim - 2
-        shape = (*self.scale.shape[:outer], *self.values.shape[outer:-1], 2 * self.values.shape[-1])
+        """That of W. If values and scale do not fit each other, both with a 0 between, for the check of axes to tell."""
+        shape, outer = (*self.values.shape[:-1], 2 * self.values.shape[-1]), self.scale.ndim - 2
         groups = -(-math.prod(shape[outer:]) // GROUP)
-        return shape if self.scale.shape[outer] == groups else (*self.scale.shape, *shape)
+        fits = self.scale.shape == (*shape[:outer], groups, 2)
+        return shape if fits else (*self.values.shape, 0, *self.scale.shape)
 
     @property
     def dtype(self) -> torch.dtype:

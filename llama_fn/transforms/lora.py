@@ -5,10 +5,8 @@ or serves each row of a batch with its own.
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama_fn import random, tree
-from llama_fn.checkpoint.peft import adaptable, read_peft, write_peft
 from llama_fn.config import Config
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.linear import linear
@@ -60,13 +57,10 @@ class Adapted(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of W, if B A has it. If not, that of B A, or of B beside A if these do not fit each other: no weight of
-        the model has such a shape, so the check of axes tells what is wrong.
-        """
-        if self.b.shape[-1] != self.a.shape[0]:
-            return *self.b.shape, *self.a.shape
-        shape = *self.b.shape[:-1], *self.a.shape[1:]
-        return self.weight.shape if shape == tuple(self.weight.shape) else shape
+        """That of W, if B A has it. If not, B's, 0 and A's: no weight has an axis of 0, so the check of axes tells."""
+        fits = self.b.shape[-1] == self.a.shape[0]
+        fits = fits and (*self.b.shape[:-1], *self.a.shape[1:]) == tuple(self.weight.shape)
+        return self.weight.shape if fits else (*self.b.shape, 0, *self.a.shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -158,31 +152,6 @@ def unstack(adapter: Lora) -> list[Lora]:
     return [tree.map(lambda x: x[i], adapter) for i in range(counts.pop())]  # noqa: B023
 
 
-@typed
-def save(adapter: Lora, folder: str | os.PathLike[str], params: Params,
-         base: str | os.PathLike[str] | None = None) -> None:
-    """Write an adapter of `params` as PEFT does, which loads it on the model that `lf.save(..., format="hf")` writes.
-
-    `base` is that model's folder, or its name on the hub: by it, PEFT's `AutoPeftModelForCausalLM.from_pretrained`
-    finds the model alone (`base_model_name_or_path`). The files are written beside their places and moved there at the
-    end. Raises `ValueError` for an adapter that does not fit, for several ranks, and for the folder of a model.
-    """
-    check_fit(params, adapter)
-    write_peft(adapter.matrices, adapter.scale.alpha, params.config, Path(folder),
-               None if base is None else os.fspath(base))
-
-
-@typed
-def load(folder: str | os.PathLike[str], params: Params) -> Lora:
-    """Read an adapter for `params`, in its own dtype, from the folder where `save`, or PEFT, wrote it.
-
-    Raises `FileNotFoundError`, and `ValueError` naming everything that does not fit `params` or is no plain LoRA.
-    """
-    matrices, alpha = read_peft(Path(folder), params.config, lambda: params.output)
-    device = params.embedding.device
-    return Lora({path: LowRank(a.to(device), b.to(device)) for path, (a, b) in matrices.items()}, Scale(alpha))
-
-
 def added(adapter: Lora, path: str, weight: Tensor, times: float = 1) -> Tensor:
     """The weight of a path plus `times` its share of the adapter, computed in float32 at least, and cast back."""
     if path not in adapter.matrices:
@@ -190,6 +159,12 @@ def added(adapter: Lora, path: str, weight: Tensor, times: float = 1) -> Tensor:
     exact = torch.promote_types(weight.dtype, torch.float32)
     a, b = (x.to(exact) for x in adapter.matrices[path])
     return (weight.to(exact) + times * _share(adapter, b) * torch.tensordot(b, a, 1)).to(weight.dtype)
+
+
+def adaptable(config: Config) -> dict[str, Weight]:
+    """The matrices that an adapter may stand beside: all but the embedding."""
+    return {path: weight for path, weight in tree.paths(abstract_params(config)).items()
+            if len(weight.shape) > 1 and path != "embedding"}
 
 
 def check_fit(params: Params, adapter: Lora) -> None:

@@ -1,0 +1,7 @@
+"""LoRA, all of it: adapters as trees (`transforms/lora.py`), and their files as PEFT's (`checkpoint/peft.py`)."""
+
+from llama_fn.checkpoint.peft import load, save
+from llama_fn.transforms.lora import LINEAR, Lora, LowRank, Scale, apply, init, merge, stack, unmerge, unstack
+
+__all__ = ["LINEAR", "Lora", "LowRank", "Scale", "apply", "init", "load", "merge", "save", "stack", "unmerge",
+           "unstack"]
