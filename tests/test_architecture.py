@@ -41,7 +41,7 @@ def test_what_no_row_of_a_table_accepts_is_the_definitions(key):
     weight, x = lf.random.normal(key, (5, 7), torch.float64), lf.random.normal(key, (3, 7), torch.float64)
     queries = lf.random.normal(key, (2, 3, 4, 6), torch.float64)
     keys, values = lf.random.normal(key, (2, 2, 9, 6), torch.float64)
-    positions = torch.tensor([2, 8, 0, 5])
+    positions = torch.tensor([0, 2, 5, 8])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linears, "TABLE", ())
         patch.setattr(attends, "TABLE", ())

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import llama_fn as lf
-from llama_fn.training import loop
-from llama_fn.training import run as training
+from llama_fn.training import loop, prepare
 from llama_fn.training.curve import plot_losses
 from llama_fn.training.plan import Plan
 from llama_fn.training.run import run
@@ -64,7 +63,7 @@ def test_a_run_whose_last_save_was_interrupted_goes_on_with_its_tokenizer(tmp_pa
     (tmp_path / "run" / ".complete").mkdir()
     for name in ("tokenizer.model", "params.json", "consolidated.00.pth"):
         (tmp_path / "run" / name).rename(tmp_path / "run" / ".complete" / name)
-    monkeypatch.setattr(training, "train_tokenizer", None)
+    monkeypatch.setattr(prepare, "train_tokenizer", None)
     again = run(tmp_path / "run", TINY, resume=True)
     assert again.tokenizer == whole.tokenizer and not (tmp_path / "run" / ".complete").exists()
     assert all(map(torch.equal, lf.tree.leaves(lf.load(tmp_path / "run").params), lf.tree.leaves(whole.params)))

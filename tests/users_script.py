@@ -133,8 +133,11 @@ draws = [lf.random.normal(key, (2, 3)), lf.random.uniform(key, (4,), minval=0, m
 
 completions = lf.text_completion(model, ["Once", "One day"], key=key, max_new_tokens=9, stop=["."], logprobs=True)
 text: str = completions[0].text
+generated: list[lf.Generation] = lf.generate(params, [[1, 2], [3]], key=key, max_new_tokens=9, stop_ids=[2])
 answers = lf.chat_completion(model, [[{"role": "user", "content": "Who?"}]], key=key)
 message: lf.Message = {"role": "user", "content": "Who?"}
+learned: lf.DialogTokens = lf.dialog_tokens(tokenizer, [message, {"role": "assistant", "content": "A fox."}])
+of_answers = lf.loss(params, *learned)
 chat = lf.ask(model, lf.Chat(), "Who?")
 for piece, after in lf.answer(model, chat, key=key):
     print(piece, after.tokens)

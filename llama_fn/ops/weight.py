@@ -5,7 +5,7 @@ by their numbers. A value in a weight's place has the `shape` and `dtype` of W, 
 the methods for what is asked of it there. LoRA, per-sample gradients and quantization each bring such values.
 """
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ class LooksUp(Shaped, Protocol):
 
 
 if TYPE_CHECKING:  # so that `params.output + 1` is right, which for nearly all parameters it is
-    Matrix = Vector = Table = Tensor
+    Matrix: TypeAlias = Tensor
+    Vector: TypeAlias = Tensor
+    Table: TypeAlias = Tensor
 else:
     Matrix, Vector, Table = Tensor | Multiplies, Tensor | Scales, Tensor | LooksUp
