@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.modes import transforms
+from llama_fn.modes import by_layers, compiling, transforms, under_dynamo
 from llama_fn.ops.aten.inductor_sums import FEW, Flat, in_memory, sums, whole_words
 from llama_fn.ops.cpu import build as avx2
 from llama_fn.ops.quantized import Grouped, Quantized, dequantized
@@ -66,12 +66,12 @@ def _values_alone(x: Tensor) -> bool:
 
 
 def _for_sum_of_products(matrix: Flat, x: Tensor) -> bool:
-    return (torch.compiler.is_compiling() and x.device.type != "cpu" and x.shape[:-1].numel() == 1
+    return (compiling() and x.device.type != "cpu" and x.shape[:-1].numel() == 1
             and _values_alone(x))
 
 
 def _for_sums(matrix: Flat, x: Tensor) -> bool:
-    return (torch.compiler.is_compiling() and x.device.type == "cpu" and 0 < x.shape[:-1].numel() <= FEW
+    return (compiling() and x.device.type == "cpu" and 0 < x.shape[:-1].numel() <= FEW
             and (isinstance(matrix, Tensor) or whole_words(matrix)) and _values_alone(x))
 
 
@@ -143,7 +143,7 @@ def _for_triton(weight: Flat, x: Tensor) -> bool:
     """Whether `by_triton` takes these: in a compiled step, whose arguments the weights are, 16 bits times 16 bits or
     times bytes, of as few rows as it is faster for than torch.
     """
-    if not x.is_cuda or not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling():
+    if not x.is_cuda or not compiling() or under_dynamo():
         return False
     values = weight.values if isinstance(weight, Quantized) else weight
     scaled = not isinstance(weight, Quantized) or weight.scale.is_contiguous()
@@ -170,9 +170,7 @@ def _by_cpp(weights: Sequence[Flat], x: Tensor) -> list[Tensor]:
 
 def _for_cpp(weight: Flat, x: Tensor) -> bool:
     """Whether `by_cpp` takes these: in a compiled step, since a compiler makes it."""
-    return (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-            and not torch.compiler.is_exporting() and avx2.takes(weight, x) and not transforms()
-            and not x.requires_grad)
+    return by_layers() and avx2.takes(weight, x) and _values_alone(x)
 
 
 @typed

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llama_fn import tree
-from llama_fn.modes import forward_mode
+from llama_fn.modes import compiling, forward_mode, under_dynamo
 from llama_fn.private import is_wrapped, outside_of_dynamo
 from llama_fn.transforms.tapped import Tapped
 
@@ -43,7 +43,7 @@ def remat(f: Callable[P, R]) -> Callable[P, R]:
     def computed_again(*args: Any, **kwargs: Any) -> R:
         if forward_mode() or any(isinstance(x, Tapped) for x in tree.leaves((args, kwargs))):
             return f(*args, **kwargs)
-        if torch.compiler.is_dynamo_compiling():
+        if under_dynamo():
             return outside_of_dynamo(_in_graph, own, *args, **kwargs)
         with contextlib.suppress(_Outside, RuntimeError):  # what is wrong with f itself, the next line raises again
             return _call(own, _watched, args, kwargs)
@@ -107,7 +107,7 @@ class _Recomputed(torch.autograd.Function):
         count = len(xs)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         cotangents = tuple(filter(_smooth, cotangents))
-        if torch.compiler.is_compiling():
+        if compiling():
             xs = _after(cotangents, xs, ctx.inner if any(ctx.inner) else map(_smooth, xs))
 
         def pullback(*both: Tensor) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama_fn.model.linear import linear
 from llama_fn.model.transformer import embed
-from llama_fn.modes import transforms
+from llama_fn.modes import compiling, transforms
 from llama_fn.ops.inside import held
 from llama_fn.private import known_while_tracing
 from llama_fn.shapes import typed
@@ -70,7 +70,7 @@ class Tapped(Base):
             raise TappedError(f"the loss uses the weight {self.path} twice, and the norm of its gradient is measured "
                               f"in one place; {REMEDY}")
         (weight, tap), self._tensors = self._tensors, None
-        if torch.compiler.is_compiling():
+        if compiling():
             _keep_backward()
         return weight, tap
 

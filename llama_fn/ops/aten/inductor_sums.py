@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from llama_fn.modes import under_dynamo
 from llama_fn.ops.quantized import GROUP, Grouped, Quantized, as_made
 from llama_fn.shapes import typed
 
@@ -27,7 +28,7 @@ def sums(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
         y = _byte_sums(weight, rows)
     elif isinstance(weight, Grouped):
         y = _nibble_sums(weight, rows)
-    elif weight.dtype == torch.bfloat16 and not torch.compiler.is_dynamo_compiling() and whole_words(weight):
+    elif weight.dtype == torch.bfloat16 and not under_dynamo() and whole_words(weight):
         y = _word_sums(weight.view(torch.float32), _halves, rows)
     else:
         y = _word_sums(weight, lambda words: [words], rows)
@@ -109,7 +110,7 @@ def whole_words(matrix: Flat) -> bool:
     values = matrix if isinstance(matrix, Tensor) else matrix.values
     whole = GROUP // 2 if isinstance(matrix, Grouped) else 4 // values.itemsize
     return (values.is_contiguous() and values.shape[-1] % whole == 0 and (isinstance(matrix, Tensor) or as_made(matrix))
-            and (torch.compiler.is_dynamo_compiling() or values.storage_offset() % whole == 0))  # unknown to dynamo
+            and (under_dynamo() or values.storage_offset() % whole == 0))  # unknown to dynamo
 
 
 def in_memory(x: Tensor) -> Tensor:
