@@ -289,7 +289,8 @@ def test_what_is_no_whole_tensor_is_refused(make, fake):
     file = make("meta") / "consolidated.00.pth"
     state = torch.load(file)
     torch.save(state | {"output.weight": fake(state["output.weight"])}, file)
-    refused(file.parent, r"output\.weight in consolidated\.00\.pth: should be \[401, 48\], is (?!float)")
+    refused(file.parent, r"output\.weight in consolidated\.00\.pth: should be \[401, 48\], is (?!float)"
+                         r"|consolidated\.00\.pth: .*sparse tensor")  # which torch 2.14 refuses itself
 
 
 @pytest.mark.parametrize("shards", [1, 2])
