@@ -1,5 +1,6 @@
 """The house: who may import whom, how long the textbook is, and that every table of kernels ends in the definition."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ def lines(folder: Path) -> dict[str, int]:
 def test_a_room_knows_the_rooms_below_it_alone(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert lint_imports(no_cache=True) == 0
+
+
+def test_the_readme_shows_the_floors():
+    """Each floor of the contract is a line of the picture, in the same order."""
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    picture = (ROOT / "README.md").read_text().split("## The house")[1].split("```")[1].strip().splitlines()
+    floors = [floor.replace(" | ", "  ") for floor in contract["layers"]]
+    assert [line[:len(floor)] for line, floor in zip(picture, floors, strict=True)] == floors
 
 
 def test_the_mathematics_is_short():
