@@ -1,5 +1,9 @@
 """What torch is doing right now: whether what runs is traced, mapped, differentiated, or recorded by a GPU."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -9,12 +13,26 @@ from llama_fn.private import FakeTensor, graph_is_made, is_wrapped, known_while_
 
 def traced() -> bool:
     """Whether what runs now is written down as a graph: by `torch.compile`, `export`, `linearize` or `make_fx`."""
-    return torch.compiler.is_compiling() or graph_is_made()
+    return compiling() or graph_is_made()
+
+
+_thread = threading.local()  # each thread traces for itself: another that runs eagerly meanwhile stays eager
+
+
+@contextmanager
+def tracing_layers() -> Iterator[None]:
+    """Within it, this thread is `compiling`. (`make_fx` does not say so by itself.)"""
+    before = getattr(_thread, "tracing", False)
+    _thread.tracing = True
+    try:
+        yield
+    finally:
+        _thread.tracing = before
 
 
 def compiling() -> bool:
     """Whether a compiled step is being made, by `torch.compile` or by `jit_layers`."""
-    return torch.compiler.is_compiling()
+    return torch.compiler.is_compiling() or getattr(_thread, "tracing", False)
 
 
 def under_dynamo() -> bool:

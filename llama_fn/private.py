@@ -8,8 +8,8 @@ import is imported by whoever compiles.
 import importlib
 import inspect
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,17 +71,6 @@ def known_while_tracing(f: Callable) -> Callable:
     """
     f._dynamo_marked_constant = True
     return f
-
-
-@contextmanager
-def compiling() -> Iterator[None]:
-    """Within it, `torch.compiler.is_compiling()`. (`make_fx` does not say so.)"""
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = before
 
 
 def version(x: Tensor) -> int:

@@ -38,7 +38,7 @@ def jit_layers(f: Callable[P, R], donate: str | Sequence[str] = "cache") -> Call
 @overload
 def jit_layers(*, donate: str | Sequence[str] = "cache") -> Forward: ...
 def jit_layers(f: Callable[P, R] = forward, donate: str | Sequence[str] = "cache") -> Callable[P, R]:
-    """`forward`, `trunk`, or a function that hands them `layer` and `head`, compiled by its parts: all layers
+    """`forward`, `trunk`, or a function that hands them `layer`, `head` and `trunk`, compiled by its parts: all layers
     share one compiled block, so that the first call takes as long for 80 of them as for one. The cache is written in
     place if it is donated, and a step's work follows its length. On a GPU, what a step launches is recorded.
 
@@ -49,9 +49,8 @@ def jit_layers(f: Callable[P, R] = forward, donate: str | Sequence[str] = "cache
         warnings.warn(uncompiled(getattr(f, "__name__", "a step"), reason), stacklevel=2)
         return f
     layer = by_shape(block, donate, {"slots": 0, "cache": -2})
-    if "cache" in ((donate,) if isinstance(donate, str) else donate):
-        layer.together = one_token.one_token
-    parts = {"layer": layer, "head": _few_rows(by_shape(head))}
+    in_place = "cache" in ((donate,) if isinstance(donate, str) else donate)
+    parts = {"layer": layer, "head": _few_rows(by_shape(head)), "trunk": one_token.one_token if in_place else None}
     named = inspect.signature(f).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values()):
         parts = {name: part for name, part in parts.items() if name in named}  # `trunk` has no head

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from llama_fn import private
 from llama_fn.compiled.inductor import ONE_LOOP, prepared, undisturbed
-from llama_fn.modes import transforms
+from llama_fn.modes import tracing_layers, transforms
 from llama_fn.ops.cpu import build as avx2
 from llama_fn.private import autocast
 
@@ -55,7 +55,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
 
     # Sizes are inputs of their own, too: there torch's cache between processes looks whether a graph fits.
     inputs = [*sizes, *fakes]
-    with torch.no_grad(), private.compiling(), imagined:
+    with torch.no_grad(), tracing_layers(), imagined:
         graph = make_fx(flat, decomposition_table=inductor.decompositions())(*inputs)
     # Queries, keys and values take the same rows, laid out in the same way.
     graph.graph = inductor.same_once(graph.graph)

@@ -42,8 +42,8 @@ def head(norm: Float[Vector, "d"], output: Float[Matrix, "v d"], x: Float[Tensor
 
 @typed
 def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: AnyCache | None = None,
-            *, layer: Callable[..., Any] = block, head: Callable[..., Any] = head
-            ) -> tuple[Float[Tensor, "*b t v"], AnyCache]:
+            *, layer: Callable[..., Any] = block, head: Callable[..., Any] = head,
+            trunk: Callable[..., Tensor | None] | None = None) -> tuple[Float[Tensor, "*b t v"], AnyCache]:
     """The logits of the token after each token, and the cache with these tokens in it.
 
     Without a cache the tokens are whole sequences, starting at position 0, and the second result is `NoCache()`, which
@@ -55,28 +55,30 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: AnyCache | None 
     generates and scores text keeps within it.
 
     `layer` is what computes each layer: `block`, or a transform of it, as `layer=lf.remat(lf.block)`; `head` is what
-    computes the logits. `jit_layers` compiles both.
+    computes the logits. `trunk(params, tokens, cache, slots)` computes all layers at once in the memory of the cache
+    that it is given, or gives None for what it cannot do. `jit_layers` hands all three.
 
     Raises `ValueError` for no tokens, for a token outside the vocabulary, and for more tokens than the cache has room
     for, compiled and mapped too; a cache that was donated is then what it was. The last two are not seen where a GPU
     would have to be waited for (compiled, mapped or replayed there), and in an exported program: the logits of such a
     token, or of a row without room, are NaN.
     """
-    x, cache = _layers(params, tokens, cache, layer)
+    x, cache = _layers(params, tokens, cache, layer, trunk)
     return head(params.norm, params.output, x, params.config.norm_eps), cache
 
 
 @typed
 def trunk(params: Params, tokens: Int[Tensor, "*b t"], cache: AnyCache | None = None,
-          *, layer: Callable[..., Any] = block) -> tuple[Float[Tensor, "*b t d"], AnyCache]:
+          *, layer: Callable[..., Any] = block,
+          trunk: Callable[..., Tensor | None] | None = None) -> tuple[Float[Tensor, "*b t d"], AnyCache]:
     """`forward` without the head: what the last layer says of each token. Of a long prompt, the logits after its last
     token are `head` of the last of these alone.
     """
-    return _layers(params, tokens, cache, layer)
+    return _layers(params, tokens, cache, layer, trunk)
 
 
 def _layers(params: Params, tokens: Tensor, cache: Cache | NoCache | None,
-            layer: Callable) -> tuple[Tensor, Cache | NoCache]:
+            layer: Callable, trunk: Callable | None) -> tuple[Tensor, Cache | NoCache]:
     config, count = params.config, tokens.shape[-1]
     tokens = check_tokens(tokens, config.vocab_size)
     check_sizes(params, cache)
@@ -84,8 +86,7 @@ def _layers(params: Params, tokens: Tensor, cache: Cache | NoCache | None,
     if cache:
         cache = check_room(cache, count, tokens)
         room = reach(cache, count)
-        # A layer may have kernels for all of them at once, in the cache that it is given, or say that it has none.
-        if (together := getattr(layer, "together", None)) and (x := together(params, tokens, cache, room)) is not None:
+        if trunk is not None and (x := trunk(params, tokens, cache, room)) is not None:
             return x, cache._replace(length=grown(cache.length, count))
         start, slots = cache.length[..., None], torch.arange(room, device=tokens.device)
     positions = start + torch.arange(count, device=tokens.device)
