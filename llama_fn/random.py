@@ -126,7 +126,7 @@ def bernoulli(key: Key, p: float | Float[Tensor, "..."] = 0.5, shape: Shape | No
     shape = p.shape if shape is None else tuple(shape)
     try:
         fits = torch.broadcast_shapes(p.shape, shape) == torch.Size(shape)
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # the second for an axis below 0
         fits = False
     if not fits:
         raise ValueError(f"random.bernoulli: p of shape {tuple(p.shape)} cannot be broadcast to {tuple(shape)}")
@@ -224,5 +224,7 @@ def threefry2x32(key: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
 
 def _counters(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
     """0, 1, 2, ... in row-major order, as high and low words."""
+    if any(n < 0 for n in shape):
+        raise ValueError(f"random: a shape has no axis below 0, got {tuple(shape)}")
     count = torch.arange(math.prod(shape), device=device).reshape(tuple(shape))
     return count >> 32, count & MASK

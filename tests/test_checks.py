@@ -64,6 +64,26 @@ def test_a_row_that_is_not_there_is_named(row):
         lf.select(lf.init_cache(CONFIG, (3,), max_len=4), [0, row])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_rows_are_the_same_whatever_integers_they_are(dtype):
+    cache = lf.init_cache(CONFIG, (3,), max_len=4)._replace(length=torch.tensor([5, 6, 7]))
+    rows = torch.tensor([0, 0, 1], dtype=dtype)  # torch takes bytes for a mask
+    assert lf.select(cache, rows).length.tolist() == [5, 5, 6]
+    assert lf.select(cache, []).length.tolist() == []
+
+
+def test_rows_that_choose_nothing_are_refused():
+    cache = lf.init_cache(CONFIG, (3, 2), max_len=4)
+    assert lf.select(cache, torch.tensor([[True, False], [True, True], [False, True]])).length.shape == (4,)
+    for rows, told in (([True, False], r"the mask is of shape \[2\], the cache's rows of \[3, 2\]"),
+                       (torch.ones(3, 3, dtype=torch.bool), r"the mask is of shape \[3, 3\]"),
+                       ([0.0, 1.0], "rows are integers or a mask of booleans, got torch.float32")):
+        with pytest.raises(ValueError, match=told):
+            lf.select(cache, rows)
+    with pytest.raises(ValueError, match="the cache is of one sequence, and has no rows"):
+        lf.select(lf.init_cache(CONFIG, max_len=4), [0])
+
+
 def test_a_traced_graph_reads_the_numbers_that_it_is_run_with(params):
     def decode(params, token, length):
         cache = lf.init_cache(CONFIG, max_len=4)

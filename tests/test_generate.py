@@ -128,6 +128,8 @@ def test_bad_requests_are_refused_at_once(model):
         lf.generate(params, [[1], []], key=key)
     with pytest.raises(ValueError, match="token 401 is outside the vocabulary of 401 tokens"):
         lf.generate(params, [[1, 401]], key=key)
+    with pytest.raises(ValueError, match=f"token {2**70} is outside the vocabulary of 401 tokens"):
+        lf.generate(params, [[1], [2, 2**70]], key=key)
     with pytest.raises(ValueError, match="the prompt has 96 tokens, and the model's context is 96"):
         lf.generate(params, [[1] * 96], key=key)
     with pytest.raises(ValueError, match="3 keys for 1 prompts"):

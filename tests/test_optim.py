@@ -46,8 +46,9 @@ def test_the_chain_of_clip_and_adamw_takes_the_steps_of_optax():
 
 def test_the_schedule_is_that_of_optax():
     schedule = lf.optim.warmup_cosine(0.05, 2, 6, 0.005)
-    ours = [float(schedule(torch.tensor(count))) for count in range(9)]
-    assert ours == pytest.approx(OPTAX["schedule"], abs=1e-8)
+    for number in (torch.tensor, int):
+        ours = [float(schedule(number(count))) for count in range(9)]
+        assert ours == pytest.approx(OPTAX["schedule"], abs=1e-8)
 
 
 @given(st.floats(1e-4, 1.0), st.integers(0, 5), st.integers(1, 9), st.floats(0.0, 0.1))
@@ -55,8 +56,9 @@ def test_the_linear_schedule_goes_through_its_three_points_in_straight_lines(pea
     schedule = lf.optim.warmup_linear(peak, warmup, warmup + rest, end)
     points = [(0, 0.0)] * (warmup > 0) + [(warmup, peak), (warmup + rest, end)]
     counts = range(warmup + rest + 3)
-    assert [float(schedule(torch.tensor(count))) for count in counts] == pytest.approx(
-        np.interp(counts, *zip(*points, strict=True)), abs=1e-6)
+    for number in (torch.tensor, int):
+        assert [float(schedule(number(count))) for count in counts] == pytest.approx(
+            np.interp(counts, *zip(*points, strict=True)), abs=1e-6)
     with pytest.raises(ValueError, match=r"warmup_linear: warmup \(5\) must lie in \[0, steps\), and steps is 5"):
         lf.optim.warmup_linear(peak, 5, 5)
 

@@ -310,6 +310,10 @@ def test_categorical_draws_along_any_axis():
     (lambda: random.bernoulli(random.key(0), torch.zeros(4), (4, 3)),
      r"p of shape \(4,\) cannot be broadcast to \(4, 3\)"),
     (lambda: random.bernoulli(random.key(0), torch.zeros(4), ()), r"p of shape \(4,\) cannot be broadcast to \(\)"),
+    (lambda: random.bernoulli(random.key(0), 0.5, (-1,)), r"p of shape \(\) cannot be broadcast to \(-1,\)"),
+    (lambda: random.randint(random.key(0), (3, -1), 0, 5), r"a shape has no axis below 0, got \(3, -1\)"),
+    (lambda: random.normal(random.key(0), (-2, -1)), r"a shape has no axis below 0, got \(-2, -1\)"),
+    (lambda: random.split(random.key(0), -1), r"a shape has no axis below 0, got \(-1,\)"),
     (lambda: random.categorical(random.key(0), torch.zeros(4, 6), shape=(3, 5)),
      r"shape \(3, 5\) must end in the logits' batch axes \(4,\)"),
 ])

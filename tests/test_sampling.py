@@ -121,6 +121,13 @@ def test_the_repetition_penalty_makes_what_is_there_less_likely_once(key, penalt
     assert torch.equal(lf.sampler(0.0, repetition_penalty=penalty)(key, logits, tokens), changed.argmax(-1))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
+def test_a_penalty_is_the_same_whatever_integers_the_tokens_are(dtype):
+    logits = logits_of(lf.random.key(0), 2, 301)  # more than 8 bits hold
+    tokens = torch.tensor([[3, 127, -1], [0, 10, -128]])
+    assert torch.equal(penalize(logits, tokens.to(dtype), 1.5), penalize(logits, tokens, 1.5))
+
+
 @given(keys())
 def test_the_same_key_draws_the_same_token_mapped_or_not(key):
     sample, rows = lf.sampler(0.9, 5, 0.9, 0.01, 1.1), 4

@@ -10,7 +10,6 @@ from torch import Tensor
 
 import llama_fn as lf
 from llama_fn.model.rope import rotation
-from llama_fn.training.schedule import warmup_cosine
 
 # --- the README's first block
 
@@ -115,8 +114,10 @@ apart: list[lf.lora.Lora] = lf.lora.unstack(stacked)
 lf.lora.save(adapter, "adapter", params)
 loaded = lf.lora.load(Path("adapter"), params)
 optimizer = lf.optim.chain(lf.optim.clip_by_global_norm(1),
-                           lf.optim.adamw(warmup_cosine(1e-3, 10, 100), weight_decay=0, mask=lf.optim.matrices))
-slow = lf.optim.sgd(1)
+                           lf.optim.adamw(lf.optim.warmup_cosine(1e-3, 10, 100), weight_decay=0,
+                                          mask=lf.optim.matrices))
+slow = lf.optim.sgd(lf.optim.warmup_linear(1, 10, 100))
+rate: Tensor = lf.optim.warmup_cosine(1, 10, 100)(3)
 optimizer_state = optimizer.init(adapter)
 updates, optimizer_state = optimizer.update(grads, optimizer_state, adapter)
 adapter = lf.optim.apply_updates(adapter, updates)
@@ -127,13 +128,17 @@ size: Tensor = lf.optim.global_norm(grads)
 first, second = lf.random.split(key)
 keys = lf.random.split(lf.random.fold_in(key, 3), 5)
 draws = [lf.random.normal(key, (2, 3)), lf.random.uniform(key, (4,), minval=0, maxval=1), lf.random.gumbel(key),
-         lf.random.bits(key), lf.random.categorical(key, logits), lf.random.rademacher(key)]
+         lf.random.bits(key), lf.random.categorical(key, logits), lf.random.rademacher(key),
+         lf.random.randint(key, (3,), 0, 9), lf.random.permutation(key, 5), lf.random.permutation(key, logits, axis=1),
+         lf.random.bernoulli(key, 0.3, (2,)), lf.random.bernoulli(key, logits)]
 
 # --- text
 
 completions = lf.text_completion(model, ["Once", "One day"], key=key, max_new_tokens=9, stop=["."], logprobs=True)
 text: str = completions[0].text
-generated: list[lf.Generation] = lf.generate(params, [[1, 2], [3]], key=key, max_new_tokens=9, stop_ids=[2])
+written: list[lf.Generation] = lf.generate(params, [tokens, [1, 2]], key=key, stop_ids={2}, layer=lf.remat(lf.block))
+told_apart: lf.DialogTokens = lf.dialog_tokens(model.tokenizer, [{"role": "user", "content": "Who?"}])
+taught: Tensor = lf.loss(params, told_apart.tokens, told_apart.mask)
 answers = lf.chat_completion(model, [[{"role": "user", "content": "Who?"}]], key=key)
 message: lf.Message = {"role": "user", "content": "Who?"}
 learned: lf.DialogTokens = lf.dialog_tokens(tokenizer, [message, {"role": "assistant", "content": "A fox."}])
@@ -144,7 +149,7 @@ for piece, after in lf.answer(model, chat, key=key):
 told = lf.speculate(model, model, ["Once"], key=key, n=4, narrow=lf.narrowing(top_p=0.9))
 for piece, so_far in lf.speculate_stream(model, model, "Once", key=key):
     print(piece, so_far.accepted / max(so_far.proposed, 1))
-scores: list[lf.Score] = lf.score(model, ["Once upon a time"])
+scores: list[lf.Score] = lf.score(model, ["Once upon a time", " up"], prefixes=["", "Once"])
 best = max(lf.score_options(model, "Once", [" upon", " up"]), key=lambda score: score.total)
 measured: lf.Perplexity = lf.perplexity(model, "Once upon a time", window=9, report=print)
 drawn = lf.sampler(top_k=5)(key, logits)

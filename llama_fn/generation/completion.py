@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -38,7 +38,8 @@ class Completion(NamedTuple):
 def text_completion(model: Model, prompts: Sequence[str], *, key: Int[Tensor, "2"] | Int[Tensor, "n 2"],
                     max_new_tokens: int | None = None, sampler: Sampler | None = None, stop: Sequence[str] = (),
                     echo: bool = False, logprobs: bool = False, adapters: Lora | None = None,
-                    layer: Callable = block, head: Callable = plain_head) -> list[Completion]:
+                    layer: Callable[..., Any] = block,
+                    head: Callable[..., Any] = plain_head) -> list[Completion]:
     """Complete every prompt, up to the model's end token, a string of `stop` (not part of the text), `max_new_tokens`,
     or the end of the context, whichever comes first.
 
@@ -98,8 +99,8 @@ def complete(params: Params, encoded: Sequence[list[int]], key: Tensor, max_new_
 
 @typed
 def stream(model: Model, prompt: str, *, key: Int[Tensor, "2"], max_new_tokens: int | None = None,
-           sampler: Sampler | None = None, stop: Sequence[str] = (), layer: Callable = block,
-           head: Callable = plain_head) -> Iterator[str]:
+           sampler: Sampler | None = None, stop: Sequence[str] = (), layer: Callable[..., Any] = block,
+           head: Callable[..., Any] = plain_head) -> Iterator[str]:
     """The text of `text_completion` for one prompt, in pieces as they come; what may begin a stop string is held back.
 
     Raises `ValueError` as `text_completion` does, at once and not with the first piece.

@@ -21,6 +21,7 @@ from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.model.transformer import head as plain_head
 from llama_fn.ops.aten.inductor_sums import FEW
 from llama_fn.ops.cpu import build as avx2
+from llama_fn.ops.inside import check
 from llama_fn.private import lacking
 from llama_fn.shapes import typed
 from llama_fn.transforms import lora
@@ -62,6 +63,8 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int, adap
     if adapters is not None and (counts := {len(x) for x in tree.leaves(adapters)}) != {len(prompts)}:
         raise ValueError(f"adapters should be a stack of {len(prompts)}, one a prompt; the first axes of what came are "
                          f"{', '.join(map(str, sorted(counts)))}")
+    for prompt in prompts:  # a tensor holds no integer of more than 64 bits
+        check("token", min(prompt), max(prompt), 0, params.config.vocab_size)
     device, slots = params.embedding.device, ample(max_len)
     padded = torch.tensor([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts], device=device)
     cache = init_cache(params.config, (len(prompts),), max_len=slots, dtype=params.embedding.dtype, device=device)
@@ -84,6 +87,7 @@ def resume(params: Params, tokens: Sequence[int], cache: Cache | NoCache | None,
     the model, and at least the last. The cache grows to `max_len` slots and a few more if it has fewer (so its axis s
     has two sizes here, and this function is not `typed`).
     """
+    check("token", min(tokens), max(tokens), 0, params.config.vocab_size)
     device, dtype, slots = params.embedding.device, params.embedding.dtype, ample(max_len)
     if not cache:
         cache = init_cache(params.config, (1,), max_len=slots, dtype=dtype, device=device)

@@ -1,7 +1,7 @@
 """Generation from tokens to tokens, without a tokenizer."""
 
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Int
 from torch import Tensor
@@ -26,7 +26,8 @@ class Generation(NamedTuple):
 def generate(params: Params, prompts: Int[Tensor, "b t"] | Sequence[Sequence[int] | Int[Tensor, "_"]], *,
              key: Int[Tensor, "2"] | Int[Tensor, "n 2"], max_new_tokens: int | None = None,
              sampler: Sampler | None = None, stop_ids: Collection[int] = (), logprobs: bool = False,
-             adapters: Lora | None = None, layer: Callable = block, head: Callable = plain_head) -> list[Generation]:
+             adapters: Lora | None = None, layer: Callable[..., Any] = block,
+             head: Callable[..., Any] = plain_head) -> list[Generation]:
     """Continue every row of tokens, up to a token of `stop_ids` (not part of the result), `max_new_tokens`, or the end
     of the context, whichever comes first. Nothing is added to a row: begin a text with the tokenizer's `bos_id`.
 

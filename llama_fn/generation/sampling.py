@@ -110,6 +110,7 @@ def penalize(logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b s"], penalty
     """Make every token that is there already less likely, once, however often it is there."""
     v = logits.shape[-1]
     there = torch.zeros_like(logits[..., :1]).expand(*logits.shape[:-1], v + 1)  # the last stands for none
+    tokens = tokens.long()  # v may be more than a narrow dtype holds
     tokens = inside(torch.where(tokens < 0, 0, tokens), "token", 0, v).where(tokens >= 0, v)
     there = there.scatter(-1, tokens.clamp(max=v), 1.0)[..., :v].bool()  # on a GPU one outside is none
     limits = torch.finfo(logits.dtype)  # beyond them a penalty would be 0 or infinite there, and 0 times that is NaN

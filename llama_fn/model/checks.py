@@ -23,8 +23,8 @@ def check_sizes(params: "Params", cache: Cache | NoCache | None) -> None:
             raise ValueError(f"the config says {params.config.n_heads} heads on {params.config.n_kv_heads} key/value "
                              f"heads of width {params.config.head_dim}, the weights {k * g} on {k} of width {h}")
     if cache and not len(cache.k) == len(cache.v) == len(params.blocks):
-        raise ValueError(f"the cache has {len(cache.k)} layers, the weights {len(params.blocks)}; "
-                         "make it with init_cache from the same config")
+        raise ValueError(f"the cache has keys of {len(cache.k)} layers and values of {len(cache.v)}, the weights "
+                         f"have {len(params.blocks)}; make it with init_cache from the same config")
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> Tensor:

@@ -55,12 +55,18 @@ def select(cache: Cache, rows: Tensor | list[int]) -> Cache:
     """Some rows of the first axis, in the order given: numbers, or a mask. The same row twice is a fork of it.
 
     What the rows of a forked cache share stays in memory once, where an index into each leaf would go wrong. Raises
-    `ValueError` for a row that is not there.
+    `ValueError` for a row that is not there, for a mask of another size, and for a cache without rows.
     """
-    rows = torch.as_tensor(rows, device=cache.length.device)
-    if rows.dtype != torch.bool:
-        count = len(cache.length)
-        rows = inside(rows, "row", -count, count)
+    rows, sizes = torch.as_tensor(rows, device=cache.length.device), cache.length.shape
+    if not sizes:
+        raise ValueError("select: the cache is of one sequence, and has no rows to choose from")
+    if rows.dtype == torch.bool:
+        if not 0 < rows.ndim <= len(sizes) or rows.shape != sizes[:rows.ndim]:
+            raise ValueError(f"select: the mask is of shape {list(rows.shape)}, the cache's rows of {list(sizes)}")
+    elif rows.numel() and (rows.is_floating_point() or rows.is_complex()):
+        raise ValueError(f"select: rows are integers or a mask of booleans, got {rows.dtype}")
+    else:  # torch takes bytes for a mask, and an empty list for floats
+        rows = inside(rows.long(), "row", -sizes[0], sizes[0])
 
     def some(leaf: Tensor | Forked) -> Tensor | Forked:
         if isinstance(leaf, Forked):

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.ranges import number
-from llama_fn.training.schedule import Schedule, warmup_cosine, warmup_linear  # noqa: F401  they are part of it
+from llama_fn.training.schedule import Schedule as Schedule  # said twice, a type checker takes it for public here
+from llama_fn.training.schedule import warmup_cosine as warmup_cosine
+from llama_fn.training.schedule import warmup_linear as warmup_linear
 
 
 class Optimizer(NamedTuple):

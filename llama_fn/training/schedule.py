@@ -1,4 +1,4 @@
-"""Learning rates as functions of the number of steps taken."""
+"""Learning rates as functions of the number of steps taken, a tensor or Python's int."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from llama_fn.ranges import integer, number
 Schedule = Callable[[Tensor], Tensor]  # from the number of steps taken to a learning rate
 
 
-def warmup_cosine(peak: float, warmup: int, steps: int, end: float = 0.0) -> Schedule:
+def warmup_cosine(peak: float, warmup: int, steps: int, end: float = 0.0) -> Callable[[Tensor | int], Tensor]:
     """From 0 up to `peak` in a straight line over `warmup` steps, then down to `end` at `steps` along half a cosine.
 
     (Loshchilov and Hutter 2017, "SGDR", eq. 5; Optax's `warmup_cosine_decay_schedule`.)
@@ -19,8 +19,8 @@ def warmup_cosine(peak: float, warmup: int, steps: int, end: float = 0.0) -> Sch
     """
     peak, warmup, steps, end = _checked("warmup_cosine", peak, warmup, steps, end)
 
-    def rate(count: Tensor) -> Tensor:
-        count = count.float()
+    def rate(count: Tensor | int) -> Tensor:
+        count = torch.as_tensor(count).float()
         done = ((count - warmup) / (steps - warmup)).clamp(0, 1)
         falling = end + (peak - end) * (1 + torch.cos(math.pi * done)) / 2
         return torch.where(count < warmup, peak * count / max(warmup, 1), falling)
@@ -28,7 +28,7 @@ def warmup_cosine(peak: float, warmup: int, steps: int, end: float = 0.0) -> Sch
     return rate
 
 
-def warmup_linear(peak: float, warmup: int, steps: int, end: float = 0.0) -> Schedule:
+def warmup_linear(peak: float, warmup: int, steps: int, end: float = 0.0) -> Callable[[Tensor | int], Tensor]:
     """From 0 up to `peak` in a straight line over `warmup` steps, then down to `end` at `steps` in another one.
 
     (Optax's `linear_schedule`, twice joined; transformers' `get_linear_schedule_with_warmup`.)
@@ -36,8 +36,8 @@ def warmup_linear(peak: float, warmup: int, steps: int, end: float = 0.0) -> Sch
     """
     peak, warmup, steps, end = _checked("warmup_linear", peak, warmup, steps, end)
 
-    def rate(count: Tensor) -> Tensor:
-        count = count.float()
+    def rate(count: Tensor | int) -> Tensor:
+        count = torch.as_tensor(count).float()
         done = ((count - warmup) / (steps - warmup)).clamp(0, 1)
         return torch.where(count < warmup, peak * count / max(warmup, 1), peak + (end - peak) * done)
 
