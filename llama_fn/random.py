@@ -72,7 +72,7 @@ def uniform(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32,
     mantissa = MANTISSA_BITS[dtype]
     width = 8 if mantissa < 8 else torch.finfo(dtype).bits  # as JAX does: bfloat16 draws 8 bits
     integer = (bits(key, shape, width) >> (width - mantissa)) & (2**mantissa - 1)
-    low, high = (torch.full((), x, dtype=dtype, device=key.device) for x in (minval, maxval))
+    low, high = (torch.full((), float(x), dtype=dtype, device=key.device) for x in (minval, maxval))
     return torch.maximum(low, integer.to(dtype) * 2.0**-mantissa * (high - low) + low)
 
 

@@ -80,6 +80,11 @@ def test_rows_that_choose_nothing_are_refused():
                        ([0.0, 1.0], "rows are integers or a mask of booleans, got torch.float32")):
         with pytest.raises(ValueError, match=told):
             lf.select(cache, rows)
+    for none in (lf.NoCache(), None):
+        with pytest.raises(ValueError, match="select: a cache is needed, got No"):
+            lf.select(none, [0])
+        with pytest.raises(ValueError, match="fork: a cache is needed, got No"):
+            lf.fork(none, (2,), max_len=4)
     with pytest.raises(ValueError, match="the cache is of one sequence, and has no rows"):
         lf.select(lf.init_cache(CONFIG, max_len=4), [0])
 

@@ -274,6 +274,7 @@ def test_uniform_stays_in_its_range(key, dtype, minval, width):
     assert unit.dtype == dtype and unit.min() >= 0 and unit.max() < 1
     low, high = torch.tensor([minval, minval + width], dtype=dtype)
     assert ranged.min() >= low and ranged.max() <= high  # a range far from 0 rounds up to its end, as in JAX
+    assert torch.equal(random.uniform(key, (3,), maxval=10**30), random.uniform(key, (3,), maxval=1e30))
 
 
 @given(keys(), st.integers(1, 3).flatmap(lambda n: st.lists(st.floats(-3, 3), min_size=n + 1, max_size=n + 1)))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from chi_square import p_value
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import keys
 
@@ -55,6 +55,7 @@ def test_top_k_of_one_is_greedy_and_so_is_temperature_zero(key):
 
 
 @given(keys(), st.integers(1, 15))
+@example(lf.random.key(0), 10**30)
 def test_top_k_keeps_the_k_likeliest(key, k):
     logits = logits_of(key, 5, 11)
     kept = keep_top_k(logits, k)

@@ -129,7 +129,8 @@ def keep_likeliest(logits: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"]:
 @typed
 def keep_top_k(logits: Float[Tensor, "*b v"], k: int) -> Float[Tensor, "*b v"]:
     """The k likeliest tokens keep their logits (of equals the first), the others get -inf."""
-    lowest = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+    k = min(k, logits.shape[-1])
+    lowest = logits.topk(k).values[..., -1:]
     return _keep_down_to(logits, lowest, k)
 
 

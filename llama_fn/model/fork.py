@@ -24,6 +24,7 @@ def fork(cache: Cache, batch: tuple[int, ...], *, max_len: int, at: int | None =
     Raises `ValueError` where rows differ in length or it cannot be read (compiled, mapped) and there is no `at`, where
     nothing is left of `max_len`, and for a forked cache. (Its axis s has two sizes, so this function is not `typed`.)
     """
+    _check_some("fork", cache)
     if not isinstance(batch, tuple):
         raise ValueError(f"fork: batch is a tuple of sizes, as (5,) for five rows, got {batch!r}")
     batch = tuple(integer("fork: a size in batch", n, 1) for n in batch)
@@ -57,6 +58,7 @@ def select(cache: Cache, rows: Tensor | list[int]) -> Cache:
     What the rows of a forked cache share stays in memory once, where an index into each leaf would go wrong. Raises
     `ValueError` for a row that is not there, for a mask of another size, and for a cache without rows.
     """
+    _check_some("select", cache)
     rows, sizes = torch.as_tensor(rows, device=cache.length.device), cache.length.shape
     if not sizes:
         raise ValueError("select: the cache is of one sequence, and has no rows to choose from")
@@ -75,3 +77,9 @@ def select(cache: Cache, rows: Tensor | list[int]) -> Cache:
 
     k, v = (tuple(map(some, leaves)) for leaves in cache[:2])
     return Cache(k, v, cache.length[rows])
+
+
+def _check_some(what: str, cache: Cache) -> None:
+    if not isinstance(cache, Cache):
+        raise ValueError(f"{what}: a cache is needed, got {type(cache).__name__}; make one with init_cache, and give it "
+                         "to forward")
