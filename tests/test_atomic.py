@@ -13,7 +13,7 @@ from writers import FILES, WRITERS, Writer, all_writers, calls, readable, visibl
 
 import llama_fn as lf
 from llama_fn import tree
-from llama_fn.checkpoint.atomic import replacing_folder
+from llama_fn.checkpoint.atomic import replacing, replacing_folder
 from llama_fn.checkpoint.files import read_json, write_json
 
 
@@ -183,3 +183,19 @@ def test_two_writers_of_one_place_do_not_mix(tmp_path):
             assert first != second
             (second / "b").write_text("second")
     assert contents(tmp_path / "place") == {"b": b"second"} and len(os.listdir(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("other", ["place.v2", "place.deadbeef", "place."])
+def test_writers_of_two_places_leave_each_other_alone(tmp_path, other):
+    """Even if the name of the one begins with that of the other: both are whole, folders and files."""
+    for outer, inner in ((tmp_path / "1" / "place", tmp_path / "1" / other),
+                         (tmp_path / "2" / other, tmp_path / "2" / "place")):
+        with replacing_folder(outer) as first:
+            (first / "a").write_text("first")
+            with replacing_folder(inner) as second:
+                (second / "a").write_text("second")
+        with replacing(outer.parent / "files" / outer.name) as first:
+            first.write_text("first")
+            write_json(outer.parent / "files" / inner.name, {})
+        assert (outer / "a").read_text() == "first" == (outer.parent / "files" / outer.name).read_text()
+    assert not list(tmp_path.glob("**/.*"))

@@ -146,6 +146,12 @@ class Call:
         return self.call
 
 
+def made_storage(kind: str, make: bytes) -> bytes:
+    """{"a": a storage of ten thousand million numbers}."""
+    return b"\x80\x02}X\x01\0\0\0ac%b\n\x8a\x05%b\x85%bs." % (
+        kind.replace(" ", "\n").encode(), (10**10).to_bytes(5, "little"), make)
+
+
 def nested(depth: int) -> bytes:
     """{t: 1} where t is a pair of a pair of ... of one and the same pair: its hash takes 2^depth steps."""
     pairs = b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(depth))
@@ -167,6 +173,9 @@ def nested(depth: int) -> bytes:
     (b"\x80\x02}X\xff\xff\xff\x7fa.", "damaged"), (b"\x80\x02h\x05.", "damaged"), (b"\x80\x02s.", "damaged"),
     (b"\x80\x02u.", "damaged"), (b"", "damaged"), (b"\x80\x02.", "damaged"), (b"\x80\x05}\x94.", "damaged"),
     (nested(60), "a key that is not a string"),
+    *((made_storage(kind, make), f"{kind.replace(' ', '.')} is called") for make in (b"R", b"\x81")
+      for kind in ("torch.storage UntypedStorage", "torch.storage TypedStorage", "torch FloatStorage")),
+    (made_storage("collections OrderedDict", b"\x81"), "collections.OrderedDict is called"),
 ], ids=lambda x: None if isinstance(x, str) else "")
 def test_a_pickle_that_grows_is_refused(tmp_path, data, message):
     refused(lambda: read_tensors(pickled(tmp_path / "bomb", data)), f"bomb: not a file of tensors.*({message})",

@@ -18,6 +18,7 @@ The next save to the folder finishes steps 2 and 3. Each step is synced before t
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -152,7 +153,8 @@ def _finish(folder: Path, instead_of: Sequence[str]) -> None:
 def _beside(path: Path) -> Path:
     """A new hidden name beside a path, of its own for every writer. What killed writers left there is removed."""
     start = "." + path.name.encode()[:200].decode(errors="ignore") + "."  # a name has at most 255 bytes
-    for left in [left for left in path.parent.iterdir() if left.name.startswith(start) and left.name.endswith(".part")]:
+    ours = re.compile(re.escape(start) + r"[0-9a-f]{8}\.part")  # that of `name.x`, written right now, begins alike
+    for left in [left for left in path.parent.iterdir() if ours.fullmatch(left.name)]:
         _remove(left)
     return path.with_name(f"{start}{secrets.token_hex(4)}.part")
 

@@ -17,10 +17,12 @@ MOST_PICKLE = 2**21  # bytes of a torch file's pickle; a state of training of LL
 MOST_STEPS = 2**18  # of that pickle, as it is unpickled; the same state has 110,000
 END, LOCATOR, END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sLQL"), struct.Struct("<4sQ2H2L4Q")
 # What builds tensors and dictionaries of them. Others that torch allows (bytearray, codecs, Tensor) take any size.
-NAMED = re.compile(r"collections OrderedDict|torch\.serialization _get_layout|torch Size|torch device"
-                   r"|torch(\.storage)? \w+Storage|torch (b?float\w*|double|half|complex\w*|q?u?int\w*|long|short|bool)"
-                   r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|sparse_tensor|sparse_csr_tensor"
-                   r"|nested_tensor|meta_tensor_no_storage)")
+CALLED = re.compile(r"collections OrderedDict|torch\.serialization _get_layout|torch Size|torch device"
+                    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|sparse_tensor|sparse_csr_tensor"
+                    r"|nested_tensor|meta_tensor_no_storage)")
+# What may be named, but not called: a storage of any size is one number. Those of a file are named beside its entry.
+NAMED = re.compile(r"torch(\.storage)? \w+Storage"
+                   r"|torch (b?float\w*|double|half|complex\w*|q?u?int\w*|long|short|bool)")
 
 # By the name of a pickle's step: how many things it takes from the stack, whether all above a mark too, what it puts.
 STEPS = {step.name: (sum(kind.name not in ("mark", "stackslice") for kind in step.stack_before),
@@ -109,8 +111,10 @@ def _check_pickle(data: bytes) -> None:
                 raise ValueError("a dictionary with a key that is not a string")
             if name == "REDUCE" and stack[-2] == "collections OrderedDict" and stack[-1] != "EMPTY_TUPLE":
                 raise ValueError("a dictionary that is made of a sequence")
-            if name == "GLOBAL" and not NAMED.fullmatch(argument):
+            if name == "GLOBAL" and not (CALLED.fullmatch(argument) or NAMED.fullmatch(argument)):
                 raise ValueError(f"{argument.replace(' ', '.')} has no place in a file of tensors")
+            if name in ("REDUCE", "NEWOBJ") and not (name == "REDUCE" and CALLED.fullmatch(stack[-2])):
+                raise ValueError(f"{stack[-2].replace(' ', '.')} is called, as torch.save never does")
             if marked:
                 stack = below.pop()
             del stack[len(stack) - taken:]
