@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from llama_fn.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Piece, bpe_model
 
 SPACE = "\u2581"
+LONGEST_PIECE = 512  # characters; LLaMA's have at most 16, and the time to read one grows with the square of them
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 PREPEND = {"type": "Prepend", "prepend": SPACE}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -88,14 +89,19 @@ def added_tokens(settings: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
     """
     added = settings.get("added_tokens") or []
     try:
-        return {int(token["id"]): (str(token["content"]), bool(token.get("special"))) for token in added}
-    except (TypeError, KeyError, ValueError, AttributeError):
+        found = {token["id"]: (str(token["content"]), bool(token.get("special"))) for token in added}
+    except (TypeError, KeyError, AttributeError):
         raise ValueError('"added_tokens" is no list of tokens with an "id" and a "content"') from None
+    if wrong := [id for id in found if type(id) is not int or id < 0]:
+        raise ValueError(f'"added_tokens" has the id {wrong[0]!r}; ids are integers from 0 on')
+    return found
 
 
 def _vocabulary(vocab: Any) -> list[str]:
     if not isinstance(vocab, Mapping) or sorted(vocab.values(), key=repr) != sorted(range(len(vocab)), key=repr):
         raise ValueError("model.vocab should give every piece an id from 0 on, and every id to one piece")
+    if (longest := max(map(len, vocab), default=0)) > LONGEST_PIECE:
+        raise ValueError(f"model.vocab has a piece of {longest:,} characters, at most {LONGEST_PIECE:,} are read")
     return sorted(vocab, key=vocab.__getitem__)
 
 

@@ -146,7 +146,8 @@ def test_the_command_line_says_it_in_one_line(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("args", [("generate", "Once", "--max-new-tokens", "3"), ("inspect",)], ids=["text", "table"])
+@pytest.mark.parametrize("args", [("generate", "Once", "--max-new-tokens", "3"), ("inspect",), ("--version",)],
+                         ids=["text", "table", "version"])
 def test_output_to_a_full_disk_is_one_line_too(args):
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "llama_fn", *args]

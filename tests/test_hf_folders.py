@@ -1,6 +1,7 @@
 """Folders of Hugging Face as many have them: older files of weights, Mistral, larger vocabularies, no tokenizer."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Mis
 import llama_fn as lf
 from llama_fn.checkpoint.hf_config import read_config, write_config
 from llama_fn.generation import conversation
+from llama_fn.tokenizer_json import added_tokens
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -238,8 +240,8 @@ def test_added_tokens_survive_in_every_format(added, tmp_path, format):
     loaded = lf.load(added)
     lf.save(loaded, tmp_path / "new", format=format)
     again = lf.load(tmp_path / "new")
-    named = {id: name for id, name in again.tokenizer.added if "unused" not in name and name}
-    assert same(again.params, loaded.params) and named == {id: name for id, (name, _) in ADDED.items()}
+    named = {id: name for id, name in again.tokenizer.added if name}
+    assert same(again, loaded) and named == {id: name for id, (name, _) in ADDED.items()}
     if format == "hf":
         other = AutoTokenizer.from_pretrained(tmp_path / "new")
         text = "the<XY> cat<|end|><X>"
@@ -260,9 +262,32 @@ def test_more_tokens_than_rows(added, model):
     edit_json(added / "tokenizer_config.json", added_tokens_decoder=names)
     with pytest.warns(UserWarning, match=r"the weights have 408 rows, so 1 added tokens are left out: '<pad>' \(408\)"):
         assert lf.load(added).tokenizer.vocab_size == 408
+
+
+@pytest.mark.parametrize("id", [math.inf, -math.inf, math.nan, 1.5, True, -1, "1", None, [1]])
+def test_an_added_token_without_a_whole_number_is_refused(added, id):
+    """`json` reads 1e400 as infinity."""
+    (added / "added_tokens.json").write_text(json.dumps({"<X>": id}))
+    with pytest.raises(ValueError, match="the added tokens of tokenizer_config.json, .* cannot be read"):
+        lf.load(added)
+    (added / "added_tokens.json").unlink()
     edit_json(added / "tokenizer_config.json", added_tokens_decoder={"x": 5})
     with pytest.raises(ValueError, match="the added tokens of tokenizer_config.json, .* cannot be read"):
         lf.load(added)
+    content = {"added_tokens": [{"id": id, "content": "<X>"}]}
+    with pytest.raises(ValueError, match='"added_tokens"'):
+        added_tokens(content)
+
+
+def test_code_llama_puts_a_space_before_the_first_part_alone(model, tmp_path):
+    """It tells no "legacy", and transformers takes it for false."""
+    lf.save(larger(model, 408), tmp_path, format="hf")
+    (tmp_path / "tokenizer.json").unlink()
+    edit_json(tmp_path / "tokenizer_config.json", tokenizer_class="CodeLlamaTokenizer", legacy=None,
+              add_prefix_space=...)
+    tokenizer, other = lf.load(tmp_path).tokenizer, AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("the</s>cat", "</s>the cat", "the cat"):
+        assert tokenizer.encode(text, special=True) == other.encode(text)
 
 
 # --- no tokenizer

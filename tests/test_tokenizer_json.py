@@ -1,6 +1,7 @@
 """Folders with Hugging Face's `tokenizer.json` alone: the same ids as transformers, and what cannot be had refused."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -128,6 +129,8 @@ def changed(settings: dict, **changes) -> dict:
     (lambda x: changed(x, ignore_merges=True), "model.ignore_merges is True, only False"),
     (lambda x: changed(x, vocab={**x["model"]["vocab"], "hole": 1000}), "should give every piece an id from 0 on"),
     (lambda x: changed(x, vocab={"<unk>": 0}), "lacks 256 of the 256 bytes"), (lambda x: changed(x, vocab=[]), "every"),
+    (lambda x: changed(x, vocab={**x["model"]["vocab"], "a" * 10**6: len(x["model"]["vocab"])}),
+     "has a piece of 1,000,000 characters, at most 512 are read"),
     (lambda x: changed(x, unk_token="none"), "has no piece 'none'"),
     (lambda x: changed(x, merges=None), "model.merges is no list"),
     (lambda x: changed(x, merges=[5]), r"model.merges has \(5,\), which is no pair"),
@@ -135,6 +138,7 @@ def changed(settings: dict, **changes) -> dict:
     (lambda x: changed(x, merges=x["model"]["merges"][1:]), r"model.merges lacks .* \+ .*: a SentencePiece model"),
     (lambda x: changed(x, merges=[*x["model"]["merges"], x["model"]["merges"][0]]), "makes .* in two places"),
     (lambda x: {**x, "added_tokens": [5]}, '"added_tokens" is no list of tokens'),
+    (lambda x: {**x, "added_tokens": [{"id": math.inf, "content": "a"}]}, '"added_tokens" has the id inf'),
 ])
 def test_another_kind_of_tokenizer_is_refused_by_name(tmp_path, model, change, message):
     settings = change(settings_of(TOKENIZERS["stories"]))

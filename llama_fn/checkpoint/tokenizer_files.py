@@ -38,16 +38,16 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
         raise ValueError(f"{file}: a vocabulary of {size} tokens does not fit weights for {vocab_size} in {folder}; "
                          "use the tokenizer that came with them")
     named = {id: (name, is_special) for id, (name, is_special) in _added(folder, settings).items()
-             if id >= size or tokenizer.processor.id_to_piece(id) != name}
+             if (bool(name) if id >= size else tokenizer.processor.id_to_piece(id) != name)}
     if beyond := sorted(id for id in named if id >= vocab_size):
         warnings.warn(f"{folder}: the weights have {vocab_size} rows, so {len(beyond)} added tokens are left out: "
                       + ", ".join(f"{named.pop(id)[0]!r} ({id})" for id in beyond), stacklevel=2)
     names = dict.fromkeys(range(size, vocab_size), "") | {id: name for id, (name, _) in named.items()}
     legacy = settings.get("legacy")
     if not isinstance(legacy, bool):
-        legacy = tokenizer.legacy and not str(settings.get("tokenizer_class")).startswith("Llama")
+        legacy = tokenizer.legacy and not str(settings.get("tokenizer_class")).startswith(("Llama", "CodeLlama"))
     return Tokenizer(tokenizer.model, tuple(sorted(names.items())),
-                     tuple(sorted(id for id, (_, is_special) in named.items() if is_special)), legacy)
+                     tuple(sorted(id for id, (name, is_special) in named.items() if name and is_special)), legacy)
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_len: int, for_transformers: bool) -> None:
@@ -62,7 +62,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_len: int, for_transf
         return
     settings, pieces = settings_of(tokenizer.model), pieces_of(tokenizer.model)
     last = max((id for id, name in tokenizer.added if name), default=-1)
-    added = {id: (name or f"<|unused_{id}|>", id in tokenizer.special or not name) for id, name in tokenizer.added
+    added = {id: (name or _unused(id), id in tokenizer.special or not name) for id, name in tokenizer.added
              if id <= last}  # transformers numbers added tokens without a gap
     unusual = settings.unusual()
     if for_transformers and unusual:
@@ -109,16 +109,20 @@ def _added(folder: Path, settings: Mapping[str, Any]) -> dict[int, tuple[str, bo
     special = set(_names({**_object(folder, SPECIAL), **settings}))
     decoder = settings.get("added_tokens_decoder") or {}
     try:
-        listed = [{"id": int(id), **token} for id, token in decoder.items()]
-        older = {int(id): (str(name), name in special) for name, id in _object(folder, ADDED).items()}
+        listed = [{**token, "id": int(id)} for id, token in decoder.items()]
+        older = [{"id": id, "content": name, "special": name in special}
+                 for name, id in _object(folder, ADDED).items()]
         found = tokenizer_json.added_tokens(_object(folder, JSON))
-        found |= older | tokenizer_json.added_tokens({"added_tokens": listed})
+        found |= tokenizer_json.added_tokens({"added_tokens": older + listed})
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{folder}: the added tokens of {SETTINGS}, {ADDED} or {JSON} cannot be read: "
                          f"{error}") from None
-    if wrong := [id for id in found if id < 0]:
-        raise ValueError(f"{folder}: an added token has the id {wrong[0]}; ids count from 0")
-    return found
+    # A name that `write_tokenizer` puts where there is none.
+    return {id: ("" if name == _unused(id) else name, is_special) for id, (name, is_special) in found.items()}
+
+
+def _unused(id: int) -> str:
+    return f"<|unused_{id}|>"
 
 
 def _names(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -25,17 +25,17 @@ COMMANDS = {"generate": generate, "chat": chat, "perplexity": perplexity, "choos
 
 def main() -> None:
     """Run one subcommand, or tell the version. Bad input is one line on standard error and status 2; Ctrl-C is 130."""
-    if sys.argv[1:] in (["--version"], ["-V"]):
-        print(f"llama-fn {__version__}")
-        return
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # PowerShell's pipes begin with a byte-order mark
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"llama-fn: {message}", file=sys.stderr)
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="llama-fn",
-                                                 description="LLaMA 2 as pure functions (--version tells which).",
-                                                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+            if sys.argv[1:] in (["--version"], ["-V"]):
+                print(f"llama-fn {__version__}")
+            else:
+                tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="llama-fn",
+                                                     description="LLaMA 2 as pure functions (--version tells which).",
+                                                     config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has gone; nothing more is to be said
         _give_up_output()
