@@ -1,6 +1,7 @@
 """What lies beside a tokenizer: chat templates and end tokens, from every file and back; every end ends everything."""
 
 import dataclasses
+import io
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from dialogs import answers, dialog, plays, questions, systems, talker
 from hypothesis import given
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceTrainer
 from templates import LLAMA2, VICUNA, ZEPHYR
 from test_cli import cli
 from transformers import AutoTokenizer, GenerationConfig
@@ -95,14 +97,30 @@ def test_a_file_elsewhere_is_not_read(small, tmp_path, name):
 
 
 @pytest.mark.parametrize(("ids", "expected"), [
-    (7, (7,)), ([2, 9, 7], (7, 9)), (2, ()), (None, (11,)), ([], (11,)), ([7, 7], (7,)), ([-1, 9999, 7], (7,)),
-    (0, (0,)),
+    (7, (7,)), ([2, 9, 7], (7, 9)), (2, ()), (..., (11,)), (None, ()), ([], ()), ([7, 7], (7,)),
+    ([-1, 9999, 7], (7,)), (0, (0,)),
 ])
 def test_end_tokens_are_those_of_generation_config_or_else_of_config(small, tmp_path, ids, expected):
     lf.save(small, tmp_path, format="hf")
     config = json.loads((tmp_path / "config.json").read_text()) | {"eos_token_id": [2, 11]}
-    read = with_files(small, tmp_path, **{"generation_config.json": {"eos_token_id": ids}, "config.json": config})
+    told = {} if ids is ... else {"eos_token_id": ids}  # null says that there is none, for transformers too
+    read = with_files(small, tmp_path, **{"generation_config.json": told, "config.json": config})
     assert read.end_ids == expected and read.ends == {2, *expected}
+
+
+@pytest.mark.parametrize("format", ["meta", "hf"])
+def test_a_tokenizer_without_an_end_has_none_when_it_comes_back(texts, tmp_path, format):
+    """`config.json` tells LLaMA's 2, which is any token here."""
+    out = io.BytesIO()
+    SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=out, model_type="bpe", vocab_size=401,
+                               eos_id=-1, byte_fallback=True, normalization_rule_name="identity",
+                               remove_extra_whitespaces=False, minloglevel=2)
+    bare = lf.Tokenizer(out.getvalue())
+    config = lf.Config(dim=12, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=401, hidden_dim=10)
+    lf.save(lf.Model(lf.init_params(lf.random.key(0), config), bare), tmp_path, format=format)
+    assert lf.load(tmp_path).tokenizer == bare and lf.load(tmp_path).tokenizer.ends == {-1}
+    if format == "hf":
+        assert GenerationConfig.from_pretrained(tmp_path).eos_token_id is None
 
 
 @pytest.mark.parametrize("ids", ["2", [2, "7"], True, 2.0, [[2]], {"a": 1}])

@@ -62,9 +62,9 @@ def write_chat(tokenizer: Tokenizer, folder: Path, for_transformers: bool) -> No
     if template or (template is not None and not for_transformers):
         (folder / TEMPLATE).write_text(template, encoding="utf-8", newline="")
     ends = [id for id in (tokenizer.eos_id, *tokenizer.end_ids) if id >= 0]
-    if ends and (for_transformers or tokenizer.end_ids):
+    if for_transformers or tokenizer.end_ids:
         begin = {"bos_token_id": tokenizer.bos_id} if tokenizer.bos_id >= 0 else {}
-        write_json(folder / ENDS, begin | {"eos_token_id": ends[0] if len(ends) == 1 else ends})
+        write_json(folder / ENDS, begin | {"eos_token_id": ends[0] if len(ends) == 1 else ends or None})
     if tokenizer.token_names:
         names = {name: text or None for name, text in tokenizer.token_names}
         write_json(folder / NAMES, _json(folder / NAMES) | names)
@@ -118,10 +118,11 @@ def _end_ids(tokenizer: Tokenizer, folder: Path) -> tuple[int, ...]:
     never drawn.
     """
     for name in (ENDS, CONFIG):
-        ids = _json(folder / name).get("eos_token_id")
+        settings = _json(folder / name)
+        ids = settings.get("eos_token_id")
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if any(type(id) is not int for id in ids):
             raise ValueError(f"{folder / name}: eos_token_id should be a token's id or a list of such, got {ids!r}")
-        if ids:
+        if "eos_token_id" in settings:  # null: none, whatever `config.json` has
             return tuple(sorted({id for id in ids if 0 <= id < tokenizer.vocab_size} - {tokenizer.eos_id}))
     return ()
