@@ -233,7 +233,9 @@ def folder(model, tmp_path) -> Path:
 def test_settings_and_tokenizers_of_any_size_are_refused_unread(folder):
     """The files have holes: they are of no size on the disk."""
     for format, name in [("hf", "config.json"), ("meta", "params.json"), ("hf", "tokenizer.model"),
-                         ("meta", "tokenizer.model")]:
+                         ("meta", "tokenizer.model"), *(("hf", name) for name in (
+                             "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                             "generation_config.json"))]:
         before = (folder / format / name).read_bytes()
         os.truncate(folder / format / name, 10**12)
         refused(lambda format=format: lf.load(folder / format), rf"{name}: 1,000,000,000,000 bytes, at most")

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from llama_fn.checkpoint.files import inside, read_json, write_json
+from llama_fn.checkpoint.limits import check_size
 from llama_fn.tokenizer import LARGEST_JSON, Tokenizer
 
 TEMPLATE, ENDS, NAMES, CONFIG = "chat_template.jinja", "generation_config.json", "tokenizer_config.json", "config.json"
 OLDER_TEMPLATE = "chat_template.json"
+LARGEST_TEMPLATE = 1 << 22  # bytes; a long one, with tools, has 20,000
 FILES = (TEMPLATE, OLDER_TEMPLATE, ENDS, NAMES)
 
 # Meta's rules (see `generation/chat.py`) in Jinja. What stands for SPACE depends on the tokenizer.
@@ -92,6 +94,7 @@ def _json(file: Path) -> dict[str, Any]:
 def _template(folder: Path, names: dict[str, Any]) -> str | None:
     """The default template. A file of its own goes first, as for transformers."""
     if (folder / TEMPLATE).exists() or (folder / TEMPLATE).is_symlink():
+        check_size(inside(folder, TEMPLATE), LARGEST_TEMPLATE)
         with open(inside(folder, TEMPLATE), encoding="utf-8-sig", newline="") as file:
             try:
                 return file.read()

@@ -54,7 +54,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_len: int, for_transf
     """Write a tokenizer's files. `max_len` is the model's context.
 
     For transformers, which does not take every setting from SentencePiece's file, a `tokenizer.json` encodes as this
-    tokenizer does. What none can say is a warning.
+    tokenizer does. What none can say is a warning. One exception is told here alone: where `legacy` is false and a text
+    begins with a space, transformers leaves out the space that this tokenizer puts before the text.
     """
     with writing(folder / MODEL):
         (folder / MODEL).write_bytes(tokenizer.model)
