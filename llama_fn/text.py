@@ -11,6 +11,8 @@ from typing import Any
 # UTF-32's mark for little endian begins with UTF-16's, so it is looked for first.
 OTHER_MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
                (codecs.BOM_UTF16_BE, "UTF-16"))
+# Of 16 bytes of plain English, those that are 0 in other encodings (as RFC 4627, section 3, tells them apart).
+OTHER_ZEROS = {b"\1\0" * 8: "UTF-16", b"\0\1" * 8: "UTF-16", b"\1\0\0\0" * 4: "UTF-32", b"\0\0\0\1" * 4: "UTF-32"}
 DIGITS = 4300  # of a whole number; Python reads no longer one by default
 
 
@@ -79,6 +81,8 @@ def _characters(data: bytes, where: str, begins: bool = True) -> str:
     mark = codecs.BOM_UTF8 if begins and data.startswith(codecs.BOM_UTF8) else b""
     if begins and (other := next((name for other, name in OTHER_MARKS if data.startswith(other)), None)):
         raise ValueError(f"{where}: not UTF-8 but {other}, by its byte-order mark; convert it to UTF-8 first")
+    if begins and (other := OTHER_ZEROS.get(bytes(byte != 0 for byte in data[:16]))):
+        raise ValueError(f"{where}: not UTF-8 but {other}, by its zero bytes; convert it to UTF-8 first")
     try:
         return data[len(mark):].decode()
     except UnicodeDecodeError as error:

@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -233,6 +234,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> Toke
     if not lines:
         raise ValueError(f"no tokenizer of {size or VOCABULARY} tokens can be learned from these texts: they are empty")
     if size is not None:
+        if size < 260:
+            raise ValueError(f"no tokenizer of {size} tokens can be learned from these texts: 3 special tokens and 256 "
+                             "bytes alone are 259; give a larger vocab_size")
         return _learn(lines, size)
     needed = 3 + 256 + _frequent_characters(lines)
     size = VOCABULARY if needed < VOCABULARY else 2 * needed
@@ -244,21 +248,34 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> Toke
 
 
 def _learn(lines: list[str], vocab_size: int, hard_vocab_limit: bool = True) -> Tokenizer:
-    out = io.BytesIO()
-    try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=out, model_type="bpe", vocab_size=vocab_size,
-            hard_vocab_limit=hard_vocab_limit, byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
-            remove_extra_whitespaces=False, normalization_rule_name="identity", character_coverage=COVERAGE,
-            max_sentence_length=4 * LONGEST_LINE, num_threads=1, minloglevel=2)
-    except RuntimeError as error:
+    out, failed = io.BytesIO(), []
+
+    def learn() -> None:
+        try:
+            spm.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines), model_writer=out, model_type="bpe", vocab_size=vocab_size,
+                hard_vocab_limit=hard_vocab_limit, byte_fallback=True, split_digits=True,
+                allow_whitespace_only_pieces=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
+                character_coverage=COVERAGE, max_sentence_length=4 * LONGEST_LINE, num_threads=1, minloglevel=2)
+        except Exception as error:
+            failed.append(error)
+
+    # In a thread of its own: it takes half a minute for 40 MB, and only the main one hears Ctrl-C.
+    thread = threading.Thread(target=learn, daemon=True)
+    thread.start()
+    thread.join()
+    if failed and not isinstance(failed[0], RuntimeError | ValueError):
+        raise failed[0]
+    if failed:
         raise ValueError(f"no tokenizer of {vocab_size} tokens can be learned from these texts: "
-                         f"{str(error).split(']')[-1].strip() or error}") from None
+                         f"{str(failed[0]).split(']')[-1].strip() or failed[0]}")
     return Tokenizer(out.getvalue())
 
 
 def _frequent_characters(lines: list[str]) -> int:
     """How many characters get a token: the commonest that together make up COVERAGE of all."""
-    counts = Counter(itertools.chain.from_iterable(lines))
+    counts: Counter[str] = Counter()
+    for line in lines:  # all at once would be one call, which Ctrl-C does not interrupt
+        counts.update(line)
     reached = itertools.accumulate(count for _, count in counts.most_common())
     return 1 + sum(total < COVERAGE * counts.total() for total in reached)

@@ -9,9 +9,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import llama_fn as lf
-from llama_fn.cli.main import main
+from llama_fn.cli.main import COMMANDS, main
 
 COMMAND = [sys.executable, "-m", "llama_fn"]
 
@@ -124,10 +125,46 @@ def test_bad_input_is_one_line_and_status_2(monkeypatch, capsys, tmp_path, args,
     assert not list(tmp_path.iterdir())  # nothing was written
 
 
-def test_usage_errors_have_status_2(monkeypatch, capsys):
-    status, _, err = cli(monkeypatch, capsys, "generate", "--temperature", "hot")
-    assert status == 2 and "--temperature" in err and "Traceback" not in err
-    assert cli(monkeypatch, capsys, "paint")[0] == 2
+@pytest.mark.parametrize("args, words", [
+    (["generate", "--temperature", "hot"], ["--temperature", "'hot'"]),
+    (["generate", "--temp", "1"], ["--temp,", "--temperature"]),
+    (["generate", "--seed", "9" * 5000], ["--seed", "4300 digits"]),
+    (["generate", "--dtype", "float8"], ["'float8'", "--dtype", "bfloat16"]),
+    (["generate", "--model"], ["--model"]), (["generate", "a", "b"], ["b"]),
+    (["paint"], ["paint", "generate, chat"]), ([], ["generate, chat"]), (["chat"], ["MODEL"]), (["choose"], ["PROMPT"]),
+    (["convert", "a"], ["DST", "--to"]), (["train", "--dim", "1.5"], ["--dim", "'1.5'"])])
+def test_arguments_that_are_none_are_one_line_and_status_2(monkeypatch, capsys, args, words):
+    status, out, err = cli(monkeypatch, capsys, *args)
+    assert (status, out) == (2, "") and err.startswith("llama-fn: ") and err.endswith(" --help\n")
+    assert err.count("\n") == 1 and all(word in err for word in words) and not set(err) & {"│", "─", "╭"}
+
+
+@pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])
+def test_help_goes_to_standard_output(monkeypatch, capsys, command):
+    status, out, err = cli(monkeypatch, capsys, *command, "--help")
+    assert (status, err) == (0, "") and out.startswith(f"usage: {' '.join(['llama-fn', *command])} ")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried\nto"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("a bug")])
+def test_too_little_memory_is_one_line_and_a_mistake_of_the_program_is_none(monkeypatch, capsys, error):
+    def fails(*args, **named):
+        raise error
+
+    monkeypatch.setattr("llama_fn.cli.generate.model_of", fails)
+    if "bug" in str(error):
+        with pytest.raises(RuntimeError, match="a bug"):
+            cli(monkeypatch, capsys, "generate")
+    else:
+        status, _, err = cli(monkeypatch, capsys, "generate")
+        assert status == 2 and err.startswith("llama-fn: there is not enough memory for this") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("args", [["-c", "0"], ["--stride", "0"]])
+def test_an_error_comes_without_a_progress_bar(monkeypatch, capsys, tmp_path, args):
+    (tmp_path / "a.txt").write_text("Once upon a time")
+    status, _, err = cli(monkeypatch, capsys, "perplexity", str(tmp_path / "a.txt"), *args)
+    assert status == 2 and err.startswith("llama-fn: ") and err.count("\n") == 1
 
 
 def test_tokenizer_learns_and_does_not_write_over(monkeypatch, capsys, tmp_path, texts):

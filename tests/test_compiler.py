@@ -54,6 +54,15 @@ def test_everything_runs_uncompiled_and_one_warning_names_what_is_in_the_way(bro
     assert len(told) == 1
 
 
+def test_a_compiler_that_ctrl_c_ended_is_no_obstacle(tmp_path, monkeypatch):
+    compiler_file = tmp_path / "interrupted"
+    compiler_file.write_text("#!/bin/sh\nkill -INT $$\n")
+    compiler_file.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler_file))
+    with pytest.raises(KeyboardInterrupt):
+        compiler.obstacle()
+
+
 def test_where_there_is_nothing_in_the_way_something_is_compiled(tmp_path, monkeypatch):
     monkeypatch.setenv(FOLDER, str(tmp_path / "new" / "folder"))
     assert compiler.obstacle() is None

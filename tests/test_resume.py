@@ -116,7 +116,7 @@ def test_a_damaged_file_is_named_and_made_again_once_it_is_removed(root, name, d
     file = root / "run" / name
     good = file.read_bytes()
     file.write_bytes(damage(good))
-    with pytest.raises(ValueError, match=rf"{name}: (damaged, or not of this run|not a SentencePiece model)"):
+    with pytest.raises(ValueError, match=rf"{name}: damaged, or not of this run"):
         run(root / "run", SMALL, root / "texts", resume=True)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=rf"{name}: no such file; resume with the texts of the run"):

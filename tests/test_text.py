@@ -95,6 +95,18 @@ def test_utf_16_and_32_are_named(tmp_path, encoding, suffix):
         list(read_texts(tmp_path / f"a{suffix}"))
 
 
+@pytest.mark.parametrize("encoding", OTHERS)
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json"])
+def test_utf_16_and_32_without_a_mark_are_told_by_their_zeros(tmp_path, encoding, suffix):
+    (tmp_path / f"a{suffix}").write_bytes('{"text": "a word"}\n'.encode(encoding))
+    with pytest.raises(ValueError, match=rf"a{suffix}.*: not UTF-8 but UTF-{encoding[4:6]}, by its zero bytes; "):
+        list(read_texts(tmp_path / f"a{suffix}"))
+
+
+def test_zeros_in_other_places_are_text():
+    assert decode(b"a\0b\0", "") == "a\0b\0" and decode(b"\0" * 99, "") == "\0" * 99
+
+
 def test_an_offset_counts_from_the_beginning_of_the_file(tmp_path):
     with pytest.raises(ValueError, match="^here: not UTF-8: byte 0xFF at offset 5; convert it to UTF-8 first$"):
         decode(MARK + b"ab\xff", "here")

@@ -1,9 +1,13 @@
 import os
 import pickle
 import re
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import sentencepiece as spm
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import unicode_texts
@@ -165,6 +169,22 @@ def test_an_error_of_the_texts_comes_out_as_it_is(error, size):
     with pytest.raises(type(error)) as caught:
         lf.train_tokenizer(texts(), size)
     assert caught.value is error
+
+
+def test_ctrl_c_stops_the_learning_at_once(monkeypatch):
+    learning, hold = [], threading.Event()
+
+    def slow(**settings):  # as SentencePiece does, it lets other threads run, but in the main one it would hear nothing
+        learning.append(threading.current_thread())
+        os.kill(os.getpid(), signal.SIGINT)
+        hold.wait(60)
+
+    monkeypatch.setattr(spm.SentencePieceTrainer, "train", slow)
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        lf.train_tokenizer(["a text"], 280)
+    assert time.monotonic() - begun < 30 and learning[0] is not threading.main_thread() and learning[0].daemon
+    hold.set()
 
 
 def test_a_trained_tokenizer_has_the_parts_of_llama_2s(tokenizer):

@@ -16,6 +16,7 @@ from llama_fn import random
 from llama_fn.checkpoint.atomic import replacing
 from llama_fn.checkpoint.load import Model, check_tokenizer
 from llama_fn.cli import lines
+from llama_fn.cli.errors import told
 from llama_fn.cli.options import Context, Dtype, MaxNewTokens, model_of, within
 from llama_fn.generation.conversation import (
     Chat,
@@ -99,7 +100,7 @@ def chat(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODE
             print("\nCtrl-D or /quit leaves", file=sys.stderr)
             continue
         except ValueError as error:  # a terminal's bytes in another encoding than its own
-            print(error, file=sys.stderr)
+            print(told(error), file=sys.stderr)
             continue
         word = text.strip() if is_line else ""
         try:
@@ -117,7 +118,7 @@ def chat(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODE
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:  # so does a bad command
-            print(error, file=sys.stderr)
+            print(told(error), file=sys.stderr)
     if waiting:
         print(f"not sent, for want of room: {len(waiting)} message{'s' * (len(waiting) != 1)}", file=sys.stderr)
 
@@ -136,7 +137,7 @@ def _send(model: Model, talk: Chat, waiting: Sequence[str], reply: Callable[[Cha
             print(f"{full}; {_offer(model, talk)}; then what waits is sent; /drop 0 forgets it", file=sys.stderr)
             return talk, list(waiting[i:])
         except (ValueError, OSError) as error:  # a bad message loses nothing but itself
-            print(error, file=sys.stderr)
+            print(told(error), file=sys.stderr)
     return talk, []
 
 

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import torch
 import tyro
-from tqdm import tqdm
 
 from llama_fn import tree
 from llama_fn.checkpoint.load import Format, check_not_quantized, find, open_tokenizer, open_weights, write
 from llama_fn.checkpoint.peft import read_peft
 from llama_fn.checkpoint.weights import Weights
 from llama_fn.cli.options import Dtype, dtype_of
+from llama_fn.cli.progress import late_bar
 from llama_fn.model.init import abstract_params
 from llama_fn.transforms.lora import Lora, Scale, added
 from llama_fn.transforms.quantize import Bits, is_matrix, quantized_leaf
@@ -61,14 +61,15 @@ def convert(src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC
     ends = list(itertools.accumulate(
         int(math.prod(leaf.shape) * (per_number if is_matrix(path, leaf) else weights.dtype.itemsize))
         for path, leaf in leaves.items()))
-    with tqdm(total=ends[-1], unit="B", unit_scale=True, desc=f"0 of {len(ends)} tensors", dynamic_ncols=True) as bar:
+    with late_bar(total=ends[-1], unit="B", unit_scale=True, desc=f"0 of {len(ends)} tensors") as get_bar:
 
         def report(count: int) -> None:
+            bar = get_bar()
             bar.update(min(count, bar.total - bar.n))  # file formats add some bytes of their own
             bar.set_description(f"{bisect.bisect(ends, bar.n)} of {len(ends)} tensors", refresh=False)
 
         write(weights, tokenizer, dst, to, shards, report)
-        report(bar.total)
+        report(ends[-1])
     print(f"{dst}: {weights.config.n_params:,} parameters, {to}", file=sys.stderr)
 
 

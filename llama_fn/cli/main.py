@@ -1,10 +1,13 @@
 """`llama-fn`: the subcommands, and what becomes of their errors."""
 
-import errno
+import contextlib
+import functools
 import io
 import os
 import sys
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tyro
 
@@ -12,6 +15,7 @@ from llama_fn import __version__
 from llama_fn.bench.bench import bench
 from llama_fn.cli.chat import chat
 from llama_fn.cli.convert import convert
+from llama_fn.cli.errors import is_for_people, one_line, told
 from llama_fn.cli.evaluate import evaluate
 from llama_fn.cli.generate import generate
 from llama_fn.cli.inspect import inspect
@@ -33,31 +37,45 @@ def main() -> None:
             if sys.argv[1:] in (["--version"], ["-V"]):
                 print(f"llama-fn {__version__}")
             else:
-                tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="llama-fn",
-                                                     description="LLaMA 2 as pure functions (--version tells which).",
-                                                     config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+                _parsed(sys.argv[1:])()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has gone; nothing more is to be said
         _give_up_output()
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not is_for_people(error):
+            raise
         try:
             sys.stdout.flush()
         except OSError:
             _give_up_output()
-        print("llama-fn: " + "; ".join(line.strip() for line in _told(error).splitlines()), file=sys.stderr)
+        print(f"llama-fn: {told(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _told(error: Exception) -> str:
-    """What is wrong with which file. Writers of files name them: what could not be written without a name is output."""
-    if not getattr(error, "strerror", None):
-        return str(error)
-    place = error.filename
-    if place is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-        place = "standard output"
-    return error.strerror if place is None else f"{place}: {error.strerror}"
+def _parsed(args: Sequence[str]) -> Callable[[], None]:
+    """The command with its arguments. Raises `ValueError` for arguments that are none; tyro draws a box of many lines."""
+
+    def later(command: Callable) -> Callable:
+        @functools.wraps(command)  # tyro reads the command's signature
+        def bound(*args: Any, **named: Any) -> Callable[[], None]:
+            return functools.partial(command, *args, **named)
+        return bound
+
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.extras.subcommand_cli_from_dict(
+                {name: later(command) for name, command in COMMANDS.items()}, prog="llama-fn", args=args,
+                description="LLaMA 2 as pure functions (--version tells which).",
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+    _, *lines = (line.strip(" │|") for line in box.getvalue().splitlines() if line.strip())  # the first is a title
+    text = " ".join(line if line.strip("─-╰╯+") else "\n" for line in lines)  # a rule divides, a line goes on
+    raise ValueError(one_line(text.splitlines()))
 
 
 def _give_up_output() -> None:

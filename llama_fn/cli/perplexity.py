@@ -5,10 +5,10 @@ from typing import Annotated
 
 import torch
 import tyro
-from tqdm import tqdm
 
 from llama_fn.checkpoint.load import check_tokenizer, load
 from llama_fn.cli.options import Dtype, device_of, dtype_of
+from llama_fn.cli.progress import late_bar
 from llama_fn.generation import scoring
 from llama_fn.training.data import read_texts
 
@@ -31,8 +31,8 @@ def perplexity(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar
     loaded = load(model, dtype=dtype_of(dtype), device=device_of(device))
     check_tokenizer(loaded)
     count = sum(len(loaded.tokenizer.encode(text, bos=False)) for text in texts)
-    with torch.no_grad(), tqdm(total=count, unit="token", dynamic_ncols=True) as bar:
-        parts = [scoring.perplexity(loaded, text, window, stride, bar.update) for text in texts]
+    with torch.no_grad(), late_bar(total=count, unit="token") as bar:
+        parts = [scoring.perplexity(loaded, text, window, stride, lambda n: bar().update(n)) for text in texts]
     whole = scoring.Perplexity(*map(sum, zip(*parts, strict=True)))
     print(f"perplexity    {whole.perplexity:.4f}")
     print(f"bits a byte   {whole.bits_per_byte:.4f}")

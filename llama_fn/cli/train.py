@@ -41,8 +41,11 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
         nonlocal bar
         if bar is None:  # the first record comes when options and texts have been looked at
             bar = tqdm(total=record["steps"], initial=record["step"], unit="step", dynamic_ncols=True)
-            bar.write(f"{record['parameters']:,} parameters, {record['training_tokens']:,} tokens to learn from; "
-                      "the first step compiles, which takes a minute or two", file=sys.stderr)
+            size = f"{record['parameters']:,} parameters, {record['training_tokens']:,} tokens to learn from"
+            if record["step"] == record["steps"]:
+                bar.write(f"{size}; all steps are taken", file=sys.stderr)
+                return
+            bar.write(f"{size}; the first step compiles, which takes a minute or two", file=sys.stderr)
             bar.set_description("compiling")
         elif "valid_loss" in record:
             floor = f" (floor {record['floor']:.4f})" if "floor" in record else ""

@@ -5,6 +5,7 @@ import getpass
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -15,7 +16,8 @@ ROOM = 2**24  # bytes: the loops of a small model take 5 MB
 def obstacle() -> str | None:
     """Why nothing can be compiled on this machine, and what to do about it; None where a trial succeeds (0.05 s).
 
-    Without compiled code everything gives the same results, slower: whoever asks warns, and goes on.
+    Without compiled code everything gives the same results, slower: whoever asks warns, and goes on. A terminal sends
+    Ctrl-C to the trial's compiler, too: one that it ended is no obstacle but a `KeyboardInterrupt`.
     """
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
@@ -31,6 +33,8 @@ def obstacle() -> str | None:
                                   input='extern "C" int trial() { return 1; }', capture_output=True)
             if shutil.disk_usage(place).free < ROOM:
                 return f"the folder for compiled code, {folder}, has less than {ROOM >> 20} MiB of room; {remedy}"
+            if made.returncode == -signal.SIGINT:
+                raise KeyboardInterrupt
             if made.returncode or not library.exists():
                 said = (made.stderr.strip() or f"exit status {made.returncode}").splitlines()[0]
                 return (f"the C++ compiler {compiler!r} does not work ({said}); install g++ or name another in the "

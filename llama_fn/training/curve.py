@@ -25,7 +25,8 @@ def plot_losses(metrics: str | os.PathLike, png: str | os.PathLike) -> bool:
                   label=f"validation, {validation[-1][1]:.4f} at the end")
     if floors:
         axes.axhline(floors[-1], color="black", linestyle="--", label=f"the grammar's entropy, {floors[-1]:.4f}")
-    axes.legend()
+    if axes.lines:  # a run that goes on at its end, without its metrics, has none
+        axes.legend()
     axes.grid(True, which="both", alpha=0.2)
     with replacing(png) as beside:
         figure.savefig(beside, dpi=120, format="png")

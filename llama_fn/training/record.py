@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,12 +113,11 @@ def check_texts(folder: Path, before: dict[str, Any], texts: Sequence[Text]) -> 
                          "without texts to go on with those of the run, or choose another folder")
 
 
-def check_files(folder: Path, before: dict[str, Any]) -> None:
-    """Raise `ValueError` if a file of the folder is not the recorded one."""
-    known = before.get("sha256", {})
-    for name in FILES:
-        file = place(folder, name)
-        if name in known and file.is_file() and _digest(file) != known[name]:
+def check_files(folder: Path, before: dict[str, Any] | None, names: Iterable[str]) -> None:
+    """Raise `ValueError` if one of these files of the folder is not the recorded one."""
+    known = (before or {}).get("sha256", {})
+    for name in names:
+        if name in known and _digest(place(folder, name)) != known[name]:
             raise ValueError(f"{folder / name}: damaged, or not of this run (its digest is not that in {RECORD}); "
                              "remove it and resume, with the texts of the run: it is made again from them")
 

@@ -31,7 +31,16 @@ from llama_fn.training.data import open_corpus, text_files
 from llama_fn.training.loop import TrainState, evaluate, init_state, train
 from llama_fn.training.plan import Plan
 from llama_fn.training.prepare import clear, floor, prepare, sources_of_files, sources_of_stories
-from llama_fn.training.record import check_files, check_plan, check_texts, digest_texts, read_record, write_record
+from llama_fn.training.record import (
+    FILES,
+    check_files,
+    check_plan,
+    check_texts,
+    digest_texts,
+    place,
+    read_record,
+    write_record,
+)
 
 Report = Callable[[dict], None]
 SNAPSHOT, METRICS = "snapshot.pt", "metrics.jsonl"
@@ -81,9 +90,10 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
     elif of_stories:
         sources = sources_of_stories(plan.stories, told, held_out)
     try:
+        there = [name for name in FILES if place(folder, name).is_file()]
+        check_files(folder, before, there)
         tokenizer = prepare(folder, plan.vocab_size, sources)
-        if before is not None:
-            check_files(folder, before)
+        check_files(folder, before, {*FILES} - {*there})
         plan = dataclasses.replace(plan, vocab_size=tokenizer.vocab_size)
         config = plan.config()
         training, validation = (open_corpus(folder / "data" / f"{part}.bin", tokenizer, plan.context)

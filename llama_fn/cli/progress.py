@@ -1,0 +1,15 @@
+"""A progress bar that is drawn at its first use, so that an error before any progress stands alone."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+
+@contextmanager
+def late_bar(**settings: Any) -> Iterator[Callable[[], tqdm]]:
+    """A function that gives the bar, which is made when it is asked for and closed at the end."""
+    with ExitStack() as stack:
+        yield functools.cache(lambda: stack.enter_context(tqdm(dynamic_ncols=True, **settings)))
