@@ -177,7 +177,7 @@ def test_ctrl_c_stops_the_learning_at_once(monkeypatch):
     def slow(**settings):  # as SentencePiece does, it lets other threads run, but in the main one it would hear nothing
         learning.append(threading.current_thread())
         os.kill(os.getpid(), signal.SIGINT)
-        hold.wait(60)
+        hold.wait(40)
 
     monkeypatch.setattr(spm.SentencePieceTrainer, "train", slow)
     begun = time.monotonic()
