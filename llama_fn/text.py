@@ -22,7 +22,7 @@ def decode(data: bytes, where: str) -> str:
     A byte-order mark at the beginning is not part of the text. Line ends are "\\n", as in Python's text mode: CRLF and
     CR become LF. Raises `ValueError` that begins with `where` for bytes that are not UTF-8.
     """
-    text = _characters(data, where)
+    text = characters(data, where)
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
@@ -41,7 +41,7 @@ def json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
     with Path(path).open("rb") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{path}, line {number}"
-            text = _characters(line, where, begins=number == 1)
+            text = characters(line, where, begins=number == 1)
             if text.strip():
                 yield where, parse(text, where)
 
@@ -76,13 +76,19 @@ def parse(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON that can be read: {error}") from None
 
 
-def _characters(data: bytes, where: str, begins: bool = True) -> str:
-    """The characters of bytes; those that begin a file may have a byte-order mark before them, which is left out."""
+def other_encoding(data: bytes) -> str | None:
+    """What is wrong with bytes that begin a file in UTF-16 or UTF-32, with a byte-order mark or without; else None."""
+    name = next((name for mark, name in OTHER_MARKS if data.startswith(mark)), None)
+    by = "its byte-order mark" if name else "its zero bytes"
+    name = name or OTHER_ZEROS.get(bytes(byte != 0 for byte in data[:16]))
+    return name and f"not UTF-8 but {name}, by {by}; convert it to UTF-8 first"
+
+
+def characters(data: bytes, where: str, begins: bool = True) -> str:
+    """The characters of bytes, line ends as they are. A byte-order mark before those that begin a file is left out."""
     mark = codecs.BOM_UTF8 if begins and data.startswith(codecs.BOM_UTF8) else b""
-    if begins and (other := next((name for other, name in OTHER_MARKS if data.startswith(other)), None)):
-        raise ValueError(f"{where}: not UTF-8 but {other}, by its byte-order mark; convert it to UTF-8 first")
-    if begins and (other := OTHER_ZEROS.get(bytes(byte != 0 for byte in data[:16]))):
-        raise ValueError(f"{where}: not UTF-8 but {other}, by its zero bytes; convert it to UTF-8 first")
+    if begins and (other := other_encoding(data)):
+        raise ValueError(f"{where}: {other}")
     try:
         return data[len(mark):].decode()
     except UnicodeDecodeError as error:

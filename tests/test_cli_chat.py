@@ -125,6 +125,8 @@ def test_reset_keeps_the_systems_words(talk):
     ("a\ud800", "the text is not valid Unicode: character 8 is the lone surrogate U+DCED"),
     ("/drop", "/drop N forgets the N oldest of 1 exchanges, got ''"),
     ("/drop 2", "/drop N forgets the N oldest of 1 exchanges, got '2'"),
+    ("/drop " + "9" * 5000, "/drop N forgets the N oldest of 1 exchanges, got '999"),
+    ("/save /proc/none.json", "/proc/none.json: No such file or directory, while writing; choose another place"),
     ("/drop 0", "/drop N forgets the N oldest of 1 exchanges, got '0'"),
     ("/save", "/save needs the name of a file"), ("/save .", ". exists; choose another name"),
     ("/save a.json/b.json", "a.json: no such folder"),

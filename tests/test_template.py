@@ -55,6 +55,17 @@ def their_ids(tokenizer: AutoTokenizer, dialog: list[lf.Message]) -> list[int]:
 each = pytest.mark.parametrize("name", ["zephyr", "vicuna", "chatml", "bare"])
 
 
+def test_a_question_that_ends_with_the_end_token_is_answered(tokenizer):
+    text = "{% for m in messages %}{{ m.role ~ m.content ~ eos_token }}{% endfor %}"  # it does not lead up to an answer
+    model = talker(tokenizer)._replace(tokenizer=dataclasses.replace(tokenizer, chat_template=text))
+    chat = lf.ask(model, lf.Chat(), "hello")
+    assert chat.tokens == dialog_ids(model.tokenizer, HELLO) and chat.tokens[-1] == tokenizer.eos_id
+    greedy, key = lf.sampler(temperature=0), lf.random.key(0)
+    *_, (_, answered) = lf.answer(model, chat, key=key, max_new_tokens=3, sampler=greedy)
+    expected, = lf.chat_completion(model, [HELLO], key=key, max_new_tokens=3, sampler=greedy)
+    assert list(answered.exchanges[-1].answer)[:len(expected.tokens)] == expected.tokens != []
+
+
 @each
 @given(dialogs)
 def test_tokens_are_those_of_transformers(talkers, theirs, name, dialog):

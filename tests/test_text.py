@@ -87,6 +87,24 @@ def test_a_pipe_to_chat_may_begin_with_a_byte_order_mark(model, tmp_path):
         assert done.stdout == b"" and done.stderr == b"unknown command /hello; /help names them\n"
 
 
+@pytest.mark.slow
+def test_a_pipe_to_chat_in_another_encoding_is_named_and_none_of_it_is_sent(model, tmp_path):
+    lf.save(model, tmp_path / "model")
+    for mark in (codecs.BOM_UTF16_LE, b""):
+        done = subprocess.run([*COMMAND, "chat", str(tmp_path / "model")], capture_output=True, check=True,
+                              input=mark + "Who was it?\nand then?\n".encode("utf-16-le"))
+        assert done.stdout == b"" and done.stderr.startswith(b"standard input: not UTF-8 but UTF-16, by its ")
+        assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("encoding", OTHERS)
+def test_a_chat_template_in_another_encoding_is_named(model, tmp_path, encoding):
+    lf.save(model, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_bytes(OTHERS[encoding] + "{{ bos_token }}".encode(encoding))
+    with pytest.raises(ValueError, match=f"chat_template.jinja: not UTF-8 but UTF-{encoding[4:6]}, by its byte-order"):
+        lf.load(tmp_path / "model")
+
+
 @pytest.mark.parametrize("encoding", OTHERS)
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json"])
 def test_utf_16_and_32_are_named(tmp_path, encoding, suffix):

@@ -10,6 +10,7 @@ from typing import Any
 
 from llama_fn.checkpoint.files import inside, read_json, write_json
 from llama_fn.checkpoint.limits import check_size
+from llama_fn.text import characters
 from llama_fn.tokenizer import LARGEST_JSON, Tokenizer
 
 TEMPLATE, ENDS, NAMES, CONFIG = "chat_template.jinja", "generation_config.json", "tokenizer_config.json", "config.json"
@@ -94,12 +95,9 @@ def _json(file: Path) -> dict[str, Any]:
 def _template(folder: Path, names: dict[str, Any]) -> str | None:
     """The default template. A file of its own goes first, as for transformers."""
     if (folder / TEMPLATE).exists() or (folder / TEMPLATE).is_symlink():
-        check_size(inside(folder, TEMPLATE), LARGEST_TEMPLATE)
-        with open(inside(folder, TEMPLATE), encoding="utf-8-sig", newline="") as file:
-            try:
-                return file.read()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{folder / TEMPLATE}: not UTF-8: {error}") from None
+        file = inside(folder, TEMPLATE)
+        check_size(file, LARGEST_TEMPLATE)
+        return characters(file.read_bytes(), str(folder / TEMPLATE))
     older = _json(folder / OLDER_TEMPLATE)
     where, found = (OLDER_TEMPLATE, older) if "chat_template" in older else (NAMES, names)
     template = found.get("chat_template")

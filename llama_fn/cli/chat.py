@@ -190,7 +190,7 @@ def _command(model: Model, talk: Chat, waiting: list[str], line: str) -> tuple[C
         waiting = []
         print("what waited is forgotten", file=sys.stderr)
     elif word == "/drop":
-        if not rest.isdecimal() or not 1 <= int(rest) <= len(talk.exchanges):
+        if not (rest.isdecimal() and len(rest) < 10) or not 1 <= int(rest) <= len(talk.exchanges):
             raise ValueError(f"/drop N forgets the N oldest of {len(talk.exchanges)} exchanges, got {rest!r}")
         before = len(talk.tokens)
         talk = drop(model, talk, int(rest))

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from llama_fn.text import other_encoding
+
 BRACKETED_PASTE = "\x1b[?2004h"  # asks the terminal to mark where a paste begins and ends
 
 
@@ -19,6 +21,7 @@ def reader() -> Callable[[str], str]:
 
     On a terminal a line is edited, and GNU readline gives a pasted text as one line with newlines in it. In a pipe, a
     byte that is not UTF-8 comes as a lone surrogate, which no tokenizer takes: it spoils its own message and no other.
+    A pipe whose byte-order mark is another encoding's is a `ValueError`, and at its end.
     """
     if on_terminal():
         with suppress(ImportError):  # Windows has line editing of its own
@@ -33,6 +36,9 @@ def reader() -> Callable[[str], str]:
         data = b"" if sys.stdin is None else sys.stdin.buffer.readline()
         if not data:
             raise EOFError
+        if not begun and (other := other_encoding(data)):
+            sys.stdin.buffer.read()
+            raise ValueError(f"standard input: {other}")
         line = data.decode("utf-8" if begun else "utf-8-sig", "surrogateescape")
         begun = True
         return line.removesuffix("\n").removesuffix("\r")

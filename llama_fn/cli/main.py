@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def _parsed(args: Sequence[str]) -> Callable[[], None]:
-    """The command with its arguments. Raises `ValueError` for arguments that are none; tyro draws a box of many lines."""
+    """The command with its arguments. For arguments that are none it raises `ValueError`; tyro draws a box."""
 
     def later(command: Callable) -> Callable:
         @functools.wraps(command)  # tyro reads the command's signature

@@ -84,7 +84,8 @@ def answer(model: Model, chat: Chat, *, key: Int[Tensor, "2"], max_new_tokens: i
     check_tokenizer(model)
     tokens, latest, context = chat.tokens, chat, model.params.config.max_seq_len
     end = closing(model.tokenizer)
-    if not tokens or tokens[-1] == model.tokenizer.eos_id or (end and tokens[-1] == end[-1]):
+    ended = ((model.tokenizer.eos_id,), end[-1:] or None)  # the answer: a question may end with that token, too
+    if not tokens or chat.exchanges[-1].answer[-1:] in ended:
         raise ValueError("there is nothing to answer: ask first")
     if len(tokens) >= context:
         raise ContextFull(f"the context of {context} tokens is full: the conversation has {len(tokens)}")

@@ -81,5 +81,5 @@ def select(cache: Cache, rows: Tensor | list[int]) -> Cache:
 
 def _check_some(what: str, cache: Cache) -> None:
     if not isinstance(cache, Cache):
-        raise ValueError(f"{what}: a cache is needed, got {type(cache).__name__}; make one with init_cache, and give it "
-                         "to forward")
+        raise ValueError(f"{what}: a cache is needed, got {type(cache).__name__}; make one with init_cache, and give "
+                         "it to forward")
