@@ -96,6 +96,15 @@ def test_every_way_to_draw_says_the_same(model, value, which, settings):
         lf.speculate(model, broken, ["One"], key=key, n=2, narrow=narrow)
 
 
+@pytest.mark.parametrize(("value", "which"), [(math.nan, slice(9, 10)), (math.inf, slice(3)), (-math.inf, slice(None))])
+def test_every_score_says_it_too(model, value, which):
+    broken = damaged(model, value, which)
+    for score in (lambda: lf.score(broken, ["One day", ""]), lambda: lf.score(broken, [" day"], prefixes=["One"]),
+                  lambda: lf.score_options(broken, "One", [" day", " two"]), lambda: lf.perplexity(broken, "One day")):
+        with pytest.raises(ValueError, match=REMEDY):
+            score()
+
+
 def test_damage_that_comes_later_is_found_when_it_comes(model):
     key, plain = lf.random.key(0), lambda logits, tokens: logits  # a narrowing of one's own, which looks at nothing
     told, = lf.text_completion(model, ["One"], key=key, max_new_tokens=2)

@@ -10,6 +10,7 @@ from torch import Tensor
 from llama_fn.checkpoint.load import Model, check_tokenizer
 from llama_fn.generation import decode
 from llama_fn.generation.completion import prompt_logprobs
+from llama_fn.generation.sampling import check_drawable
 from llama_fn.model.transformer import forward
 from llama_fn.shapes import typed
 
@@ -57,7 +58,7 @@ def score(model: Model, texts: Sequence[str], batch_size: int = 8, *,
     and `bytes` alike; `replaced` is what the token " s" had.
 
     Raises `ValueError` for a text longer than the context (`perplexity` takes those), for an empty text after a prefix,
-    and for as many prefixes as there are not texts.
+    for as many prefixes as there are not texts, and for logits that are NaN or infinite.
     """
     if isinstance(texts, str) or isinstance(prefixes, str):
         raise ValueError(f"score: {'texts' if isinstance(texts, str) else 'prefixes'} is one text; put it in a list")
@@ -77,6 +78,7 @@ def score(model: Model, texts: Sequence[str], batch_size: int = 8, *,
     for first in range(0, len(rows), batch_size):
         batch = rows[first:first + batch_size]
         logits, _ = forward(model.params, _padded(batch, model))
+        check_drawable(logits, "score: the")
         nats += [prompt_logprobs(x, ids) for x, ids in zip(logits, batch, strict=True)]
     alone = iter(nats[len(joints):])
     return [joint.score(row[joint.start:], next(alone)[joint.start:] if joint.replaces else [])
@@ -91,7 +93,8 @@ def score_options(model: Model, prompt: str, options: Sequence[str]) -> list[Sco
     work is less, since the prompt goes through the model once and the options continue copies of its cache. Long
     options are unlikely as such: compare `bits_per_byte`, of which the lowest is the best, where that should not count.
 
-    Raises `ValueError` for no option, for an empty one, and for one that does not fit into the context.
+    Raises `ValueError` for no option, for an empty one, for one that does not fit into the context, and for logits that
+    are NaN or infinite.
     """
     check_tokenizer(model)
     if isinstance(options, str) or not options:
@@ -109,6 +112,7 @@ def score_options(model: Model, prompt: str, options: Sequence[str]) -> list[Sco
     logits = state.logits[:, None]
     if longest > 1:
         logits = torch.cat((logits, forward(model.params, _padded(rests, model)[:, :-1], state.cache)[0]), 1)
+    check_drawable(logits, "score_options: the")
     exact = logits.float().log_softmax(-1)
     nats = [[float(row[i, id]) for i, id in enumerate(ids)] for row, ids in zip(exact, rests, strict=True)]
     return [joint.score(row[joint.start - common:], nats[-1][joint.start - common:] if joint.replaces else [])
@@ -166,7 +170,8 @@ def perplexity(model: Model, text: str, window: int | None = None, stride: int |
 
     A window holds the begin token and up to `window` tokens (None: the model's context); it slides on by `stride`
     (None: half of it), so that every token but the first ones is predicted from at least `window - stride` before it.
-    `report` is told of tokens as they are done. Raises `ValueError` for an empty text and for numbers out of range.
+    `report` is told of tokens as they are done. Raises `ValueError` for an empty text, for numbers out of range,
+    and for logits that are NaN or infinite.
     """
     check_tokenizer(model)
     context = model.params.config.max_seq_len
@@ -185,6 +190,7 @@ def perplexity(model: Model, text: str, window: int | None = None, stride: int |
         begin = max(0, end - window)
         row = torch.tensor([bos, *ids[begin:end]], device=model.params.embedding.device)
         logits, _ = forward(model.params, row[:-1])
+        check_drawable(logits, "perplexity: the")
         new = logits[done - begin:].float().log_softmax(-1).gather(-1, row[1 + done - begin:, None])
         nats -= float(new.double().sum())
         report(end - done)
