@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Integer, Shaped
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.ranges import integer, is_integer
+from llama_fn.ranges import integer, is_integer, number
 from llama_fn.shapes import typed
 
 Key = Int[Tensor, "2"]
@@ -72,7 +72,9 @@ def uniform(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32,
     mantissa = MANTISSA_BITS[dtype]
     width = 8 if mantissa < 8 else torch.finfo(dtype).bits  # as JAX does: bfloat16 draws 8 bits
     integer = (bits(key, shape, width) >> (width - mantissa)) & (2**mantissa - 1)
-    low, high = (torch.full((), float(x), dtype=dtype, device=key.device) for x in (minval, maxval))
+    limits = (number(f"random.uniform: {name}", x, -math.inf, above=True)
+              for name, x in (("minval", minval), ("maxval", maxval)))
+    low, high = (torch.full((), x, dtype=dtype, device=key.device) for x in limits)
     return torch.maximum(low, integer.to(dtype) * 2.0**-mantissa * (high - low) + low)
 
 

@@ -437,3 +437,16 @@ def test_conversations_of_a_large_model_share_no_memory_that_is_written_to(monke
     monkeypatch.setattr(decode, "LARGE", 0)
     decode._compiled.cache_clear()
     assert told() == eager
+
+
+@pytest.mark.slow
+def test_a_wrong_call_of_a_jitted_function_is_pythons_own_error():
+    params = lf.init_params(lf.random.key(0), lf.Config(48, 1, 6, 2, vocab_size=77, hidden_dim=70))
+    step = lf.jit(lf.forward)
+    for wrong in (lambda f: f(params), lambda f: f(params, torch.arange(5), tokes=3), lambda f: f()):
+        told = []
+        for f in (lf.forward, step):
+            with pytest.raises(TypeError) as error:
+                wrong(f)
+            told.append(str(error.value))
+        assert told[0] == told[1] and told[0].startswith("forward() ")

@@ -12,6 +12,7 @@ import torch
 from llama_fn import tree
 from llama_fn.compiled.compiler import obstacle, uncompiled
 from llama_fn.private import allow_shapes
+from llama_fn.shapes import bind
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,7 +51,17 @@ def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
     # Dynamo counts compilations by code object: each jitted function needs one of its own.
     own = types.FunctionType(body.__code__.replace(), body.__globals__, called, None, body.__closure__)
     allow_shapes(MOST_SHAPES)
-    return functools.wraps(f)(torch.compile(own, fullgraph=True, dynamic=False))
+    compiled = torch.compile(own, fullgraph=True, dynamic=False)
+
+    @functools.wraps(f)
+    def jitted(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return compiled(*args, **kwargs)
+        except Exception:
+            bind(f, signature, args, kwargs)  # of a wrong call dynamo says less than Python does
+            raise
+
+    return jitted
 
 
 def donated(given: dict[str, Any], result: Any) -> Any:
