@@ -20,6 +20,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
 """
 CTRL_A, CTRL_C, CTRL_D, CTRL_P = "\x01", "\x03", "\x04", "\x10"
+PROMPT = "\x1b[?2004h> "  # a new one: readline asks for pastes in brackets first; a long line is drawn again without
 THREE_LINES = "one\n/two\n\nthree"
 PASTE = f"\x1b[200~{THREE_LINES}\x1b[201~"  # as a terminal sends it
 
@@ -100,11 +101,12 @@ def asked(file: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_paste_is_one_message_and_so_are_lines_between_fences(folders, tmp_path):
     with Terminal("chat", str(folders[4000]), "--max-new-tokens", "2", "--temperature", "0") as terminal:
-        for keys in (f"{PASTE}\n", f'"""\n{THREE_LINES}\n"""\n', f'"""\nfour\n{CTRL_D}', f'"""\nlost{CTRL_C}',
-                     f"{PASTE}{CTRL_C}", "\x1b[200~/help me\x1b[201~\n", f"/save {tmp_path / 'a.json'}\n"):
-            terminal.read(until="> ")
+        for keys in (f"{PASTE}\n", f'"""\n{THREE_LINES}\n"""\n', f'"""\nfour\n{CTRL_D}',
+                     "\x1b[200~/help me\x1b[201~\n", f"/save {tmp_path / 'a.json'}\n"):
+            terminal.read(until=PROMPT)
             terminal.type(keys)
         terminal.read(until="3 exchanges")
+        terminal.read(until=PROMPT)  # before it, the end is not heard
         terminal.type(CTRL_D)
         assert terminal.end() == 0
     assert asked(tmp_path / "a.json") == [THREE_LINES, THREE_LINES, "four"]

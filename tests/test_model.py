@@ -408,7 +408,7 @@ def test_a_cache_or_config_of_another_model_is_refused():
     params = random_params(lf.Config(48, 1, 6, 2, 77, 70), lf.random.key(0))
     deep = random_params(lf.Config(48, 2, 6, 2, 77, 70), lf.random.key(0))
     tokens = token_rows(params.config, 3)
-    with pytest.raises(ValueError, match="the cache has 2 layers, the weights 1; make it with init_cache"):
+    with pytest.raises(ValueError, match="the cache has keys of 2 layers and values of 2, the weights have 1; make it"):
         lf.forward(params, tokens, cache_for(deep))
     with pytest.raises(ValueError, match="the config says 12 heads on 2 key/value heads of width 4, "):
         lf.forward(params._replace(config=lf.Config(48, 1, 12, 2, 77, 70)), tokens)
