@@ -1,5 +1,5 @@
 """All layers of one token a row, beside the definition, `block` after `block`: on the CPU by a kernel in C++
-(`one_token.cpp`), on a GPU by those of `gpu_token`.
+(`ops/cpu/step.cpp`), on a GPU by those that `gpu_step.py` calls.
 
 To call a layer's kernels one by one takes Python 0.2 ms a layer: what it knows of a tensor has left the processor's
 cache when the weights have gone through it.

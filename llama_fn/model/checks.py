@@ -28,7 +28,7 @@ def check_sizes(params: "Params", cache: Cache | NoCache | None) -> None:
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
-    """The tokens. Raises `ValueError` for no tokens at all, and for one outside the vocabulary (see `checks`)."""
+    """The tokens. Raises `ValueError` for none at all, and for one outside the vocabulary (see `ops/inside.py`)."""
     if tokens.shape[-1] == 0:
         raise ValueError("there are no tokens (an empty prompt): begin a text with the tokenizer's bos_id")
     return inside(tokens, "token", 0, vocab_size)

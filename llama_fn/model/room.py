@@ -26,8 +26,8 @@ def ample(max_len: int) -> int:
 
 
 def check_room(cache: Cache, new: int, after: Tensor | None = None) -> Cache:
-    """The cache. Raises `ValueError` if a row has no room for `new` tokens more (see `checks`, `after` too), and for a
-    forked cache with an index in what its rows share.
+    """The cache. Raises `ValueError` if a row has no room for `new` tokens more, and for a forked cache with an index
+    in what its rows share. (`ops/inside.py` tells how it is checked in a graph, and what `after` is.)
     """
     if isinstance(cache.k[0], Forked) and not fits(*(leaf.shape[:-3] for leaf in cache.k[0])):
         shared, own = (list(leaf.shape[:-3]) for leaf in cache.k[0])

@@ -107,7 +107,7 @@ def _layers(params: Params, tokens: Tensor, cache: Cache | NoCache | None,
 
 @typed
 def embed(weight: Float[Table, "v d"], tokens: Int[Tensor, "*b t"]) -> Float[Tensor, "*b t d"]:
-    """Each token's row of the weight; for a number outside that was not read before (see `checks`), NaN."""
+    """Each token's row of the weight; for a number outside that nothing read (see `ops/inside.py`), NaN."""
     if not isinstance(weight, Tensor):
         return weight.look_up(tokens)
     if unread(tokens):  # a GPU stops for good at a row that is not there

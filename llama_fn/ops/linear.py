@@ -118,7 +118,7 @@ def sum_of_products(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b
 
 @typed
 def by_triton(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
-    """`written_out` for a few rows on a GPU, by a kernel of `gpu_row` or `gpu_sums`, which reads a weight once."""
+    """`written_out` for a few rows on a GPU, by a kernel of `ops/gpu`, which reads a weight once."""
     return _by_triton([weight], x)[0]
 
 
@@ -159,7 +159,7 @@ def most_by_triton(weight: Matrix) -> int:
 
 @typed
 def by_cpp(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
-    """`written_out` for a few rows on the CPU, by a kernel in C++ (see `avx2`)."""
+    """`written_out` for a few rows on the CPU, by a kernel in C++ (see `ops/cpu`)."""
     return _by_cpp([weight], x)[0]
 
 

@@ -40,8 +40,10 @@ def visible(leaf: Tensor | Forked, positions: Tensor) -> Tensor | Forked:
 
 
 def nearest(leaf: Tensor | Forked, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` "*b t d" and the slots "*b t" to write it to. In a graph, which may be of this layer alone, and where nothing
-    reads the positions, one without a slot gets the nearest slot, and a NaN as its x.
+    """`x` "*b t d", and the slots "*b t" to which its keys and values are written.
+
+    Where nothing has checked that a position has a slot (in a graph, which may be of one layer alone, and on a GPU that
+    is not waited for), a position without one is moved to the nearest slot, and its x becomes NaN.
     """
     if not traced() and not unread(positions):
         return x, positions

@@ -39,7 +39,7 @@ def per_sample_grads(loss: Loss, params: Any, batch: Any, *, chunk_size: int | N
 def per_sample_norms(loss: Loss, params: Any, batch: Any, *, chunk_size: int | None = None) -> Float[Tensor, "b"]:
     """The norm of each sample's gradient, in float32 at least, by one backward that makes no gradient of a weight.
 
-    Where `params` are `Params`, each weight's share is measured where the model uses it (see `model/tapped.py`), and a
+    Where `params` are `Params`, each weight's share is measured where the model uses it (see `tapped.py`), and a
     `loss` that does anything else with one, uses it twice, or inside of a transform of its own (`vmap`, `grad`, `jvp`,
     or a `remat` that closes over it), is a `ValueError`. A layer around which `remat` stands is run as it is. For any
     other tree and any loss, each leaf's gradients are made for all samples, squared, and dropped. The norm

@@ -1,6 +1,6 @@
-"""A step of a few rows on a processor with AVX2, or AVX-512, by kernels in C++: products (`floats.cpp`,
-`integers.cpp`), attention of one query a row (`one_query.cpp`), and all of it (`one_token.cpp`, see `one_token`); and
-attention of many queries (`many_queries.cpp`).
+"""A step of a few rows on a processor with AVX2, or AVX-512, by kernels in C++: products (`linear_floats.cpp`,
+`linear_integers.cpp`), attention of one query a row (`attend_one_query.cpp`), and all layers at once (`step.cpp`, see
+`compiled/whole_step.py`); and attention of many queries (`attend_many_queries.cpp`).
 
 Torch has none that read at the memory's speed there (its own of four bits reads 7 GB/s of 30). Inductor's loops know
 floats alone, go through a weight's numbers for each row by itself, reach a third of these kernels' speed in attention,
