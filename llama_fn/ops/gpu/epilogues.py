@@ -1,5 +1,5 @@
-"""What comes after a product on a GPU. The product of one row does it by itself (`linear_one_row.py`). After the product
-of several rows these kernels do it, and add up the parts of its sums (`linear_few_rows.py`).
+"""What comes after a product on a GPU. The product of one row does it by itself (`linear_one_row.py`). After that of
+several rows these kernels do it, and add up the parts of its sums (`linear_few_rows.py`).
 """
 
 import torch
