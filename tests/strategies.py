@@ -100,3 +100,8 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         self.names += [f.overloadpacket.__name__] if f.namespace == "llama_fn" and f is not INSIDE else []
         return f(*args, **(kwargs or {}))
+
+
+def cache_for(params: lf.Params, batch: tuple[int, ...] = (), slots: int = 13) -> lf.Cache:
+    """An empty cache of as many slots, of the parameters' dtype."""
+    return lf.init_cache(params.config, batch, max_len=slots, dtype=params.norm.dtype)

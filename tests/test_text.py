@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from program import COMMAND, cli
 from strategies import unicode_texts
-from test_cli import COMMAND, cli
 
 import llama_fn as lf
 from llama_fn.checkpoint.files import read_json

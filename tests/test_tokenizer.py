@@ -4,24 +4,16 @@ import re
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import sentencepiece as spm
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import unicode_texts
+from vocabularies import TALES, TOKENIZERS, on_each
 
 import llama_fn as lf
 
-DATA = Path(__file__).parent.parent.parent / "shared" / "data"
-RELEASED = Path(os.environ.get("LLAMA2_TOKENIZER", DATA / "llama2-tokenizer.model"))
-TALES = [story.text for story in lf.stories.stories(lf.random.key(0), 200)]
-TOKENIZERS = {"stories": lf.train_tokenizer(TALES, 401)}
-if "LLAMA2_TOKENIZER" in os.environ or RELEASED.is_file():  # Meta's license keeps it out of the repository
-    TOKENIZERS["llama2"] = lf.load_tokenizer(RELEASED)
-
-on_each = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 # U+2581 is how SentencePiece writes a space, so it comes back as one. Nothing else is changed, not even NUL.
 kept = unicode_texts().filter(lambda text: "\u2581" not in text)
 # Special tokens at first, then words, and bytes that make characters or do not.

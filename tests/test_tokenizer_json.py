@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from hugging_face import silence  # noqa: F401, a fixture
 from hypothesis import assume, example, given
 from strategies import unicode_texts
-from test_huggingface import silence  # noqa: F401, a fixture
-from test_tokenizer import TOKENIZERS
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, PreTrainedTokenizerFast
+from vocabularies import TOKENIZERS
 
 import llama_fn as lf
 from llama_fn.sentencepiece_model import pieces_of

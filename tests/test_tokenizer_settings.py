@@ -6,10 +6,10 @@ import json
 import pytest
 import sentencepiece
 import torch
+from hugging_face import silence  # noqa: F401, a fixture
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import unicode_texts
-from test_huggingface import silence  # noqa: F401, a fixture
 from transformers import AutoTokenizer
 
 import llama_fn as lf

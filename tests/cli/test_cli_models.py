@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from test_cli import cli
+from program import cli
 
 import llama_fn as lf
 from llama_fn.cli import inspect as inspecting

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from numerics import close
 from strategies import keys, models, token_rows
-from test_model import close
 from torch.func import grad
 
 import llama_fn as lf

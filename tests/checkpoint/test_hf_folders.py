@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from folders import edit_json, same
+from hugging_face import logits_of, silence, theirs  # noqa: F401, a fixture
 from hypothesis import given
 from hypothesis import strategies as st
+from program import cli
 from safetensors.torch import load_file, save_file
 from strategies import configs, keys, random_params, token_rows, unicode_texts
-from test_cli import cli
-from test_huggingface import logits_of, silence, theirs  # noqa: F401, a fixture
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 import llama_fn as lf

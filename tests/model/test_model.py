@@ -11,7 +11,8 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SCALINGS, configs, keys, models, random_params, scaled, token_rows
+from numerics import close, direction_like, finite_difference
+from strategies import SCALINGS, cache_for, configs, keys, models, random_params, scaled, token_rows
 
 import llama_fn as lf
 from llama_fn.model.norm import rms_norm
@@ -21,17 +22,8 @@ from llama_fn.model.rope import scaled as slowed
 B, T, S = 5, 7, 13  # rows, tokens, slots
 
 
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-9) -> bool:
-    assert a.shape == b.shape and a.dtype == b.dtype
-    return bool((a - b).abs().max() <= tolerance) if a.numel() else True
-
-
 def trees_equal(a, b) -> bool:
     return lf.tree.structure(a) == lf.tree.structure(b) and all(map(torch.equal, lf.tree.leaves(a), lf.tree.leaves(b)))
-
-
-def cache_for(params: lf.Params, batch: tuple[int, ...] = (), slots: int = S) -> lf.Cache:
-    return lf.init_cache(params.config, batch, max_len=slots, dtype=params.norm.dtype)
 
 
 # --- the whole model against an independent one
@@ -252,20 +244,6 @@ def test_gradients_flow_through_the_cache(params, key):
     slope = sum((g * d).sum() for g, d in zip(grads, direction, strict=True))
     assert slope == pytest.approx(finite_difference(readout, cache.k, direction).item(), rel=1e-5, abs=1e-9)
     assert all(g[:, 5:].abs().max() == 0 and g[:, :5].abs().max() > 0 for g in grads)
-
-
-def direction_like(value, key):
-    """A random direction of unit length over all leaves together."""
-    noise = lf.tree.map_with_path(
-        lambda path, x: lf.random.normal(lf.random.fold_in(key, sum(map(ord, path))), x.shape, x.dtype), value)
-    norm = math.sqrt(sum(float(x.square().sum()) for x in lf.tree.leaves(noise)))
-    return lf.tree.map(lambda x: x / norm, noise)
-
-
-def finite_difference(f, at, direction, step: float = 1e-4):
-    """The central difference of `f` along a direction: wrong by about step^2 = 1e-8."""
-    ahead, behind = (f(lf.tree.map(lambda x, d: x + s * d, at, direction)) for s in (step, -step))  # noqa: B023
-    return lf.tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind)
 
 
 # --- the parts

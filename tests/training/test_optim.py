@@ -12,7 +12,7 @@ from strategies import keys
 
 import llama_fn as lf
 
-OPTAX = json.loads((Path(__file__).parent / "data" / "optax_adamw.json").read_text())  # made with Optax 0.2.8
+OPTAX = json.loads((Path(__file__).parent.parent / "data" / "optax_adamw.json").read_text())  # made with Optax 0.2.8
 OPTIMIZERS = {
     "sgd": lf.optim.sgd(0.1),
     "adamw": lf.optim.adamw(0.1),

@@ -9,7 +9,7 @@ from dialogs import dialog, dialogs, meta_ids, talker
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import keys
-from test_tokenizer import TOKENIZERS, on_each
+from vocabularies import TOKENIZERS, on_each
 
 import llama_fn as lf
 from llama_fn.generation.chat import dialog_ids, split_dialog

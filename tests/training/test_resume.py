@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import COMMAND, cli
+from program import COMMAND, cli
 
 import llama_fn as lf
 from llama_fn.training import loop

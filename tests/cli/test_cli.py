@@ -4,28 +4,15 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from program import COMMAND, cli
 
 import llama_fn as lf
-from llama_fn.cli.main import COMMANDS, main
-
-COMMAND = [sys.executable, "-m", "llama_fn"]
-
-
-def cli(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of `llama-fn` with these arguments, in this process."""
-    monkeypatch.setattr(sys, "argv", ["llama-fn", *args])
-    try:
-        main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
+from llama_fn.cli.main import COMMANDS
 
 
 def start(*args: str, **pipes) -> subprocess.Popen:
@@ -43,7 +30,7 @@ def test_generate_prints_the_story_and_on_standard_error_the_speed(monkeypatch, 
 def test_the_version_is_told_and_is_the_packages(monkeypatch, capsys):
     for flag in ("--version", "-V"):
         assert cli(monkeypatch, capsys, flag) == (0, f"llama-fn {lf.__version__}\n", "")
-    settings = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    settings = tomllib.loads((Path(__file__).parent.parent.parent / "pyproject.toml").read_text())
     assert "version" not in settings["project"]
     assert settings["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "llama_fn.__version__"}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import cli
+from program import cli
 
 from llama_fn.bench import speed as bench_speed
 from llama_fn.bench.timing import Ratio, interleave, quartiles, ratio

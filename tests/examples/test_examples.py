@@ -14,7 +14,7 @@ from llama_fn.training import loop
 from llama_fn.training.plan import Plan
 from llama_fn.training.run import run as run_plan
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def run(*args: str, cwd: Path = ROOT) -> str:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import CONFIG, targets, trained
 from folders import contents, edit_json, failing, full_disk, same
+from hugging_face import silence, theirs  # noqa: F401, a fixture
 from hypothesis import given
 from hypothesis import strategies as st
+from program import cli
 from safetensors.torch import load_file, save_file
 from strategies import keys, models, random_params, scaled_configs, token_rows
-from test_cli import cli
-from test_huggingface import silence, theirs  # noqa: F401, a fixture
-from test_lora import CONFIG, targets, trained
 from transformers import LlamaForCausalLM
 
 import llama_fn as lf

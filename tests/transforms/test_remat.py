@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import keys, models, random_params, token_rows
-from test_model import cache_for, close, direction_like, finite_difference
+from numerics import close, direction_like, finite_difference
+from strategies import cache_for, keys, models, random_params, token_rows
 
 import llama_fn as lf
 from llama_fn.training.step import make_step

@@ -7,7 +7,7 @@ import torch
 
 import llama_fn as lf
 
-GOLDEN = (Path(__file__).parent / "data" / "golden.txt").read_text().removesuffix("\n")
+GOLDEN = (Path(__file__).parent.parent / "data" / "golden.txt").read_text().removesuffix("\n")
 FOLDER = Path(lf.stories.__file__).parent / "model"
 
 

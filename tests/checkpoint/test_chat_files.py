@@ -9,9 +9,9 @@ import torch
 from dialogs import answers, dialog, plays, questions, systems, talker
 from hypothesis import given
 from hypothesis import strategies as st
+from program import cli
 from sentencepiece import SentencePieceTrainer
 from templates import LLAMA2, VICUNA, ZEPHYR
-from test_cli import cli
 from transformers import AutoTokenizer, GenerationConfig
 
 import llama_fn as lf

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from dialogs import dialog, own_tokens, save_talker
-from test_cli import cli
+from program import cli
 
 import llama_fn as lf
 from llama_fn.cli import chat as chatting

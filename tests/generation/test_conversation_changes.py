@@ -5,7 +5,7 @@ from dialogs import dialog, drawn, meta_ids, questions, said, systems, talker, t
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import keys
-from test_tokenizer import on_each
+from vocabularies import on_each
 
 import llama_fn as lf
 from llama_fn.generation.conversation import chat_of, dialog_of, drop, unanswered, with_system

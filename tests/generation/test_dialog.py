@@ -5,7 +5,7 @@ import torch
 from dialogs import answers, dialog, meta_ids, questions, systems, talker
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tokenizer import on_each
+from vocabularies import on_each
 
 import llama_fn as lf
 

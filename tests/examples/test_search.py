@@ -13,7 +13,7 @@ from strategies import configs, keys, random_params, token_rows
 
 import llama_fn as lf
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
 def example(name: str, function: str):

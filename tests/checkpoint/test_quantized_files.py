@@ -8,8 +8,8 @@ from folders import bits as bits_of
 from folders import contents, edit_weights, read_meta, same, write_meta
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from program import cli
 from strategies import configs, keys, token_rows
-from test_cli import cli
 
 import llama_fn as lf
 from llama_fn import tree

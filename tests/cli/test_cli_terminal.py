@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from dialogs import save_talker
-from test_cli import COMMAND
+from program import COMMAND
 
 # The program has a terminal of its own; what comes on standard input is typed there. Tests in the background are not to
 # be interrupted, and it would inherit that.

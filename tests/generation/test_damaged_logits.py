@@ -9,8 +9,8 @@ from dialogs import dialog
 from example import functions
 from hypothesis import example, given
 from hypothesis import strategies as st
+from program import cli
 from strategies import keys
-from test_cli import cli
 
 import llama_fn as lf
 from llama_fn.compiled.inductor import MANY_ROUNDS
