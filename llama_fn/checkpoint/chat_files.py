@@ -5,6 +5,7 @@ files, for `load` to find.
 """
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from llama_fn.tokenizer import LARGEST_JSON, Tokenizer
 
 TEMPLATE, ENDS, NAMES, CONFIG = "chat_template.jinja", "generation_config.json", "tokenizer_config.json", "config.json"
 OLDER_TEMPLATE = "chat_template.json"
+OTHER_TEMPLATES = "additional_chat_templates"  # a folder; each file in it is a template with a name
 LARGEST_TEMPLATE = 1 << 22  # bytes; a long one, with tools, has 20,000
 FILES = (TEMPLATE, OLDER_TEMPLATE, ENDS, NAMES)
 
@@ -93,7 +95,8 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _template(folder: Path, names: dict[str, Any]) -> str | None:
-    """The default template. A file of its own goes first, as for transformers."""
+    """The default template. A file of its own goes first, as for transformers. Others are left out, with a warning."""
+    _warn_of_templates(folder / OTHER_TEMPLATES, [file.stem for file in (folder / OTHER_TEMPLATES).glob("*.jinja")])
     if (folder / TEMPLATE).exists() or (folder / TEMPLATE).is_symlink():
         file = inside(folder, TEMPLATE)
         check_size(file, LARGEST_TEMPLATE)
@@ -107,11 +110,18 @@ def _template(folder: Path, names: dict[str, Any]) -> str | None:
         if "default" not in template:
             raise ValueError(f"{folder / where}: chat templates named {', '.join(map(str, template))}, and none is "
                              'named "default"')
+        _warn_of_templates(folder / where, [str(name) for name in template if name != "default"])
         template = template["default"]
     if not isinstance(template, str | None):
         raise ValueError(f"{folder / where}: chat_template should be a text, or a list of named ones, got a "
                          f"{type(template).__name__}")
     return template
+
+
+def _warn_of_templates(where: Path, names: list[str]) -> None:
+    if names:
+        warnings.warn(f"{where}: the chat templates {', '.join(sorted(names))} are left out; only the default one is "
+                      "used and saved", stacklevel=2)
 
 
 def _end_ids(tokenizer: Tokenizer, folder: Path) -> tuple[int, ...]:

@@ -121,6 +121,12 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Any]:
     return state
 
 
+def is_torch_file(file: Path) -> bool:
+    """Whether a file begins as `torch.save` begins one: as a zip archive, or, before torch 1.6, as a pickle."""
+    with file.open("rb") as data:
+        return data.read(4) in (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
+
+
 def header(file: Path) -> list[Stored]:
     """The tensors of a safetensors file, by its header; the library checks its offsets."""
     check_header(file)

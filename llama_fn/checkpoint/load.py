@@ -12,6 +12,7 @@ from torch import Tensor
 from llama_fn import tree
 from llama_fn.checkpoint import chat_files, huggingface, llama2c, meta
 from llama_fn.checkpoint.atomic import current, replacing_folder, writing
+from llama_fn.checkpoint.files import is_torch_file
 from llama_fn.checkpoint.tokenizer_files import FILES as TOKENIZER_FILES
 from llama_fn.checkpoint.tokenizer_files import read_tokenizer, write_tokenizer
 from llama_fn.checkpoint.weights import Report, Weights, check_dtype, params_of, weights_of
@@ -92,6 +93,9 @@ def find(path_or_name: str | os.PathLike[str]) -> tuple[Format, Path]:
                              f"for the folder say ./{path_or_name}")
         return "meta", EMBEDDED[path_or_name]
     if path.is_file() and path.suffix == ".bin":
+        if is_torch_file(path):
+            raise ValueError(f"{path_or_name}: a file of PyTorch's, and no checkpoint of llama2.c's; give the folder "
+                             f"that holds it and {huggingface.SETTINGS}: {Path(path_or_name).parent}")
         return "llama2c", path
     if not there:
         raise FileNotFoundError(f"{path_or_name}: no model there: expected the name of an embedded model "

@@ -71,6 +71,7 @@ def read_record(folder: Path, resume: bool) -> dict[str, Any] | None:
                     for text in known)
         if not (right and isinstance(digests, dict)):
             raise ValueError(f"{folder / RECORD}: not what a training run writes there")
+        _check_numbers(folder / RECORD, record)
         return record
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose a folder")
@@ -79,6 +80,21 @@ def read_record(folder: Path, resume: bool) -> dict[str, Any] | None:
     if resume:
         raise FileNotFoundError(f"{folder}: there is no run to go on with")
     return None
+
+
+def _check_numbers(file: Path, record: dict[str, Any]) -> None:
+    """Raise `ValueError` that names the file, if the plan in it is not one that a run can have."""
+    numbers = {field.name: record[field.name] for field in dataclasses.fields(Plan) if field.name in record}
+    try:
+        for name, value in numbers.items():
+            if value is None:
+                raise ValueError(f"{name} must be a number, got null")
+        plan = Plan(**numbers)
+        plan.check()
+        plan.config()
+        plan.optimizer()
+    except ValueError as error:
+        raise ValueError(f"{file}: not what a training run writes there: {error}") from None
 
 
 def check_plan(folder: Path, before: dict[str, Any], plan: Plan) -> None:

@@ -76,7 +76,7 @@ def test_a_template_is_read_from_every_file_the_newest_first(small, tmp_path):
                           ).chat_template
 
     assert template(None) == "" and template(VICUNA) == VICUNA
-    assert template([{"name": "rag", "template": "r"}, {"name": "default", "template": ZEPHYR}]) == ZEPHYR
+    assert template([{"name": "default", "template": ZEPHYR}]) == ZEPHYR
     assert template(VICUNA, **{"chat_template.json": {"chat_template": "j"}}) == "j"
     assert template(VICUNA, **{"chat_template.json": {"chat_template": "j"}, "chat_template.jinja": "new"}) == "new"
     for wrong, message in ((3, "chat_template should be a text, or a list of named ones, got a int"),
@@ -85,6 +85,24 @@ def test_a_template_is_read_from_every_file_the_newest_first(small, tmp_path):
         (tmp_path / "chat_template.json").unlink(missing_ok=True)
         with pytest.raises(ValueError, match=f"tokenizer_config.json: .*{message}"):
             template(wrong)
+
+
+def test_a_warning_names_the_chat_templates_that_are_left_out(small, tmp_path):
+    settings = json.loads((lf.save(small, tmp_path, format="hf") or tmp_path / "tokenizer_config.json").read_text())
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": ZEPHYR},
+             {"name": "rag", "template": "r"}]
+    left_out = "the chat templates {} are left out; only the default one is used and saved"
+    with pytest.warns(UserWarning) as told:
+        read = with_files(small, tmp_path, **{"tokenizer_config.json": settings | {"chat_template": named}})
+    assert read.chat_template == ZEPHYR
+    assert [str(x.message) for x in told] == [
+        f"{tmp_path / 'tokenizer_config.json'}: {left_out.format('rag, tool_use')}"]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path)  # as files of their own, in a folder
+    with pytest.warns(UserWarning) as told:
+        assert lf.load(tmp_path).tokenizer.chat_template == ZEPHYR
+    assert [str(x.message) for x in told] == [
+        f"{tmp_path / 'additional_chat_templates'}: {left_out.format('rag, tool_use')}"]
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "tokenizer_config.json"])

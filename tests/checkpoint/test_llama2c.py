@@ -208,9 +208,14 @@ def test_a_file_that_is_not_what_its_header_tells_is_refused(model, tmp_path, da
 
 
 @pytest.mark.parametrize("old_format", [False, True])
-def test_a_bin_file_of_pytorch_is_refused(model, tmp_path, old_format):
-    lf.save(model, tmp_path, format="llama2c")
+def test_the_error_for_a_bin_file_of_pytorch_says_to_give_its_folder(model, tmp_path, old_format):
+    lf.save(model._replace(params=lf.tree.map(torch.Tensor.float, model.params)), tmp_path, format="hf")
+    (tmp_path / "model.safetensors").unlink()
     file = tmp_path / "pytorch_model.bin"
     torch.save(lf.to_hf(model.params), file, _use_new_zipfile_serialization=not old_format)
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin: (not a checkpoint of llama2\.c|its header tells of)"):
+    with pytest.raises(ValueError, match="PyTorch") as error:
         lf.load(file)
+    assert str(error.value) == (f"{file}: a file of PyTorch's, and no checkpoint of llama2.c's; give the folder that "
+                                f"holds it and config.json: {tmp_path}")
+    if not old_format:
+        assert same(lf.load(tmp_path).params, model.params)
