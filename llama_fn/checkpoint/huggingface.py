@@ -1,8 +1,8 @@
 """Hugging Face's layout: `config.json` and `model.safetensors`, or several such files and an index of them. Its older
 files, `pytorch_model.bin`, are read where there are no others; they are never written.
 
-Its RoPE turns the pairs (i, i + h/2) of a head where ours, as Meta's, turns (2i, 2i + 1): the rows of `wq` and `wk` are
-permuted on the way in and out (as by transformers' `convert_llama_weights_to_hf.py`).
+Its RoPE turns the pairs (i, i + h/2) of a head where ours, as Meta's, turns (2i, 2i + 1): the rows of `wq` and `wk`
+are permuted on the way in and out (as by transformers' `convert_llama_weights_to_hf.py`).
 """
 
 import functools
@@ -20,15 +20,15 @@ from llama_fn import tree
 from llama_fn.checkpoint.files import header, inside, read_json, read_tensors, write_json, write_safetensors
 from llama_fn.checkpoint.hf_config import read_config, write_config
 from llama_fn.checkpoint.weights import (
-    Report,
+    ReportBytes,
     Stored,
     Weights,
+    equal_numbers,
     flat_shape,
-    is_same,
     layer_of,
     misfits,
     params_of,
-    same_numbers,
+    share_memory,
     stored,
     usual_dtype,
     weights_of,
@@ -62,8 +62,8 @@ def to_interleaved(x: Tensor, heads: int) -> Tensor:
 def from_hf(state_dict: Mapping[str, Tensor], config: Any) -> Params:
     """The parameters of a `LlamaForCausalLM`: its `state_dict()` and its `config` (or `config.json`, or a `Config`).
 
-    All but `wq` and `wk` share the state's memory. Raises `ValueError` for a config that is no LLaMA's, and for weights
-    that are missing, unknown or of another shape or dtype, all of them.
+    All but `wq` and `wk` share the state's memory. Raises `ValueError` for a config that is no LLaMA's, and for
+    weights that are missing, unknown or of another shape or dtype, all of them.
     """
     settings = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(state_dict, Mapping) or not isinstance(settings, Mapping | Config):
@@ -80,7 +80,7 @@ def from_hf(state_dict: Mapping[str, Tensor], config: Any) -> Params:
 
 def to_hf(params: Params) -> dict[str, Tensor]:
     """The state that `LlamaForCausalLM.load_state_dict` takes. All but `wq` and `wk` share the tree's memory."""
-    weights = weights_of(params).plain("the state of a LlamaForCausalLM")
+    weights = weights_of(params).unquantized("the state of a LlamaForCausalLM")
     return {hf_name(path): _out(weights, path) for path in tree.paths(params)}
 
 
@@ -112,9 +112,9 @@ def open_hf(folder: Path, dtype: torch.dtype | None = None) -> Weights:
     return weights._replace(problems=weights.problems + strays)
 
 
-def write_hf(weights: Weights, folder: Path, shards: int | None, report: Report) -> None:
+def write_hf(weights: Weights, folder: Path, shards: int | None, report: ReportBytes) -> None:
     """Write `config.json` and the weights, in `shards` files, or None for as many as hold 5 GB each."""
-    abstract = tree.paths(abstract_params(weights.plain("the format hf").config))
+    abstract = tree.paths(abstract_params(weights.unquantized("the format hf").config))
     paths = [path for path in abstract if not (weights.tied and path == "output")]
     sizes = [math.prod(abstract[path].shape) * weights.dtype.itemsize for path in paths]
     count = max(1, -(-sum(sizes) // LARGEST_FILE)) if shards is None else shards
@@ -171,9 +171,9 @@ def _weights(where: str, config: Config, tied: bool, found: list[Stored], tensor
     problems = misfits(wanted, found, usual_dtype(found) if dtype is None else None)
     if not problems and both:
         head, embedding = tensor(HEAD, HEAD), tensor(hf_name("embedding"), HEAD)
-        if tied and not same_numbers(head, embedding):
+        if tied and not equal_numbers(head, embedding):
             problems = [f"duplicate: {HEAD} differs from {hf_name('embedding')}, to which tie_word_embeddings ties it"]
-        tied = tied or is_same(head, embedding)
+        tied = tied or share_memory(head, embedding)
 
     def read(path: str) -> Tensor:
         x = tensor(hf_name("embedding" if tied and path == "output" else path), layer_of(path)).detach()

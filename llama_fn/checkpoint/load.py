@@ -11,11 +11,11 @@ from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.checkpoint import chat_files, huggingface, llama2c, meta
-from llama_fn.checkpoint.atomic import current, replacing_folder, writing
+from llama_fn.checkpoint.atomic import current, explaining_errors, replacing_folder
 from llama_fn.checkpoint.files import is_torch_file
 from llama_fn.checkpoint.tokenizer_files import FILES as TOKENIZER_FILES
 from llama_fn.checkpoint.tokenizer_files import read_tokenizer, write_tokenizer
-from llama_fn.checkpoint.weights import Report, Weights, check_dtype, params_of, weights_of
+from llama_fn.checkpoint.weights import ReportBytes, Weights, check_dtype, params_of, weights_of
 from llama_fn.model.transformer import Params
 from llama_fn.ranges import integer
 from llama_fn.tokenizer import Tokenizer
@@ -49,9 +49,9 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = No
     Hugging Face's layout, or of llama2.c, told apart by their files.
 
     `dtype` None keeps the weights as they are stored; then those of one file of Meta's are not copied but mapped: they
-    are read from the disk when they are used. Otherwise they are cast one by one. `quantize="int8"` or `"int4"` is what
-    `lf.quantize` makes of the model, one weight at a time: it is never in memory as a whole. Weights that were saved
-    quantized come back so, and `dtype` is then that of the embedding and the norms. The tokenizer lies with the
+    are read from the disk when they are used. Otherwise they are cast one by one. `quantize="int8"` or `"int4"` is
+    what `lf.quantize` makes of the model, one weight at a time: it is never in memory as a whole. Weights that were
+    saved quantized come back so, and `dtype` is then that of the embedding and the norms. The tokenizer lies with the
     weights or, as in Meta's download, one folder above; if there is none, it is None. Rows of the weights beyond its
     vocabulary are added tokens, or padding, which decodes to nothing. Raises `FileNotFoundError` and `ValueError`,
     naming the file and everything that is wrong with it.
@@ -73,10 +73,10 @@ def save(model: Model, path: str | os.PathLike[str], *, format: Format = "meta",
     is None is not written. "hf" warns of a tokenizer that transformers cannot be told of; "llama2c" refuses one that
     run.c would take for another.
 
-    When `save` returns, the model is on the disk. If it fails, is killed, or the power fails, `load` reads the model of
-    the same format that was there before, or the new one; none of the old files stays after. Raises `ValueError` for a
-    folder with a model of another format, and for what the format cannot hold; `OSError` that names the file and the
-    remedy if the disk is full or nothing may be written there.
+    When `save` returns, the model is on the disk. If it fails, is killed, or the power fails, `load` reads the model
+    of the same format that was there before, or the new one; none of the old files stays after. Raises `ValueError`
+    for a folder with a model of another format, and for what the format cannot hold; `OSError` that names the file and
+    the remedy if the disk is full or nothing may be written there.
     """
     shards = None if shards is None else integer("save: shards", shards)
     write(weights_of(model.params, dtype), model.tokenizer, path, format, shards)
@@ -132,7 +132,7 @@ def open_tokenizer(place: Path, weights: Weights) -> Tokenizer | None:
 
 
 def write(weights: Weights, tokenizer: Tokenizer | None, path: str | os.PathLike, format: Format,
-          shards: int | None = None, report: Report = lambda _: None) -> None:
+          shards: int | None = None, report: ReportBytes = lambda _: None) -> None:
     """Write weights, a leaf at a time, and their tokenizer, if there is one. `report` is told of bytes as they are
     written.
     """
@@ -140,7 +140,7 @@ def write(weights: Weights, tokenizer: Tokenizer | None, path: str | os.PathLike
                "llama2c": (llama2c.write_llama2c, llama2c.FILES)}
     if format not in writers:
         raise ValueError(f"unknown format {format!r}, only {', '.join(map(repr, writers))} are known")
-    with writing(Path(path)):
+    with explaining_errors(Path(path)):
         others = [name for other, name in SETTINGS.items() if other != format and (current(path) / name).exists()]
     if others:
         raise ValueError(f"{path}: a model in another format lies there ({others[0]}); choose a folder of its own")

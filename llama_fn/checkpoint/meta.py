@@ -19,12 +19,12 @@ from llama_fn import tree
 from llama_fn.checkpoint import quantized
 from llama_fn.checkpoint.files import inside, read_json, read_tensors, write_json, write_tensors
 from llama_fn.checkpoint.weights import (
-    Report,
+    ReportBytes,
     Weights,
+    equal_numbers,
     flat_shape,
     layer_of,
     misfits,
-    same_numbers,
     stored,
     usual_dtype,
 )
@@ -71,7 +71,7 @@ def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
     for name in [] if problems else [meta_name(path) for path in abstract if _axis(path) is None]:
         problems += [f"{name}: differs between {files[0].name} and {file.name}"
                      for file, state in list(zip(files, states, strict=True))[1:]
-                     if not same_numbers(state[name], states[0][name])]
+                     if not equal_numbers(state[name], states[0][name])]
     copied = len(files) > 1 or dtype not in (None, kept)
 
     @functools.lru_cache(maxsize=1)
@@ -96,18 +96,18 @@ def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
     name = meta_name("blocks.0.attention.wq")
     notes += [f"{file} holds the numbers of {files[0].name}: is it a copy?"
               for file, state in list(zip(files, states, strict=True))[1:]
-              if not problems and same_numbers(state[name], states[0][name])]
+              if not problems and equal_numbers(state[name], states[0][name])]
     return Weights(config, read, dtype or kept, entries, problems, notes, bits=quantized.bits(integers.values()))
 
 
-def write_meta(weights: Weights, folder: Path, shards: int | None, report: Report) -> None:
+def write_meta(weights: Weights, folder: Path, shards: int | None, report: ReportBytes) -> None:
     """Write `params.json` and the weights in as many shards as wanted, each held in memory while it is written.
 
     Raises `ValueError` for what the layout has no word for, and for weights that cannot be split so.
     """
     settings, count = write_config(weights.config), 1 if shards is None else shards
     if count > 1:
-        weights.plain(f"{count} shards")
+        weights.unquantized(f"{count} shards")
     if wrong := _indivisible(weights.config, count):
         raise ValueError(f"{count} shards cannot be made: {wrong}")
     abstract = tree.paths(abstract_params(weights.config))

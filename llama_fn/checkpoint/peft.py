@@ -12,11 +12,11 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from llama_fn.checkpoint.atomic import current, replacing_folder, writing
+from llama_fn.checkpoint.atomic import current, explaining_errors, replacing_folder
 from llama_fn.checkpoint.files import header, inside, read_json, read_tensors, write_json, write_safetensors
 from llama_fn.checkpoint.huggingface import HEAD, entries, hf_name, rope_heads, to_halves, to_interleaved
 from llama_fn.checkpoint.load import SETTINGS as MODELS
-from llama_fn.checkpoint.weights import misfits, same_numbers
+from llama_fn.checkpoint.weights import equal_numbers, misfits
 from llama_fn.config import Config
 from llama_fn.model.init import Weight
 from llama_fn.model.transformer import Params
@@ -77,7 +77,7 @@ def write_peft(matrices: Matrices, alpha: float, config: Config, folder: Path, b
     ranks = sorted({len(a) for a, _ in matrices.values()})
     if len(ranks) != 1:
         raise ValueError(f"an adapter of one rank can be written, this one has {', '.join(map(str, ranks)) or 'none'}")
-    with writing(folder):
+    with explaining_errors(folder):
         there = [name for name in MODELS.values() if (current(folder) / name).exists()]
     if there:
         raise ValueError(f"{folder}: a model lies there ({there[0]}), and would be read with the adapter in it; "
@@ -99,8 +99,8 @@ def read_peft(folder: Path, config: Config, output: Callable[[], Any]) -> tuple[
     """The matrices of an adapter for a model with this config, and alpha.
 
     `output()` is the model's last matrix: PEFT writes it again beside an adapter of it, and it must be the same.
-    Raises `FileNotFoundError`, and `ValueError` for damaged files, for what is not plain LoRA, and for weights that are
-    missing, unknown or of another shape, all of them.
+    Raises `FileNotFoundError`, and `ValueError` for damaged files, for what is not plain LoRA, and for weights that
+    are missing, unknown or of another shape, all of them.
     """
     folder = current(folder)
     settings, where = read_json(inside(folder, SETTINGS)), folder / SETTINGS
@@ -202,7 +202,7 @@ def _ends(module: str) -> list[str]:
 def _same(stored: Tensor, output: Any) -> bool:
     """Whether they are equal in the dtype of the one or of the other; an output that is no tensor is not compared."""
     return not isinstance(output, Tensor) or any(
-        same_numbers(stored.to(dtype), output.cpu().to(dtype)) for dtype in (stored.dtype, output.dtype))
+        equal_numbers(stored.to(dtype), output.cpu().to(dtype)) for dtype in (stored.dtype, output.dtype))
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_fn import tokenizer_json
-from llama_fn.checkpoint.atomic import COMPLETE, writing
+from llama_fn.checkpoint.atomic import COMPLETE, explaining_errors
 from llama_fn.checkpoint.files import inside, read_json, write_json
 from llama_fn.sentencepiece_model import pieces_of, settings_of
 from llama_fn.tokenizer import LARGEST_JSON, Tokenizer, load_tokenizer, tokenizer_of_json
@@ -25,8 +25,8 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     """The tokenizer of a folder, or, as in Meta's download, of the one above; None if there is none.
 
     The weights have `vocab_size` rows; those without a token are tokens without a name. Raises `ValueError` for more
-    tokens than rows. Added tokens beyond the rows are left out, with a warning; a `tokenizer.json` of another kind than
-    LLaMA's is none, with a warning.
+    tokens than rows. Added tokens beyond the rows are left out, with a warning; a `tokenizer.json` of another kind
+    than LLaMA's is none, with a warning.
     """
     settings = _object(folder, SETTINGS)
     found = _found(folder, settings)
@@ -54,10 +54,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_len: int, for_transf
     """Write a tokenizer's files. `max_len` is the model's context.
 
     For transformers, which does not take every setting from SentencePiece's file, a `tokenizer.json` encodes as this
-    tokenizer does. What none can say is a warning. One exception is told here alone: where `legacy` is false and a text
-    begins with a space, transformers leaves out the space that this tokenizer puts before the text.
+    tokenizer does. What none can say is a warning. One exception is told here alone: where `legacy` is false and a
+    text begins with a space, transformers leaves out the space that this tokenizer puts before the text.
     """
-    with writing(folder / MODEL):
+    with explaining_errors(folder / MODEL):
         (folder / MODEL).write_bytes(tokenizer.model)
     if not for_transformers and not tokenizer.added and tokenizer.legacy:
         return
@@ -71,7 +71,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_len: int, for_transf
                       f"has {', '.join(unusual)}", stacklevel=2)
     elif for_transformers:
         content = tokenizer_json.written(pieces, added, settings.dummy_prefix, tokenizer.legacy, tokenizer.bos_id)
-        with writing(folder / JSON):
+        with explaining_errors(folder / JSON):
             (folder / JSON).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.processor.unk_id()}
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)

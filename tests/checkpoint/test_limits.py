@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import llama_fn as lf
 from llama_fn.checkpoint.files import read_json, read_tensors
-from llama_fn.checkpoint.limits import MOST_HEADER, MOST_PICKLE, MOST_STEPS
+from llama_fn.checkpoint.limits import MOST_HEADER, MOST_OPCODES, MOST_PICKLE
 from llama_fn.checkpoint.snapshot import load_snapshot, save_snapshot
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
@@ -167,7 +167,7 @@ def nested(depth: int) -> bytes:
     (pickle.dumps({"a": {(i << 61) - i: None for i in range(2, 60_000)}}, 2), "a key that is not a string"),
     (pickle.dumps({"a": OrderedDict([((1, 2), 3)])}, 2), "a key that is not a string"),
     (pickle.dumps({"a": Call(OrderedDict, [[(1, 2), 3]])}, 2), "a dictionary that is made of a sequence"),
-    (b"\x80\x02}(" + b"()\x85t" * (MOST_STEPS // 4 + 1) + b".", r"more than 262,144 steps"),
+    (b"\x80\x02}(" + b"()\x85t" * (MOST_OPCODES // 4 + 1) + b".", r"more than 262,144 opcodes"),
     (b"\x80\x02}X" + struct.pack("<I", MOST_PICKLE) + b"a" * MOST_PICKLE + b"K\x01s.",
      r"data\.pkl has 2,097,\d+ bytes"),
     (b"\x80\x02}X\xff\xff\xff\x7fa.", "damaged"), (b"\x80\x02h\x05.", "damaged"), (b"\x80\x02s.", "damaged"),
@@ -179,7 +179,7 @@ def nested(depth: int) -> bytes:
 ], ids=lambda x: None if isinstance(x, str) else "")
 def test_a_pickle_that_grows_is_refused(tmp_path, data, message):
     refused(lambda: read_tensors(pickled(tmp_path / "bomb", data)), f"bomb: not a file of tensors.*({message})",
-            measure="steps" not in message)
+            measure="opcodes" not in message)
 
 
 def test_a_deep_pickle_is_read_or_refused(tmp_path):

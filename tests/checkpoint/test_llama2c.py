@@ -208,7 +208,7 @@ def test_a_file_that_is_not_what_its_header_tells_is_refused(model, tmp_path, da
 
 
 @pytest.mark.parametrize("old_format", [False, True])
-def test_the_error_for_a_bin_file_of_pytorch_says_to_give_its_folder(model, tmp_path, old_format):
+def test_a_bin_file_of_pytorch_is_refused(model, tmp_path, old_format):
     lf.save(model._replace(params=lf.tree.map(torch.Tensor.float, model.params)), tmp_path, format="hf")
     (tmp_path / "model.safetensors").unlink()
     file = tmp_path / "pytorch_model.bin"
