@@ -18,7 +18,7 @@ from torch import Tensor
 from llama_fn import text
 from llama_fn.checkpoint.atomic import explaining_errors, replacing
 from llama_fn.checkpoint.limits import check_header, check_size, check_torch_file
-from llama_fn.checkpoint.weights import ReportBytes, Stored
+from llama_fn.checkpoint.weights import ReportBytes, Stored, stored
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -158,3 +158,8 @@ def unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, copied where two share memory. safetensors refuses to write shared memory."""
     owners = {x.untyped_storage().data_ptr(): name for name, x in state.items()}
     return {name: x if owners[x.untyped_storage().data_ptr()] == name else x.clone() for name, x in state.items()}
+
+
+def entries(file: Path) -> list[Stored]:
+    """The tensors of a torch file."""
+    return [stored(file.name, name, x) for name, x in read_tensors(file).items()]

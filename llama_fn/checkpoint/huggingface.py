@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.checkpoint.files import header, inside, read_json, read_tensors, write_json, write_safetensors
+from llama_fn.checkpoint.files import entries, header, inside, read_json, read_tensors, write_json, write_safetensors
 from llama_fn.checkpoint.hf_config import read_config, write_config
+from llama_fn.checkpoint.hf_names import HEAD, hf_name, rope_heads, to_halves, to_interleaved
 from llama_fn.checkpoint.weights import (
     ReportBytes,
     Stored,
@@ -37,26 +37,12 @@ from llama_fn.config import Config
 from llama_fn.model.init import abstract_params
 from llama_fn.model.transformer import Params
 
-NAMES = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attention": "self_attn",
-         "feed_forward": "mlp", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj", "w_gate": "gate_proj",
-         "w_up": "up_proj", "w_down": "down_proj", "blocks": "layers", "embedding": "embed_tokens"}
 SETTINGS, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 FILES = (SETTINGS, WEIGHTS, "model-?????-of-?????.safetensors", INDEX, PICKLE, PICKLE_INDEX,
          "pytorch_model-?????-of-?????.bin", "generation_config.json")
 LARGEST_FILE = 5 * 10**9  # bytes, as `save_pretrained` long had it
-HEAD = "lm_head.weight"
 IGNORED = "rotary_emb.inv_freq"  # a table that old checkpoints have; it follows from the config
-
-
-def to_halves(x: Tensor, heads: int) -> Tensor:
-    """Rows of interleaved pairs, (2i, 2i + 1), to those of halves, (i, i + h/2), head by head."""
-    return rearrange(x, "(n p two) d -> (n two p) d", n=heads, two=2)
-
-
-def to_interleaved(x: Tensor, heads: int) -> Tensor:
-    """The inverse of `to_halves`."""
-    return rearrange(x, "(n two p) d -> (n p two) d", n=heads, two=2)
 
 
 def from_hf(state_dict: Mapping[str, Tensor], config: Any) -> Params:
@@ -138,23 +124,6 @@ def write_hf(weights: Weights, folder: Path, shards: int | None, report: ReportB
         index |= dict.fromkeys(state, name)
     if count > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": index})
-
-
-def entries(file: Path) -> list[Stored]:
-    """The tensors of a torch file."""
-    return [stored(file.name, name, x) for name, x in read_tensors(file).items()]
-
-
-def hf_name(path: str) -> str:
-    """`blocks.0.feed_forward.w_gate` -> `model.layers.0.mlp.gate_proj.weight`."""
-    if path == "output":
-        return HEAD
-    return ".".join(["model", *(NAMES.get(part, part) for part in path.split(".")), "weight"])
-
-
-def rope_heads(path: str, config: Config) -> int | None:
-    """How many heads the rows of a weight have that RoPE turns; None for those it leaves alone."""
-    return {"wq": config.n_heads, "wk": config.n_kv_heads}.get(path.split(".")[-1])
 
 
 def _weights(where: str, config: Config, tied: bool, found: list[Stored], tensor: Any,

@@ -5,9 +5,7 @@ Shards are slices: of the rows of most matrices, of the columns of three, and wh
 Quantized matrices are an addition of ours, in one file: `checkpoint/quantized.py` says how.
 """
 
-import dataclasses
 import functools
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 from llama_fn import tree
 from llama_fn.checkpoint import quantized
 from llama_fn.checkpoint.files import inside, read_json, read_tensors, write_json, write_tensors
+from llama_fn.checkpoint.meta_config import KNOWN, SETTINGS, read_config, write_config
 from llama_fn.checkpoint.weights import (
     ReportBytes,
     Weights,
@@ -28,17 +27,13 @@ from llama_fn.checkpoint.weights import (
     stored,
     usual_dtype,
 )
-from llama_fn.config import Config, RopeScaling
+from llama_fn.config import Config
 from llama_fn.model.init import abstract_params
 from llama_fn.transforms.quantize import is_matrix
 
 FEED_FORWARD = {"w_gate": "w1", "w_down": "w2", "w_up": "w3"}
 COLUMNS = ("embedding", "wo", "w_down")  # split along axis 1, as by fairscale's layers
-SETTINGS = "params.json"
 FILES = (SETTINGS, "consolidated.[0-9][0-9].pth")
-KNOWN = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
-         "rope_theta", "max_seq_len", "max_batch_size", "use_scaled_rope"}
-LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)  # what `use_scaled_rope` means in Meta's llama-models
 
 
 def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
@@ -133,56 +128,6 @@ def meta_name(path: str) -> str:
     *parents, last = path.split(".")
     parents = ["layers" if part == "blocks" else part for part in parents]
     return ".".join([*parents, FEED_FORWARD.get(last, last), "weight"])
-
-
-def read_config(settings: dict[str, Any], state: dict[str, Tensor], where: str) -> Config:
-    """The config of a `params.json`; what it leaves out is Meta's default, or is read off the weights."""
-    if missing := [name for name in ("dim", "n_layers", "n_heads") if name not in settings]:
-        raise ValueError(f"{where}: {', '.join(missing)} missing")
-    vocab_size = settings.get("vocab_size", -1)
-    if vocab_size == -1:  # as the released files say
-        embedding = state.get("tok_embeddings.weight")
-        vocab_size = len(embedding) if isinstance(embedding, Tensor) and embedding.ndim else 32000
-    kv_heads = settings.get("n_kv_heads")
-    try:
-        return Config(
-            dim=settings["dim"], n_layers=settings["n_layers"], n_heads=settings["n_heads"],
-            n_kv_heads=settings["n_heads"] if kv_heads is None else kv_heads, vocab_size=vocab_size,
-            hidden_dim=_hidden_dim(settings["dim"], settings.get("multiple_of", 256),
-                                   settings.get("ffn_dim_multiplier")),
-            norm_eps=settings.get("norm_eps", 1e-5), rope_theta=settings.get("rope_theta", 10000.0),
-            max_seq_len=settings.get("max_seq_len", 4096),
-            rope_scaling=LLAMA3 if settings.get("use_scaled_rope") else None)
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def write_config(config: Config) -> dict[str, Any]:
-    """A `params.json`, which tells the hidden width by `multiple_of` and `ffn_dim_multiplier` only."""
-    usual = 8 * config.dim // 3
-    settings = dataclasses.asdict(config)
-    settings["multiple_of"] = settings.pop("hidden_dim")
-    if usual > config.hidden_dim:  # so that rounding down gives hidden_dim itself
-        settings["ffn_dim_multiplier"] = (config.hidden_dim + 0.5) / usual
-    del settings["rope_scaling"]
-    if config.rope_scaling == LLAMA3:
-        settings["use_scaled_rope"] = True
-    elif config.rope_scaling is not None:
-        raise ValueError(f"{SETTINGS} has no word for {config.rope_scaling}; write the model in the format hf")
-    return settings
-
-
-def _hidden_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """Meta's rule: 2/3 of 4 d, times the multiplier, rounded up to a multiple."""
-    for name, value in (("dim", dim), ("multiple_of", multiple_of)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    if multiplier is not None and (type(multiplier) not in (int, float) or not 0 < multiplier < math.inf):
-        raise ValueError(f"ffn_dim_multiplier must be a number above 0, got {multiplier!r}")
-    hidden = 8 * dim // 3
-    if multiplier is not None:
-        hidden = int(multiplier * hidden)
-    return multiple_of * -(-hidden // multiple_of)
 
 
 def _shards(folder: Path) -> list[Path]:

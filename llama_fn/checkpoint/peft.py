@@ -5,7 +5,7 @@ The rows of B that belong to `wq` and `wk` are permuted as those of the weights 
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +13,26 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llama_fn.checkpoint.atomic import current, explaining_errors, replacing_folder
-from llama_fn.checkpoint.files import header, inside, read_json, read_tensors, write_json, write_safetensors
-from llama_fn.checkpoint.huggingface import HEAD, entries, hf_name, rope_heads, to_halves, to_interleaved
+from llama_fn.checkpoint.files import entries, header, inside, read_json, read_tensors, write_json, write_safetensors
+from llama_fn.checkpoint.hf_names import rope_heads, to_halves, to_interleaved
 from llama_fn.checkpoint.load import SETTINGS as MODELS
+from llama_fn.checkpoint.peft_config import (
+    BASE,
+    WRITTEN,
+    lora_names,
+    rank_and_alpha,
+    shortened,
+    target_modules,
+    targeted,
+)
 from llama_fn.checkpoint.weights import equal_numbers, misfits
 from llama_fn.config import Config
-from llama_fn.model.init import Weight
 from llama_fn.model.transformer import Params
 from llama_fn.shapes import typed
-from llama_fn.transforms.lora import Lora, LowRank, Scale, adaptable, check_fit
+from llama_fn.transforms.lora import Lora, LowRank, Scale, check_fit
 
 SETTINGS, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
-BASE = PREFIX + HEAD.replace(".weight", ".base_layer.weight")
 
-WRITTEN = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "fan_in_fan_out": False,
-           "inference_mode": True, "init_lora_weights": True, "lora_dropout": 0.0, "modules_to_save": None,
-           "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False, "use_rslora": False}
-# What these say is looked at, or is of no weight for what an adapter computes; of others only "no" is understood.
-KNOWN = {"peft_type", "task_type", "bias", "init_lora_weights", "r", "lora_alpha", "use_rslora", "target_modules",
-         "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode", "lora_dropout", "peft_version",
-         "base_model_name_or_path", "revision", "auto_mapping", "runtime_config", "megatron_core", "qalora_group_size",
-         "eva_config", "ensure_weight_tying"}
-UNDERSTOOD = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": ("none",),
-              # Ways to begin that leave the model's own weights alone; "pissa", "olora" and others do not.
-              "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", None)}
 
 Matrices = Mapping[str, tuple[Tensor, Tensor]]  # A and B, with the axes of heads, by the path of their weight
 
@@ -85,10 +80,10 @@ def write_peft(matrices: Matrices, alpha: float, config: Config, folder: Path, b
     state = {}
     for path, (a, b) in matrices.items():
         rows, heads = b.flatten(0, -2), rope_heads(path, config)
-        state |= zip(_names(path), (a.flatten(1), to_halves(rows, heads) if heads else rows), strict=True)
+        state |= zip(lora_names(path), (a.flatten(1), to_halves(rows, heads) if heads else rows), strict=True)
     settings = {**WRITTEN, "base_model_name_or_path": base, "r": ranks[0],
                 "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-                "target_modules": _targets(matrices, config)}
+                "target_modules": target_modules(matrices, config)}
     with replacing_folder(folder, (SETTINGS, WEIGHTS, PICKLE)) as beside:
         write_json(beside / SETTINGS, dict(sorted(settings.items())))
         state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
@@ -104,22 +99,22 @@ def read_peft(folder: Path, config: Config, output: Callable[[], Any]) -> tuple[
     """
     folder = current(folder)
     settings, where = read_json(inside(folder, SETTINGS)), folder / SETTINGS
-    rank, alpha = _plain(settings, where)
+    rank, alpha = rank_and_alpha(settings, where)
     pickled = not (folder / WEIGHTS).exists() and (folder / PICKLE).exists()  # as older versions of PEFT wrote it
     file = inside(folder, PICKLE if pickled else WEIGHTS)
     found = entries(file) if pickled else header(file)
     try:
-        weights = _wanted(settings, {entry.name for entry in found}, config)
+        weights = targeted(settings, {entry.name for entry in found}, config)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     if not weights:
-        layers = "" if (only := settings.get("layers_to_transform")) is None else f" in the layers {_short(only)}"
+        layers = "" if (only := settings.get("layers_to_transform")) is None else f" in the layers {shortened(only)}"
         raise ValueError(f"{where}: target_modules names no weight of the model{layers}: "
-                         f"{_short(settings.get('target_modules'))}")
+                         f"{shortened(settings.get('target_modules'))}")
     wanted = {}
     for path, weight in weights.items():
         shapes = (rank, math.prod(weight.inner)), (math.prod(weight.outer), rank)
-        wanted |= zip(_names(path), shapes, strict=True)
+        wanted |= zip(lora_names(path), shapes, strict=True)
     if again := [entry for entry in found if entry.name == BASE]:
         wanted[BASE] = (config.vocab_size, config.dim)
     if wrong := misfits(wanted, found, None):
@@ -129,74 +124,11 @@ def read_peft(folder: Path, config: Config, output: Callable[[], Any]) -> tuple[
     if again and not _same(tensor(BASE), output()):
         raise ValueError(f"{file}: {BASE} is not the output of this model: the adapter belongs to another")
     for path, weight in weights.items():
-        a, b = (tensor(name).detach() for name in _names(path))
+        a, b = (tensor(name).detach() for name in lora_names(path))
         heads = rope_heads(path, config)
         b = to_interleaved(b, heads) if heads else b
         matrices[path] = a.reshape(rank, *weight.inner), b.reshape(*weight.outer, rank)
     return matrices, alpha
-
-
-def _plain(settings: dict, where: Path) -> tuple[int, float]:
-    """Rank and alpha. Raises `ValueError` for settings that make anything but W + alpha/r B A."""
-    for name, value in {"peft_type": None, **settings}.items():
-        if value not in UNDERSTOOD.get(name, (value,)) or (name not in KNOWN and value):
-            raise ValueError(f"{where}: {name} is {_short(value)}: that is not plain LoRA, which is all that is read; "
-                             "let PEFT merge the adapter (`merge_and_unload`), and load the model")
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or not 1 <= rank < 2**31:
-        raise ValueError(f"{where}: r should be an integer of at least 1, is {_short(rank)}")
-    if type(alpha) not in (int, float) or not abs(alpha) < 2**31:
-        raise ValueError(f"{where}: lora_alpha should be a number, is {_short(alpha)}")
-    # With use_rslora, alpha counts 1/sqrt(r) times (Kalajdzievski 2023).
-    return rank, alpha * math.sqrt(rank) if settings.get("use_rslora") else float(alpha)
-
-
-def _wanted(settings: dict, names: set[str], config: Config) -> dict[str, Weight]:
-    """The weights that the settings name: by endings, which count in the layers to transform alone if there are such,
-    and by whole names. Where the settings are more than that, those in the file.
-    """
-    targets, able, layers = settings.get("target_modules"), adaptable(config), _layers(settings)
-    if not isinstance(targets, list) or settings.get("exclude_modules") or settings.get("layers_pattern"):
-        return {path: weight for path, weight in able.items() if not names.isdisjoint(_names(path))}
-
-    def is_meant(path: str) -> bool:
-        whole, *ends = _ends(_module(path))
-        return whole in targets or (any(end in targets for end in ends) and (
-            layers is None or any(path.startswith(f"blocks.{layer}.") for layer in layers)))
-
-    return {path: weight for path, weight in able.items() if is_meant(path)}
-
-
-def _layers(settings: dict) -> list[int] | None:
-    """The layers to transform; None for all, as PEFT understands an empty list, too."""
-    layers = settings.get("layers_to_transform")
-    layers = [layers] if type(layers) is int else layers
-    if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
-        raise ValueError(f"layers_to_transform should be a layer or a list of layers, is {_short(layers)}")
-    return layers or None
-
-
-def _targets(paths: Iterable[str], config: Config) -> list[str]:
-    """PEFT's `target_modules`: `q_proj` where it is in every layer, else the whole names."""
-    ends = {_module(path): _ends(_module(path))[-1] for path in adaptable(config)}
-    ours = {_module(path) for path in paths}
-    partial = {end for module, end in ends.items() if module not in ours}
-    return sorted({module if ends[module] in partial else ends[module] for module in ours})
-
-
-def _names(path: str) -> tuple[str, str]:
-    """`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, and `lora_B`."""
-    return f"{PREFIX}{_module(path)}.lora_A.weight", f"{PREFIX}{_module(path)}.lora_B.weight"
-
-
-def _module(path: str) -> str:
-    return hf_name(path).removesuffix(".weight")
-
-
-def _ends(module: str) -> list[str]:
-    """`a.b.c`, `b.c`, `c`."""
-    parts = module.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def _same(stored: Tensor, output: Any) -> bool:
@@ -205,6 +137,3 @@ def _same(stored: Tensor, output: Any) -> bool:
         equal_numbers(stored.to(dtype), output.cpu().to(dtype)) for dtype in (stored.dtype, output.dtype))
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

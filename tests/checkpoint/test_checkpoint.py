@@ -13,7 +13,7 @@ from strategies import configs, keys
 
 import llama_fn as lf
 from llama_fn import tree
-from llama_fn.checkpoint.meta import read_config, write_config
+from llama_fn.checkpoint.meta_config import read_config, write_config
 from llama_fn.checkpoint.snapshot import load_snapshot
 from llama_fn.config import RopeScaling
 
