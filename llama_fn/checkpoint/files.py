@@ -139,7 +139,7 @@ def is_torch_file(file: Path) -> bool:
         return data.read(4) in (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
 
 
-def header(file: Path) -> list[Stored]:
+def safetensors_entries(file: Path) -> list[Stored]:
     """The names, dtypes and shapes of a safetensors file, from its header. The library checks the offsets in it."""
     check_header(file)
     try:
@@ -160,6 +160,6 @@ def unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x if owners[x.untyped_storage().data_ptr()] == name else x.clone() for name, x in state.items()}
 
 
-def entries(file: Path) -> list[Stored]:
-    """The tensors of a torch file."""
+def torch_entries(file: Path) -> list[Stored]:
+    """The names, dtypes and shapes of a file of `torch.save`."""
     return [stored(file.name, name, x) for name, x in read_tensors(file).items()]

@@ -1,8 +1,11 @@
-"""Meta's own layout: `params.json` and `consolidated.00.pth`, one file or a shard for each of several devices.
+"""Models in Meta's format: ``params.json`` and ``consolidated.00.pth``, ``consolidated.01.pth``, ...
 
-Its matrices are ours without the heads' axes; its RoPE pairs are interleaved, as ours are, so nothing is permuted.
-Shards are slices: of the rows of most matrices, of the columns of three, and whole copies of the norms.
-Quantized matrices are an addition of ours, in one file: `checkpoint/quantized.py` says how.
+Meta's matrices are ours without the axes of heads. Their RoPE pairs are interleaved like ours, so that no rows are
+permuted. A model for several devices has one file, a shard, for each device. A shard holds a slice of each matrix: a
+slice of the columns for the embedding, ``wo`` and ``w_down``, and a slice of the rows for the others. Norms are whole
+in every shard. Quantized matrices are our extension of the format; `checkpoint/quantized.py` describes them.
+
+Source: https://github.com/meta-llama/llama, ``llama/model.py`` and ``llama/generation.py``.
 """
 
 import functools
@@ -32,14 +35,16 @@ from llama_fn.model.init import abstract_params
 from llama_fn.transforms.quantize import is_matrix
 
 FEED_FORWARD = {"w_gate": "w1", "w_down": "w2", "w_up": "w3"}
-COLUMNS = ("embedding", "wo", "w_down")  # split along axis 1, as by fairscale's layers
+SPLIT_BY_COLUMNS = ("embedding", "wo", "w_down")  # along axis 1, as in fairscale's layers
 FILES = (SETTINGS, "consolidated.[0-9][0-9].pth")
 
 
 def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
-    """The weights of a folder in Meta's layout, mapped into memory: of one file, nothing is copied.
+    """The weights of a folder in Meta's format.
 
-    Raises `FileNotFoundError` for a missing file, `ValueError` for damaged ones and for settings that make no model.
+    The files are mapped into memory. The weights of a single file are not copied when they are read, unless ``dtype``
+    asks for a cast. Raises `FileNotFoundError` for a missing file, and `ValueError` for damaged files and for settings
+    that do not describe a model.
     """
     settings = read_json(inside(folder, SETTINGS))
     files = _shards(folder)
@@ -52,37 +57,39 @@ def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
     found = [[stored(file.name, name, x) for name, x in state.items() if name != "rope.freqs"]
              for file, state in zip(files, states, strict=True)]
     entries = [entry for shard in found for entry in shard]
-    wanted = {meta_name(path): _slice(flat_shape(weight), path, len(files)) for path, weight in abstract.items()}
+    wanted = {meta_name(path): _shape_in_shard(flat_shape(weight), path, len(files))
+              for path, weight in abstract.items()}
     integers = {path: kind for path, weight in abstract.items() if len(files) == 1 and is_matrix(path, weight)
                 and (kind := getattr(states[0].get(meta_name(path)), "dtype", None)) in quantized.BITS}
     kinds = {}
     for path, kind in integers.items():
         for name, (part, shape) in quantized.expected(meta_name(path), abstract[path], kind).items():
             kinds[name], wanted[name] = part, shape
-    kept = usual_dtype(entry for entry in entries if entry.name not in kinds)
+    usual = usual_dtype(entry for entry in entries if entry.name not in kinds)
     problems = _shard_problems(config, found) or [
         line for file, shard in zip(files, found, strict=True)
-        for line in misfits(wanted, shard, kept if dtype is None else None, f" in {file.name}", kinds)]
+        for line in misfits(wanted, shard, usual if dtype is None else None, f" in {file.name}", kinds)]
     for name in [] if problems else [meta_name(path) for path in abstract if _axis(path) is None]:
         problems += [f"{name}: differs between {files[0].name} and {file.name}"
                      for file, state in list(zip(files, states, strict=True))[1:]
                      if not equal_numbers(state[name], states[0][name])]
-    copied = len(files) > 1 or dtype not in (None, kept)
+    copied = len(files) > 1 or dtype not in (None, usual)
 
     @functools.lru_cache(maxsize=1)
-    def mapped(layer: str | None) -> list[dict[str, Tensor]]:
+    def opened(layer: str | None) -> list[dict[str, Tensor]]:
         return states if layer is None else [read_tensors(file) for file in files]
 
     def read(path: str) -> Any:
         if path in integers:
             values, scale = (states[0][meta_name(path) + end].detach() for end in ("", quantized.SCALE))
             return quantized.leaf(abstract[path], values, scale)
-        # What is copied is mapped anew for every layer, so that the pages of those before leave the memory.
-        pieces = [state[meta_name(path)].detach() for state in mapped(layer_of(path) if copied else None)]
-        if len(pieces) == 1 or _axis(path) is None:
-            return pieces[0].reshape(abstract[path].shape).to(dtype or kept, copy=copied)  # a view would keep its layer
-        whole = torch.empty(flat_shape(abstract[path]), dtype=dtype or kept, device="cpu")
-        for place, piece in zip(whole.chunk(len(pieces), _axis(path)), pieces, strict=True):
+        # If weights are copied, map the files anew for each layer, so that the pages of earlier layers are released.
+        pieces = [state[meta_name(path)].detach() for state in opened(layer_of(path) if copied else None)]
+        axis = _axis(path)
+        if len(pieces) == 1 or axis is None:  # a view would keep its layer's pages in memory
+            return pieces[0].reshape(abstract[path].shape).to(dtype or usual, copy=copied)
+        whole = torch.empty(flat_shape(abstract[path]), dtype=dtype or usual, device="cpu")
+        for place, piece in zip(whole.chunk(len(pieces), axis), pieces, strict=True):
             place.copy_(piece)
         return whole.reshape(abstract[path].shape)
 
@@ -92,13 +99,14 @@ def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
     notes += [f"{file} holds the numbers of {files[0].name}: is it a copy?"
               for file, state in list(zip(files, states, strict=True))[1:]
               if not problems and equal_numbers(state[name], states[0][name])]
-    return Weights(config, read, dtype or kept, entries, problems, notes, bits=quantized.bits(integers.values()))
+    return Weights(config, read, dtype or usual, entries, problems, notes, bits=quantized.bits(integers.values()))
 
 
 def write_meta(weights: Weights, folder: Path, shards: int | None, report: ReportBytes) -> None:
-    """Write `params.json` and the weights in as many shards as wanted, each held in memory while it is written.
+    """Write ``params.json`` and the weights in ``shards`` files; None means one file.
 
-    Raises `ValueError` for what the layout has no word for, and for weights that cannot be split so.
+    One file at a time is held in memory. Raises `ValueError` for a config that ``params.json`` cannot express, and for
+    sizes that cannot be divided by ``shards``.
     """
     settings, count = write_config(weights.config), 1 if shards is None else shards
     if count > 1:
@@ -113,8 +121,8 @@ def write_meta(weights: Weights, folder: Path, shards: int | None, report: Repor
             if not isinstance(leaf, Tensor):
                 state |= quantized.entries(meta_name(path), leaf)
                 continue
-            x = leaf.reshape(flat_shape(weight))
-            piece = x if _axis(path) is None else x.chunk(count, _axis(path))[i]
+            x, axis = leaf.reshape(flat_shape(weight)), _axis(path)
+            piece = x if axis is None else x.chunk(count, axis)[i]
             whole = piece.is_contiguous() and piece.untyped_storage().nbytes() == piece.nbytes
             state[meta_name(path)] = piece if whole else piece.clone(memory_format=torch.contiguous_format)
         write_tensors(state, folder / f"consolidated.{i:02d}.pth", report)
@@ -122,7 +130,10 @@ def write_meta(weights: Weights, folder: Path, shards: int | None, report: Repor
 
 
 def meta_name(path: str) -> str:
-    """`blocks.0.feed_forward.w_gate` -> `layers.0.feed_forward.w1.weight`."""
+    """Meta's name of a weight.
+
+    "blocks.0.feed_forward.w_gate" becomes "layers.0.feed_forward.w1.weight".
+    """
     if path == "embedding":
         return "tok_embeddings.weight"
     *parents, last = path.split(".")
@@ -131,22 +142,24 @@ def meta_name(path: str) -> str:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """`consolidated.00.pth`, `consolidated.01.pth`, ..., all there."""
+    """The files ``consolidated.00.pth``, ``consolidated.01.pth``, ... Raises `FileNotFoundError` if one is missing."""
     count = sum(re.fullmatch(r"consolidated\.[0-9]{2,}\.pth", file.name) is not None for file in folder.iterdir())
     return [inside(folder, f"consolidated.{i:02d}.pth") for i in range(max(1, count))]
 
 
 def _axis(path: str) -> int | None:
-    """The axis along which a weight is split into shards; None for a norm, which every shard has whole."""
+    """The axis along which a weight is split into shards; None for a norm, which is whole in every shard."""
     last = path.split(".")[-1]
-    return None if last.endswith("norm") else int(last in COLUMNS)
+    return None if last.endswith("norm") else int(last in SPLIT_BY_COLUMNS)
 
 
-def _slice(shape: tuple[int, ...], path: str, count: int) -> tuple[int, ...]:
+def _shape_in_shard(shape: tuple[int, ...], path: str, count: int) -> tuple[int, ...]:
+    """The shape that a weight has in one of ``count`` shards."""
     return tuple(size // count if axis == _axis(path) else size for axis, size in enumerate(shape))
 
 
 def _indivisible(config: Config, count: int) -> str:
+    """Why a model cannot be split into ``count`` shards; an empty text if it can."""
     sizes = {"dim": config.dim, "n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads,
              "hidden_dim": config.hidden_dim, "vocab_size": config.vocab_size}
     if count < 1:
@@ -155,7 +168,7 @@ def _indivisible(config: Config, count: int) -> str:
 
 
 def _shard_problems(config: Config, found: list[list]) -> list[str]:
-    """What is wrong with the number of shards."""
+    """What is wrong with the number of shards, judging by the width of the embedding in them."""
     widths = {entry.shape[1] for entries in found for entry in entries
               if entry.name == "tok_embeddings.weight" and len(entry.shape) == 2}
     width = widths.pop() if len(widths) == 1 else 0

@@ -1,4 +1,4 @@
-"""The `params.json` of Meta's layout, in and out."""
+"""Reading and writing the ``params.json`` of Meta's format."""
 
 import dataclasses
 import math
@@ -11,15 +11,19 @@ from llama_fn.config import Config, RopeScaling
 SETTINGS = "params.json"
 KNOWN = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
          "rope_theta", "max_seq_len", "max_batch_size", "use_scaled_rope"}
-LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)  # what `use_scaled_rope` means in Meta's llama-models
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)  # the meaning of `use_scaled_rope` in Meta's llama-models
 
 
 def read_config(settings: dict[str, Any], state: dict[str, Tensor], where: str) -> Config:
-    """The config of a `params.json`; what it leaves out is Meta's default, or is read off the weights."""
+    """The `Config` of a ``params.json``. ``where`` names the file in errors.
+
+    Missing settings have the defaults of Meta's code. A missing ``vocab_size`` is the number of rows of the embedding
+    in ``state``. Raises `ValueError` for settings that do not describe a model.
+    """
     if missing := [name for name in ("dim", "n_layers", "n_heads") if name not in settings]:
         raise ValueError(f"{where}: {', '.join(missing)} missing")
     vocab_size = settings.get("vocab_size", -1)
-    if vocab_size == -1:  # as the released files say
+    if vocab_size == -1:  # the value in the released files
         embedding = state.get("tok_embeddings.weight")
         vocab_size = len(embedding) if isinstance(embedding, Tensor) and embedding.ndim else 32000
     kv_heads = settings.get("n_kv_heads")
@@ -37,11 +41,15 @@ def read_config(settings: dict[str, Any], state: dict[str, Tensor], where: str) 
 
 
 def write_config(config: Config) -> dict[str, Any]:
-    """A `params.json`, which tells the hidden width by `multiple_of` and `ffn_dim_multiplier` only."""
+    """The content of a ``params.json``. Raises `ValueError` for RoPE scaling that this format cannot express.
+
+    The format has no setting for the feed-forward's hidden width, so that ``multiple_of`` and ``ffn_dim_multiplier``
+    are chosen to give it.
+    """
     usual = 8 * config.dim // 3
     settings = dataclasses.asdict(config)
     settings["multiple_of"] = settings.pop("hidden_dim")
-    if usual > config.hidden_dim:  # so that rounding down gives hidden_dim itself
+    if usual > config.hidden_dim:  # the half makes int() round down to hidden_dim
         settings["ffn_dim_multiplier"] = (config.hidden_dim + 0.5) / usual
     del settings["rope_scaling"]
     if config.rope_scaling == LLAMA3:
@@ -52,7 +60,10 @@ def write_config(config: Config) -> dict[str, Any]:
 
 
 def _hidden_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """Meta's rule: 2/3 of 4 d, times the multiplier, rounded up to a multiple."""
+    """The feed-forward's hidden width by Meta's rule.
+
+    It is 2/3 of 4 * dim, times ``multiplier`` if there is one, rounded up to a multiple of ``multiple_of``.
+    """
     for name, value in (("dim", dim), ("multiple_of", multiple_of)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")

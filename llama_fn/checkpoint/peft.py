@@ -1,6 +1,7 @@
-"""PEFT's layout of a LoRA adapter: `adapter_config.json` and `adapter_model.safetensors`, by the names of transformers.
+"""LoRA adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-The rows of B that belong to `wq` and `wk` are permuted as those of the weights themselves (see `huggingface.py`).
+The weights have transformers' names. The rows of B for ``wq`` and ``wk`` are permuted as the rows of the weights
+themselves are (see ``hf_names.py``).
 """
 
 import math
@@ -13,9 +14,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llama_fn.checkpoint.atomic import current, explaining_errors, replacing_folder
-from llama_fn.checkpoint.files import entries, header, inside, read_json, read_tensors, write_json, write_safetensors
+from llama_fn.checkpoint.files import (
+    inside,
+    read_json,
+    read_tensors,
+    safetensors_entries,
+    torch_entries,
+    write_json,
+    write_safetensors,
+)
 from llama_fn.checkpoint.hf_names import rope_heads, to_halves, to_interleaved
-from llama_fn.checkpoint.load import SETTINGS as MODELS
+from llama_fn.checkpoint.load import MARKERS
 from llama_fn.checkpoint.peft_config import (
     BASE,
     WRITTEN,
@@ -34,17 +43,25 @@ from llama_fn.transforms.lora import Lora, LowRank, Scale, check_fit
 SETTINGS, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
-Matrices = Mapping[str, tuple[Tensor, Tensor]]  # A and B, with the axes of heads, by the path of their weight
+Matrices = Mapping[str, tuple[Tensor, Tensor]]  # A and B with axes of heads, by the path of the weight
 
 
 @typed
 def save(adapter: Lora, folder: str | os.PathLike[str], params: Params,
          base: str | os.PathLike[str] | None = None) -> None:
-    """Write an adapter of `params` as PEFT does, which loads it on the model that `lf.save(..., format="hf")` writes.
+    """Write a LoRA adapter of ``params`` to a folder in PEFT's format.
 
-    `base` is that model's folder, or its name on the hub: by it, PEFT's `AutoPeftModelForCausalLM.from_pretrained`
-    finds the model alone (`base_model_name_or_path`). The files are written beside their places and moved there at the
-    end. Raises `ValueError` for an adapter that does not fit, for several ranks, and for the folder of a model.
+    `load` reads it back bit for bit. PEFT loads it on top of the model that ``lf.save(model, path, format="hf")``
+    writes. ``base`` is the folder of that model, or its name on the hub. PEFT's
+    ``AutoPeftModelForCausalLM.from_pretrained`` needs it to find the model. The write is atomic, as that of
+    ``lf.save``.
+
+    Raises `ValueError` for an adapter that does not fit ``params``, for one whose matrices have different ranks, and
+    for a folder that holds a model. Raises `OSError` that names the file and a remedy if a write fails.
+
+    Example: ``lf.lora.save(adapter, "my-adapter", params, base="7b-hf")``.
+
+    Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; PEFT's ``LoraConfig``.
     """
     check_fit(params, adapter)
     write_peft(adapter.matrices, adapter.scale.alpha, params.config, Path(folder),
@@ -53,9 +70,13 @@ def save(adapter: Lora, folder: str | os.PathLike[str], params: Params,
 
 @typed
 def load(folder: str | os.PathLike[str], params: Params) -> Lora:
-    """Read an adapter for `params`, in its own dtype, from the folder where `save`, or PEFT, wrote it.
+    """Read a LoRA adapter for ``params`` from a folder that `save` or PEFT wrote.
 
-    Raises `FileNotFoundError`, and `ValueError` naming everything that does not fit `params` or is no plain LoRA.
+    The adapter keeps its own dtype and is put on the device of ``params``. Raises `FileNotFoundError` for a missing
+    file. Raises `ValueError` for an adapter that is not plain LoRA, W + (alpha / r) B A, and one `ValueError` that
+    lists all weights that do not fit ``params``.
+
+    Example: ``tuned = lf.lora.apply(params, lf.lora.load("my-adapter", params))``.
     """
     matrices, alpha = read_peft(Path(folder), params.config, lambda: params.output)
     device = params.embedding.device
@@ -63,9 +84,10 @@ def load(folder: str | os.PathLike[str], params: Params) -> Lora:
 
 
 def write_peft(matrices: Matrices, alpha: float, config: Config, folder: Path, base: str | None = None) -> None:
-    """Write an adapter. `base` is where PEFT finds the model that it belongs to: a folder, or a name on the hub.
+    """Write the matrices of an adapter. ``base`` is the folder of its model, or the model's name on the hub.
 
-    Raises `ValueError` for none, for one of several ranks, for the folder of a model, and for a base without a name.
+    Raises `ValueError` for an adapter without matrices or with several ranks, for a folder that holds a model, and for
+    an empty ``base``.
     """
     if base == "":
         raise ValueError("base is empty: give the folder of the model that the adapter belongs to, or None")
@@ -73,9 +95,9 @@ def write_peft(matrices: Matrices, alpha: float, config: Config, folder: Path, b
     if len(ranks) != 1:
         raise ValueError(f"an adapter of one rank can be written, this one has {', '.join(map(str, ranks)) or 'none'}")
     with explaining_errors(folder):
-        there = [name for name in MODELS.values() if (current(folder) / name).exists()]
-    if there:
-        raise ValueError(f"{folder}: a model lies there ({there[0]}), and would be read with the adapter in it; "
+        models = [name for name in MARKERS.values() if (current(folder) / name).exists()]
+    if models:
+        raise ValueError(f"{folder}: a model lies there ({models[0]}), and would be read with the adapter in it; "
                          "choose a folder of its own")
     state = {}
     for path, (a, b) in matrices.items():
@@ -84,25 +106,26 @@ def write_peft(matrices: Matrices, alpha: float, config: Config, folder: Path, b
     settings = {**WRITTEN, "base_model_name_or_path": base, "r": ranks[0],
                 "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
                 "target_modules": target_modules(matrices, config)}
-    with replacing_folder(folder, (SETTINGS, WEIGHTS, PICKLE)) as beside:
-        write_json(beside / SETTINGS, dict(sorted(settings.items())))
+    with replacing_folder(folder, (SETTINGS, WEIGHTS, PICKLE)) as temporary:
+        write_json(temporary / SETTINGS, dict(sorted(settings.items())))
         state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
-        write_safetensors(state, beside / WEIGHTS)
+        write_safetensors(state, temporary / WEIGHTS)
 
 
 def read_peft(folder: Path, config: Config, output: Callable[[], Any]) -> tuple[Matrices, float]:
     """The matrices of an adapter for a model with this config, and alpha.
 
-    `output()` is the model's last matrix: PEFT writes it again beside an adapter of it, and it must be the same.
-    Raises `FileNotFoundError`, and `ValueError` for damaged files, for what is not plain LoRA, and for weights that
-    are missing, unknown or of another shape, all of them.
+    ``output()`` returns the model's output matrix. If an adapter changes the output, PEFT writes the model's own
+    output next to it, and the two must be equal. Raises `FileNotFoundError` for a missing file. Raises `ValueError`
+    for damaged files, for an adapter that is not plain LoRA, and one `ValueError` that lists all weights that are
+    missing, unknown or of a wrong shape.
     """
     folder = current(folder)
     settings, where = read_json(inside(folder, SETTINGS)), folder / SETTINGS
     rank, alpha = rank_and_alpha(settings, where)
-    pickled = not (folder / WEIGHTS).exists() and (folder / PICKLE).exists()  # as older versions of PEFT wrote it
+    pickled = not (folder / WEIGHTS).exists() and (folder / PICKLE).exists()  # of older versions of PEFT
     file = inside(folder, PICKLE if pickled else WEIGHTS)
-    found = entries(file) if pickled else header(file)
+    found = torch_entries(file) if pickled else safetensors_entries(file)
     try:
         weights = targeted(settings, {entry.name for entry in found}, config)
     except ValueError as error:
@@ -115,13 +138,13 @@ def read_peft(folder: Path, config: Config, output: Callable[[], Any]) -> tuple[
     for path, weight in weights.items():
         shapes = (rank, math.prod(weight.inner)), (math.prod(weight.outer), rank)
         wanted |= zip(lora_names(path), shapes, strict=True)
-    if again := [entry for entry in found if entry.name == BASE]:
+    if has_output := any(entry.name == BASE for entry in found):
         wanted[BASE] = (config.vocab_size, config.dim)
     if wrong := misfits(wanted, found, None):
         raise ValueError(f"{folder}: {len(wrong)} weights of the adapter do not fit the model and {SETTINGS}:\n  "
                          + "\n  ".join(wrong))
     matrices, tensor = {}, read_tensors(file).__getitem__ if pickled else safe_open(file, "pt").get_tensor
-    if again and not _same(tensor(BASE), output()):
+    if has_output and not _is_output(tensor(BASE), output()):
         raise ValueError(f"{file}: {BASE} is not the output of this model: the adapter belongs to another")
     for path, weight in weights.items():
         a, b = (tensor(name).detach() for name in lora_names(path))
@@ -131,8 +154,11 @@ def read_peft(folder: Path, config: Config, output: Callable[[], Any]) -> tuple[
     return matrices, alpha
 
 
-def _same(stored: Tensor, output: Any) -> bool:
-    """Whether they are equal in the dtype of the one or of the other; an output that is no tensor is not compared."""
+def _is_output(stored: Tensor, output: Any) -> bool:
+    """Whether a stored output equals the model's, in the dtype of either one.
+
+    A quantized output is not compared, and counts as equal.
+    """
     return not isinstance(output, Tensor) or any(
         equal_numbers(stored.to(dtype), output.cpu().to(dtype)) for dtype in (stored.dtype, output.dtype))
 
