@@ -139,7 +139,8 @@ def current(folder: str | os.PathLike) -> Path:
     This is ``folder`` itself, or ``folder/.complete`` if the last save was interrupted after its first step.
     """
     complete = Path(folder) / COMPLETE
-    return complete if complete.is_dir() and not complete.is_symlink() else Path(folder)  # a link is not ours
+    ours = complete.is_dir() and not complete.is_symlink()  # a link was made by someone else
+    return complete if ours else Path(folder)
 
 
 def _finish(folder: Path, instead_of: Sequence[str]) -> None:
@@ -170,7 +171,8 @@ def _temporary_name(path: Path) -> Path:
     Temporary files that earlier writers of ``path`` left behind when they were killed are removed.
     """
     start = "." + path.name.encode()[:200].decode(errors="ignore") + "."  # a name has at most 255 bytes
-    ours = re.compile(re.escape(start) + r"[0-9a-f]{8}\.part")  # not that of a longer name
+    # The whole name must match: one that only begins alike may belong to another file that is being written.
+    ours = re.compile(re.escape(start) + r"[0-9a-f]{8}\.part")
     for left in [left for left in path.parent.iterdir() if ours.fullmatch(left.name)]:
         _remove(left)
     return path.with_name(f"{start}{secrets.token_hex(4)}.part")
@@ -213,7 +215,8 @@ def sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():  # not every file system syncs one
+        # Some file systems cannot sync a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
         os.close(handle)

@@ -145,6 +145,6 @@ def _end_ids(tokenizer: Tokenizer, folder: Path) -> tuple[int, ...]:
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if any(type(id) is not int for id in ids):
             raise ValueError(f"{folder / name}: eos_token_id should be a token's id or a list of such, got {ids!r}")
-        if "eos_token_id" in settings:  # null means none: `config.json` is not asked
+        if "eos_token_id" in settings:  # null means none; then `config.json` is not read
             return tuple(sorted({id for id in ids if 0 <= id < tokenizer.vocab_size} - {tokenizer.eos_id}))
     return ()

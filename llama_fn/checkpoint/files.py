@@ -123,9 +123,9 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Any]:
     check_torch_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (MemoryError, PermissionError):  # the file may be good
+    except (MemoryError, PermissionError):  # these say nothing about the file
         raise
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ValueError, ... for bad files
+    except Exception as error:  # for a bad file torch raises RuntimeError, UnpicklingError, EOFError, ValueError, ...
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path}: not a file of tensors, or a damaged one: {reason}") from None
     if not isinstance(state, dict):

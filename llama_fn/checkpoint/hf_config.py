@@ -28,7 +28,7 @@ def read_config(settings: Mapping[str, Any], where: str) -> tuple[Config, bool]:
         raise ValueError(f"{where}: {', '.join(missing)} missing")
     kind = _kind(settings, where)
     defaults, heads = DEFAULTS[kind], settings["num_attention_heads"]
-    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}  # in transformers' order
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}  # the order of transformers
     for name, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False),
                        ("quantization_config", None), ("partial_rotary_factor", 1.0)):
         for place in (settings, rope if isinstance(rope, Mapping) else {}):

@@ -22,8 +22,8 @@ END, LOCATOR, END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sLQL"), struct
 CALLED = re.compile(r"collections OrderedDict|torch\.serialization _get_layout|torch Size|torch device"
                     r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|sparse_tensor|sparse_csr_tensor"
                     r"|nested_tensor|meta_tensor_no_storage)")
-# Types that a pickle may mention but not call. A call of a storage type could allocate any amount of memory; the
-# storages of a real file are mentioned next to the zip entry that holds their bytes.
+# Types that a pickle may mention but not call. To call a storage type with a number would allocate that much memory. A
+# real file only mentions the type of each storage, together with the zip entry that holds its bytes.
 NAMED = re.compile(r"torch(\.storage)? \w+Storage"
                    r"|torch (b?float\w*|double|half|complex\w*|q?u?int\w*|long|short|bool)")
 

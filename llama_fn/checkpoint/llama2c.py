@@ -27,7 +27,7 @@ from llama_fn.tokenizer import Tokenizer
 
 WEIGHTS, VOCABULARY = "model.bin", "tokenizer.bin"
 FILES = (WEIGHTS, VOCABULARY)
-MOST_LAYERS = 2**12  # an untrue number of layers alone could take much memory
+MOST_LAYERS = 2**12  # a header that claims more could take much memory before its file is found too short
 HEADER = struct.Struct("<7i")  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size (negative: untied), context
 NEVER = -1e10  # a score so low that run.c never merges two pieces into this token
 LAYER_WEIGHTS = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo", "ffn_norm",
@@ -65,7 +65,8 @@ def open_llama2c(file: Path, dtype: torch.dtype | None = None) -> Weights:
 
     def read(path: str) -> Tensor:
         shape = abstract[path].shape
-        numbers = np.memmap(file, "<f4", "c", offset=offsets[path], shape=shape)  # "c": copy on write
+        # The mode "c" is copy on write: what is written to the tensor does not reach the file.
+        numbers = np.memmap(file, "<f4", "c", offset=offsets[path], shape=shape)
         return torch.from_numpy(numbers).to(dtype)
 
     entries = [Stored(file.name, path, torch.float32, flat_shape(abstract[path])) for path in offsets

@@ -86,7 +86,7 @@ def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
         # If weights are copied, map the files anew for each layer, so that the pages of earlier layers are released.
         pieces = [state[meta_name(path)].detach() for state in opened(layer_of(path) if copied else None)]
         axis = _axis(path)
-        if len(pieces) == 1 or axis is None:  # a view would keep its layer's pages in memory
+        if len(pieces) == 1 or axis is None:  # copy, because a view would keep the layer's pages in memory
             return pieces[0].reshape(abstract[path].shape).to(dtype or usual, copy=copied)
         whole = torch.empty(flat_shape(abstract[path]), dtype=dtype or usual, device="cpu")
         for place, piece in zip(whole.chunk(len(pieces), axis), pieces, strict=True):

@@ -123,7 +123,7 @@ def read_peft(folder: Path, config: Config, output: Callable[[], Any]) -> tuple[
     folder = current(folder)
     settings, where = read_json(inside(folder, SETTINGS)), folder / SETTINGS
     rank, alpha = rank_and_alpha(settings, where)
-    pickled = not (folder / WEIGHTS).exists() and (folder / PICKLE).exists()  # of older versions of PEFT
+    pickled = not (folder / WEIGHTS).exists() and (folder / PICKLE).exists()  # older versions of PEFT wrote it
     file = inside(folder, PICKLE if pickled else WEIGHTS)
     found = torch_entries(file) if pickled else safetensors_entries(file)
     try:

@@ -17,7 +17,7 @@ from llama_fn.sentencepiece_model import pieces_of, settings_of
 from llama_fn.tokenizer import LARGEST_JSON, Tokenizer, load_tokenizer, tokenizer_of_json
 
 MODEL, JSON, SETTINGS = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-ADDED, SPECIAL = "added_tokens.json", "special_tokens_map.json"  # of transformers before 5
+ADDED, SPECIAL = "added_tokens.json", "special_tokens_map.json"  # transformers before version 5 wrote them
 FILES = (MODEL, JSON, SETTINGS, ADDED, SPECIAL)
 
 

@@ -20,7 +20,7 @@ from llama_fn.config import Config
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.transformer import Params
 
-HEAD_AXES = ("k", "g", "h")  # the axes of heads in weights: groups, queries of a group, width of a head
+HEAD_AXES = ("k", "g", "h")  # key/value heads, query heads of each, the width of a head
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ReportBytes = Callable[[int], None]
 
