@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llama_fn import text
-from llama_fn.checkpoint.atomic import explaining_errors, replacing
+from llama_fn.checkpoint.atomic import replacing
 from llama_fn.checkpoint.limits import check_header, check_size, check_torch_file
 from llama_fn.checkpoint.weights import ReportBytes, Stored, stored
+from llama_fn.checkpoint.write_errors import explaining_errors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

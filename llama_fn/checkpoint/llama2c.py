@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.checkpoint.atomic import explaining_errors
 from llama_fn.checkpoint.files import inside
 from llama_fn.checkpoint.weights import ReportBytes, Stored, Weights, flat_shape
+from llama_fn.checkpoint.write_errors import explaining_errors
 from llama_fn.config import Config
 from llama_fn.model.init import abstract_params
 from llama_fn.model.rope import rotation

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.checkpoint import chat_files, huggingface, llama2c, meta
-from llama_fn.checkpoint.atomic import current, explaining_errors, replacing_folder
+from llama_fn.checkpoint.atomic import current, replacing_folder
 from llama_fn.checkpoint.files import is_torch_file
 from llama_fn.checkpoint.tokenizer_files import FILES as TOKENIZER_FILES
 from llama_fn.checkpoint.tokenizer_files import read_tokenizer, write_tokenizer
 from llama_fn.checkpoint.weights import ReportBytes, Weights, check_dtype, params_of, weights_of
+from llama_fn.checkpoint.write_errors import explaining_errors
 from llama_fn.model.transformer import Params
 from llama_fn.ranges import integer
 from llama_fn.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from llama_fn.checkpoint.atomic import current, explaining_errors, replacing_folder
+from llama_fn.checkpoint.atomic import current, replacing_folder
 from llama_fn.checkpoint.files import (
     inside,
     read_json,
@@ -35,6 +35,7 @@ from llama_fn.checkpoint.peft_config import (
     targeted,
 )
 from llama_fn.checkpoint.weights import equal_numbers, misfits
+from llama_fn.checkpoint.write_errors import explaining_errors
 from llama_fn.config import Config
 from llama_fn.model.transformer import Params
 from llama_fn.shapes import typed

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from llama_fn import tokenizer_json
-from llama_fn.checkpoint.atomic import COMPLETE, explaining_errors
+from llama_fn.checkpoint.atomic import COMPLETE
 from llama_fn.checkpoint.files import inside, read_json, write_json
+from llama_fn.checkpoint.write_errors import explaining_errors
 from llama_fn.sentencepiece_model import pieces_of, settings_of
 from llama_fn.tokenizer import LARGEST_JSON, Tokenizer, load_tokenizer, tokenizer_of_json
 
