@@ -55,7 +55,7 @@ def open_llama2c(file: Path, dtype: torch.dtype | None = None) -> Weights:
     tied, size = vocab_size > 0, file.stat().st_size
     wanted = HEADER.size + 4 * (config.n_params + max_seq_len * config.head_dim - tied * config.vocab_size * dim)
     if size != wanted:
-        raise ValueError(f"{file}: its header tells of {wanted} bytes, and it has {size}: damaged, or another version "
+        raise ValueError(f"{file}: its header implies {wanted} bytes, and it has {size}: damaged, or another version "
                          "than 0")
     offsets, offset, abstract = {}, HEADER.size, tree.paths(abstract_params(config))
     for path in _order(config, tied):

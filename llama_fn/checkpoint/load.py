@@ -54,8 +54,9 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = No
     """Load a model from a folder, or load an embedded model by its name.
 
     ``path_or_name`` is the string "stories" (an embedded model), the string "stories-draft" (a smaller one, to draft
-    for it), or a folder in Meta's, Hugging Face's or llama2.c's format. The formats are told apart by their files. A
-    file of llama2.c may be given itself. What `save` wrote is loaded bit for bit.
+    for it), or a folder in Meta's, Hugging Face's or llama2.c's format. The formats are told apart by their files.
+    Give the folder, not one of its files; only a file of llama2.c may be given itself. What `save` wrote is loaded bit
+    for bit.
 
     ``dtype`` None keeps the dtype in the files. Then the weights of a single file of Meta's format are mapped, not
     copied: the operating system reads each page from the disk when it is first used. Any other ``dtype`` casts the
@@ -74,12 +75,12 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = No
 
     Example: ``model = lf.load("llama-2-7b", dtype=torch.bfloat16, device="cuda")``.
     """
-    form = [] if quantize is None else [quantized_leaf(quantize)]
+    convert = [] if quantize is None else [quantized_leaf(quantize)]
     format, place = find(path_or_name)
     weights = open_weights(format, place, dtype).checked(place)
     check_not_quantized(weights, quantize, place)
     tokenizer = open_tokenizer(place, weights)
-    return Model(params_of(weights, device, *form), tokenizer)
+    return Model(params_of(weights, device, *convert), tokenizer)
 
 
 def save(model: Model, path: str | os.PathLike[str], *, format: Format = "meta", shards: int | None = None,

@@ -55,7 +55,7 @@ def write_config(config: Config) -> dict[str, Any]:
     if config.rope_scaling == LLAMA3:
         settings["use_scaled_rope"] = True
     elif config.rope_scaling is not None:
-        raise ValueError(f"{SETTINGS} has no word for {config.rope_scaling}; write the model in the format hf")
+        raise ValueError(f"{SETTINGS} cannot express {config.rope_scaling}; write the model in the format hf")
     return settings
 
 

@@ -52,10 +52,9 @@ def save(adapter: Lora, folder: str | os.PathLike[str], params: Params,
          base: str | os.PathLike[str] | None = None) -> None:
     """Write a LoRA adapter of ``params`` to a folder in PEFT's format.
 
-    `load` reads it back bit for bit. PEFT loads it on top of the model that ``lf.save(model, path, format="hf")``
-    writes. ``base`` is the folder of that model, or its name on the hub. PEFT's
-    ``AutoPeftModelForCausalLM.from_pretrained`` needs it to find the model. The write is atomic, as that of
-    ``lf.save``.
+    `lf.lora.load` reads it back bit for bit. PEFT loads it on top of the model that ``lf.save(model, path,
+    format="hf")`` writes. ``base`` is the folder of that model, or its name on the hub. PEFT's
+    ``AutoPeftModelForCausalLM.from_pretrained`` needs it to find the model. The write is atomic, as that of `lf.save`.
 
     Raises `ValueError` for an adapter that does not fit ``params``, for one whose matrices have different ranks, and
     for a folder that holds a model. Raises `OSError` that names the file and a remedy if a write fails.
@@ -71,7 +70,7 @@ def save(adapter: Lora, folder: str | os.PathLike[str], params: Params,
 
 @typed
 def load(folder: str | os.PathLike[str], params: Params) -> Lora:
-    """Read a LoRA adapter for ``params`` from a folder that `save` or PEFT wrote.
+    """Read a LoRA adapter for ``params`` from a folder that `lf.lora.save` or PEFT wrote.
 
     The adapter keeps its own dtype and is put on the device of ``params``. Raises `FileNotFoundError` for a missing
     file. Raises `ValueError` for an adapter that is not plain LoRA, W + (alpha / r) B A, and one `ValueError` that

@@ -41,9 +41,9 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
                          "use the tokenizer that came with them")
     named = {id: (name, is_special) for id, (name, is_special) in _added(folder, settings).items()
              if (bool(name) if id >= size else tokenizer.processor.id_to_piece(id) != name)}
-    if beyond := sorted(id for id in named if id >= vocab_size):
-        warnings.warn(f"{folder}: the weights have {vocab_size} rows, so {len(beyond)} added tokens are left out: "
-                      + ", ".join(f"{named.pop(id)[0]!r} ({id})" for id in beyond), stacklevel=2)
+    if left_out := sorted(id for id in named if id >= vocab_size):
+        warnings.warn(f"{folder}: the weights have {vocab_size} rows, so {len(left_out)} added tokens are left out: "
+                      + ", ".join(f"{named.pop(id)[0]!r} ({id})" for id in left_out), stacklevel=2)
     names = dict.fromkeys(range(size, vocab_size), "") | {id: name for id, (name, _) in named.items()}
     legacy = settings.get("legacy")
     if not isinstance(legacy, bool):

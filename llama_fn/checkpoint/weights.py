@@ -62,7 +62,7 @@ class Weights(NamedTuple):
         """These weights. Raises `ValueError` if they are quantized, which the format named ``where`` cannot hold."""
         if self.bits:
             raise ValueError(f"{where} cannot hold quantized weights ({self.bits}): write them in the format meta, in "
-                             "one file, or as the tensors that they stand for, lf.dequantize(params)")
+                             "one file, or turn them into plain tensors first: lf.dequantize(params)")
         return self
 
     def checked(self, where: Any) -> "Weights":
@@ -84,8 +84,9 @@ def weights_of(params: Params, dtype: torch.dtype | None = None) -> Weights:
     leaves, abstract = quantized.joined(tree.paths(params)), tree.paths(abstract_params(params.config))
     for path in [path for path in leaves if path not in abstract]:
         if other := next((name for name in abstract if path.startswith(f"{name}.")), None):
-            raise ValueError(f"{other} is no plain tensor, as files need them; an adapter must be merged first: say "
-                             "lora.merge in the place of lora.apply, of lf.dequantize(params) if it lies on integers")
+            raise ValueError(f"{other} is not a plain tensor, and files hold plain tensors only; merge an adapter "
+                             "first: use lora.merge in place of lora.apply (on lf.dequantize(params) if the weights "
+                             "are quantized)")
     shapes = [{path: list(x.shape) for path, x in weights.items()} for weights in (abstract, leaves)]
     wrong = [f"{path}: should be {shapes[0].get(path)}, is {shapes[1].get(path)}"
              for path in abstract | leaves if shapes[0].get(path) != shapes[1].get(path)]
@@ -102,14 +103,14 @@ def weights_of(params: Params, dtype: torch.dtype | None = None) -> Weights:
 
 
 def params_of(weights: Weights, device: torch.device | str | None = None,
-              form: Callable[[str, Weight, Tensor], Any] = lambda path, weight, x: x) -> Params:
+              convert: Callable[[str, Weight, Tensor], Any] = lambda path, weight, x: x) -> Params:
     """Read all weights into a tree, on ``device``.
 
-    ``form(path, abstract weight, weight)`` is applied to each weight as soon as it is read, and its result is what the
-    tree holds. `load` quantizes in this way, so that only one unquantized weight is in memory at a time.
+    ``convert(path, abstract weight, weight)`` is applied to each weight as soon as it is read, and its result is what
+    the tree holds. `load` quantizes in this way, so that only one unquantized weight is in memory at a time.
     """
     def leaf(path: str, weight: Weight) -> Any:
-        return form(path, weight, tree.map(lambda x: x.to(device), weights.read(path)))
+        return convert(path, weight, tree.map(lambda x: x.to(device), weights.read(path)))
 
     params = tree.map_with_path(leaf, abstract_params(weights.config))
     return params._replace(output=params.embedding) if weights.tied and isinstance(params.output, Tensor) else params

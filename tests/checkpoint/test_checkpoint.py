@@ -111,7 +111,7 @@ def test_metas_settings_have_one_word_for_scaled_rope(model, tmp_path):
     lf.save(model._replace(params=scaled), tmp_path / "model")
     assert json.loads((tmp_path / "model" / "params.json").read_text())["use_scaled_rope"] is True
     assert lf.load(tmp_path / "model").params.config == scaled.config
-    with pytest.raises(ValueError, match=r"params\.json has no word for RopeScaling\(kind='linear'.*the format hf"):
+    with pytest.raises(ValueError, match=r"params\.json cannot express RopeScaling\(kind='linear'.*the format hf"):
         lf.save(model._replace(params=slowed), tmp_path / "new")
     assert os.listdir(tmp_path) == ["model"]
 

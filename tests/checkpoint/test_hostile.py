@@ -202,7 +202,7 @@ def test_absurd_sizes_in_a_header_of_llama2c_are_refused(make, field, value):
     content = bytearray((folder / "model.bin").read_bytes())
     struct.pack_into("<i", content, 4 * field, value)
     (folder / "model.bin").write_bytes(content)
-    refused(folder, r"model\.bin: (not a checkpoint of llama2\.c|its header tells of)")
+    refused(folder, r"model\.bin: (not a checkpoint of llama2\.c|its header implies)")
 
 
 @pytest.mark.parametrize("index", [[], {}, None, 5, "model.safetensors", {"lm_head.weight": 5},
