@@ -1,4 +1,4 @@
-"""What lies beside a tokenizer: chat templates and end tokens, from every file and back; every end ends everything."""
+"""Chat templates and end tokens are read from every file that can hold them; each end token ends a generation."""
 
 import dataclasses
 import io
@@ -26,7 +26,7 @@ def small(tokenizer) -> lf.Model:
 
 
 def with_files(model: lf.Model, folder, **files) -> lf.Tokenizer:
-    """The tokenizer of a folder of Hugging Face's with other files; a dict is JSON, None is no such file."""
+    """Save in Hugging Face's format, change some files (a dict is JSON, None removes), and load the tokenizer."""
     lf.save(model, folder, format="hf")
     for name, content in {"chat_template.jinja": None, "generation_config.json": None, **files}.items():
         if content is None:
@@ -45,7 +45,7 @@ def test_what_is_saved_is_loaded(small, tmp_path_factory, format, template, ends
     folder = tmp_path_factory.mktemp("folder")
     other = dataclasses.replace(tokenizer, chat_template="x", end_ids=(9,))
     lf.save(small._replace(tokenizer=other), folder, format=format)
-    lf.save(small._replace(tokenizer=tokenizer), folder, format=format)  # nothing of the other stays
+    lf.save(small._replace(tokenizer=tokenizer), folder, format=format)  # no file of the other stays
     assert lf.load(folder).tokenizer == tokenizer
     if format == "hf":
         config = GenerationConfig.from_pretrained(folder)
@@ -98,7 +98,7 @@ def test_a_warning_names_the_chat_templates_that_are_left_out(small, tmp_path):
     assert [str(x.message) for x in told] == [
         f"{tmp_path / 'tokenizer_config.json'}: {left_out.format('rag, tool_use')}"]
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    theirs.save_pretrained(tmp_path)  # as files of their own, in a folder
+    theirs.save_pretrained(tmp_path)  # writes each named template to a file of its own
     with pytest.warns(UserWarning) as told:
         assert lf.load(tmp_path).tokenizer.chat_template == ZEPHYR
     assert [str(x.message) for x in told] == [
@@ -121,14 +121,14 @@ def test_a_file_elsewhere_is_not_read(small, tmp_path, name):
 def test_end_tokens_are_those_of_generation_config_or_else_of_config(small, tmp_path, ids, expected):
     lf.save(small, tmp_path, format="hf")
     config = json.loads((tmp_path / "config.json").read_text()) | {"eos_token_id": [2, 11]}
-    told = {} if ids is ... else {"eos_token_id": ids}  # null says that there is none, for transformers too
+    told = {} if ids is ... else {"eos_token_id": ids}  # null means no end token, as in transformers
     read = with_files(small, tmp_path, **{"generation_config.json": told, "config.json": config})
     assert read.end_ids == expected and read.ends == {2, *expected}
 
 
 @pytest.mark.parametrize("format", ["meta", "hf"])
 def test_a_tokenizer_without_an_end_has_none_when_it_comes_back(texts, tmp_path, format):
-    """`config.json` tells LLaMA's 2, which is any token here."""
+    """`config.json` has LLaMA's end token 2, which is an ordinary token of this tokenizer."""
     out = io.BytesIO()
     SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=out, model_type="bpe", vocab_size=401,
                                eos_id=-1, byte_fallback=True, normalization_rule_name="identity",

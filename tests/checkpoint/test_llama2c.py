@@ -26,13 +26,13 @@ LAYERS = ["attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3"
 
 
 def plain(config: lf.Config) -> lf.Config:
-    """The config with the constants that run.c has."""
+    """The config with the constants of run.c."""
     return dataclasses.replace(config, norm_eps=1e-5, rope_theta=1e4)
 
 
 @st.composite
 def models(draw) -> lf.Params:
-    """Untied and tied ones."""
+    """Parameters with separate embedding and output, and with one matrix for both."""
     params = random_params(plain(draw(configs())), draw(keys()), torch.float32)
     return params._replace(output=params.embedding) if draw(st.booleans()) else params
 

@@ -1,4 +1,4 @@
-"""Quantized weights in files: as they were, bit for bit, or refused by name."""
+"""Quantized weights come back from files bit for bit, or are refused by an error that names them."""
 
 import weakref
 

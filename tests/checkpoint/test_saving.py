@@ -65,7 +65,7 @@ def test_saving_over_a_model_leaves_none_of_its_files_and_all_others(model, fold
 
 
 def test_a_model_is_written_within_its_folder(model, folder, monkeypatch):
-    """The folder may be all that there is leave to write to, or the top of a disk."""
+    """The user may have no permission to write outside the folder, or the folder may be a mount point."""
     seen, save = [], torch.save
 
     def watched(*args) -> None:
@@ -106,7 +106,7 @@ def test_a_folder_holds_one_format(model, tmp_path, there, format):
 
 
 def test_a_model_may_be_saved_over_the_one_that_it_was_loaded_from(model, folder):
-    """Its weights are still in that file, and only there."""
+    """The weights are mapped from that file, and are nowhere else."""
     again = lf.load(folder)
     lf.save(other(again), folder)
     lf.save(again, folder)

@@ -1,4 +1,4 @@
-"""A run in a folder knows its plan, its texts and its files: what it goes on with, what it refuses, how it stops."""
+"""A run knows its plan, its texts and its files: with what it can be resumed, what it refuses, and how it stops."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def write(folder: Path, texts: dict[str, str] = TEXTS) -> Path:
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory) -> Path:
-    """A folder with texts, and one of a run on them that was stopped after step 2."""
+    """A folder of texts, and the folder of a run on them that was stopped after step 2."""
     root = tmp_path_factory.mktemp("begun")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "jit", lambda f, donate: f)
