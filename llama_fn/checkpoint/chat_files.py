@@ -92,12 +92,14 @@ def llama2_template(tokenizer: Tokenizer) -> str:
 
 
 def _default_names(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """The names that the tokenizer itself gives to its begin, end and unknown token."""
     ids = (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id),
            ("unk_token", tokenizer.processor.unk_id()))
     return [(name, tokenizer.processor.id_to_piece(id)) for name, id in ids if id >= 0]
 
 
 def _json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is no such file."""
     return read_json(inside(file.parent, file.name), LARGEST_JSON) if file.exists() or file.is_symlink() else {}
 
 
@@ -129,6 +131,7 @@ def _template(folder: Path, names: dict[str, Any]) -> str | None:
 
 
 def _warn_of_templates(where: Path, names: list[str]) -> None:
+    """Warn that the templates with these names are left out, if there are any."""
     if names:
         warnings.warn(f"{where}: the chat templates {', '.join(sorted(names))} are left out; only the default one is "
                       "used and saved", stacklevel=2)
