@@ -53,7 +53,7 @@ def convert(src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC
     tokenizer = open_tokenizer(place, weights)
     check_not_quantized(weights, quantize, place)
     if adapter is not None:
-        weights = _merged(weights.plain(f"a weight with the adapter {adapter} in it"), adapter)
+        weights = _merged(weights.unquantized(f"a weight with the adapter {adapter} in it"), adapter)
     if quantize is not None:
         weights = _quantized(weights, quantize)
     leaves = tree.paths(abstract_params(weights.config))

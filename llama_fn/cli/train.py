@@ -12,8 +12,8 @@ from llama_fn.cli.options import device_of
 from llama_fn.generation.completion import text_completion
 from llama_fn.memory import keep_memory
 from llama_fn.training.curve import plot_losses
+from llama_fn.training.manifest import MANIFEST
 from llama_fn.training.plan import Plan
-from llama_fn.training.record import RECORD
 from llama_fn.training.run import METRICS, SNAPSHOT, run
 
 
@@ -63,7 +63,7 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
         again = f"with --resume --out {out} and the same options"
         if (out / SNAPSHOT).is_file():
             stopped = f"stopped; go on {again}"
-        elif (out / RECORD).is_file():
+        elif (out / MANIFEST).is_file():
             stopped = f"stopped before the first snapshot; begin again {again}"
         else:
             stopped = "stopped before the first step; nothing was kept"
