@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+Figures = dict[str, str]
+
 
 class Ratio(NamedTuple):
     """How many times longer one work takes than another: median and quartiles of the rounds' own ratios."""
@@ -44,3 +46,8 @@ def ratio(over: list[float], under: list[float]) -> Ratio:
 def quartiles(values: list[float]) -> list[float]:
     """The first quartile, the median and the third."""
     return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def spread(values: list[float]) -> str:
+    low, median, high = quartiles(values)
+    return f"{median:.4g} ({low:.4g} to {high:.4g})"

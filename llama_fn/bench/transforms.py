@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama_fn import random, tree
 from llama_fn.bench.opacus import opacus_grads
-from llama_fn.bench.timing import interleave, quartiles, ratio
+from llama_fn.bench.timing import Figures, interleave, ratio, spread
 from llama_fn.checkpoint.load import load
 from llama_fn.compiled.jit import jit
 from llama_fn.config import Config
@@ -29,15 +29,11 @@ from llama_fn.transforms.remat import remat
 
 SMALL = Config(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, vocab_size=1024, hidden_dim=688, max_seq_len=512)
 PROMPT = "Once upon a time"
-Figures = dict[str, str]
 
 
 def lines(times: dict[str, list[float]], ratios: dict[str, tuple[str, str]]) -> Figures:
     """The works' milliseconds, and the ratios asked for, each with its quartiles."""
-    figures = {}
-    for name, seconds in times.items():
-        low, median, high = (1e3 * x for x in quartiles(seconds))
-        figures[f"{name}, ms"] = f"{median:.4g} ({low:.4g} to {high:.4g})"
+    figures = {f"{name}, ms": spread([1e3 * t for t in seconds]) for name, seconds in times.items()}
     return figures | {what: str(ratio(times[over], times[under])) for what, (over, under) in ratios.items()}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import tyro
 
 from llama_fn import __version__
-from llama_fn.bench.bench import bench
+from llama_fn.cli.bench import bench
 from llama_fn.cli.chat import chat
 from llama_fn.cli.convert import convert
 from llama_fn.cli.errors import is_for_people, one_line, told

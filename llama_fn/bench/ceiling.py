@@ -1,0 +1,40 @@
+"""What a measurement is compared with: the speed of this machine's memory and of its matrix products."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_fn.bench.timing import interleave
+from llama_fn.config import Config
+
+READ = 2**29  # bytes that the memory's speed is measured with, on the CPU; of a GPU, eight times as many
+
+
+def memory_speed(device: torch.device) -> tuple[str, Callable[[], Any], int]:
+    """What measures it, and how many bytes that moves: of a GPU a copy, read and written; of the CPU a sum, since it
+    reads faster than it copies, and integers, since it sums them faster than floats."""
+    if device.type == "cuda":
+        old = torch.ones(8 * READ, dtype=torch.uint8, device=device)
+        new = torch.empty_like(old)
+        return "copying memory", lambda: new.copy_(old), 2 * old.nbytes
+    numbers = torch.ones(READ // 8, dtype=torch.int64)
+    return "reading memory", numbers.sum, READ
+
+
+def fastest_product(rows: int, config: Config, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The two factors of a product of this size, in the dtype or in float32, whichever is faster."""
+    pairs = [[torch.ones(n, config.dim, dtype=kind, device=device) for n in (rows, config.hidden_dim)]
+             for kind in {dtype, torch.float32}]
+    works = {str(i): functools.partial(torch.nn.functional.linear, *pair) for i, pair in enumerate(pairs)}
+    seconds = interleave(waited_for(works, device), 3, "products")
+    return pairs[min(range(len(pairs)), key=lambda i: min(seconds[str(i)]))]
+
+
+def waited_for(works: dict[str, Callable], device: torch.device) -> dict[str, Callable]:
+    """The works, each until the GPU has done it."""
+    if device.type != "cuda":
+        return works
+    return {name: lambda work=work: (work(), torch.cuda.synchronize(device)) for name, work in works.items()}
