@@ -10,12 +10,15 @@ from torch import Tensor
 from llama_fn.bench.timing import interleave
 from llama_fn.config import Config
 
-READ = 2**29  # bytes that the memory's speed is measured with, on the CPU; of a GPU, eight times as many
+READ = 2**29  # bytes that are read to measure the speed of a CPU's memory; on a GPU eight times as many are copied
 
 
 def memory_speed(device: torch.device) -> tuple[str, Callable[[], Any], int]:
-    """What measures it, and how many bytes that moves: of a GPU a copy, read and written; of the CPU a sum, since it
-    reads faster than it copies, and integers, since it sums them faster than floats."""
+    """A function that moves many bytes: its name in the tables, the function, and how many bytes it moves.
+
+    On a GPU it is a copy, whose bytes are read and written. On a CPU it is a sum, because a CPU reads faster than it
+    copies, and a sum of integers, because a CPU adds them faster than floats.
+    """
     if device.type == "cuda":
         old = torch.ones(8 * READ, dtype=torch.uint8, device=device)
         new = torch.empty_like(old)
@@ -25,16 +28,16 @@ def memory_speed(device: torch.device) -> tuple[str, Callable[[], Any], int]:
 
 
 def fastest_product(rows: int, config: Config, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The two factors of a product of this size, in the dtype or in float32, whichever is faster."""
-    pairs = [[torch.ones(n, config.dim, dtype=kind, device=device) for n in (rows, config.hidden_dim)]
-             for kind in {dtype, torch.float32}]
+    """The factors of a feed-forward product of `rows` rows, in `dtype` or in float32, whichever is faster."""
+    pairs = [(torch.ones(rows, config.dim, dtype=kind, device=device),
+              torch.ones(config.hidden_dim, config.dim, dtype=kind, device=device)) for kind in {dtype, torch.float32}]
     works = {str(i): functools.partial(torch.nn.functional.linear, *pair) for i, pair in enumerate(pairs)}
     seconds = interleave(waited_for(works, device), 3, "products")
     return pairs[min(range(len(pairs)), key=lambda i: min(seconds[str(i)]))]
 
 
 def waited_for(works: dict[str, Callable], device: torch.device) -> dict[str, Callable]:
-    """The works, each until the GPU has done it."""
+    """The same functions; on a GPU each then waits until the GPU has finished."""
     if device.type != "cuda":
         return works
     return {name: lambda work=work: (work(), torch.cuda.synchronize(device)) for name, work in works.items()}

@@ -15,11 +15,11 @@ from llama_fn.model.transformer import forward
 
 
 def checks(rounds: int, calls: int = 200) -> Figures:
-    """One eager decode step with and without checks, in turn, each in a process of its own."""
+    """Microseconds of an eager decode step with and without checks, in turn, each in a process of its own."""
     times: dict[str, list[float]] = {"1": [], "0": []}
     for _ in range(rounds):
         for switch, seen in times.items():
-            program = f"from llama_fn.bench.checks import step_time; print(step_time({calls}))"
+            program = f"from {__name__} import step_time; print(step_time({calls}))"
             done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "LLAMA_FN_TYPED": switch},
                                   check=True, stdout=subprocess.PIPE, text=True)
             seen.append(1e6 * float(done.stdout))
@@ -31,12 +31,12 @@ def checks(rounds: int, calls: int = 200) -> Figures:
 
 
 def step_time(calls: int) -> float:
-    """The median seconds of a decode step of one row of the shipped model."""
+    """The median seconds of `calls` decode steps of one row, with the shipped model."""
     params, _ = load("stories")
     cache = init_cache(params.config, max_len=params.config.max_seq_len, dtype=params.norm.dtype)
     tokens, times = torch.tensor([1]), []
     for _ in range(calls):
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         forward(params, tokens, cache)
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - begin)
     return statistics.median(times)

@@ -1,4 +1,4 @@
-"""The measurements of `llama-fn bench decode|prefill|train|startup`: each beside the machine's own ceiling."""
+"""The measurements of `llama-fn bench decode|prefill|train`, each compared with what this machine can do at most."""
 
 import resource
 from collections.abc import Callable
@@ -22,42 +22,44 @@ from llama_fn.training.step import make_step
 
 PEERS = {"hf": ("Hugging Face", hugging_face), "llama.cpp": ("llama.cpp", llama_cpp),
          "gpt-fast": ("gpt-fast", gpt_fast)}
-# Tokens of a row that are measured together: a GPU is given them at once, as without anybody who reads them; and what
-# another library's threads do when it has ended falls on the first of them.
+# How many decode steps are timed as one. The CPU then prepares a step while the GPU still works on the one before, as
+# in a real decode loop. Threads of another library that have not gone to sleep slow only the first of the steps.
 CHAIN = {"cuda": 32, "cpu": 8}
 
 
 def decode(work: Work, rounds: int) -> Figures:
-    """One token a row, the weights read once: the share of the memory's speed."""
+    """Decode one token a row. A step reads all weights once, so it is compared with the speed of the memory."""
     params, dtype, device = weights(work), DTYPES[work.dtype], device_of(work.device)
     count = CHAIN.get(device.type, CHAIN["cpu"])
     if work.context + count > work.max_len:
         raise ValueError(f"bench: {count} tokens are measured together, and max_len = {work.max_len} has no room for "
                          f"them after {work.context}")
     run = jit_layers(_greedy)
-    state = [torch.zeros((work.batch, 1), dtype=torch.int64, device=device), filled(params.config, work, dtype)]
-    start = state[1].length
+    tokens = torch.zeros((work.batch, 1), dtype=torch.int64, device=device)
+    cache = filled(params.config, work, dtype)
+    start = cache.length
 
     def step() -> None:
+        nonlocal tokens, cache
         for _ in range(count):
-            state[:] = run(params, *state)
-        state[1] = state[1]._replace(length=start)  # the same work again
+            tokens, cache = run(params, tokens, cache)
+        cache = cache._replace(length=start)  # the next call decodes at the same positions again
 
-    def several(one: Callable[[], Any]) -> Callable[[], None]:
-        def all_of_them() -> None:
+    def repeated(once: Callable[[], Any]) -> Callable[[], None]:
+        def run_all() -> None:
             for _ in range(count):
-                one()
+                once()
 
-        return all_of_them
+        return run_all
 
     name, memory, size = memory_speed(device)
     works: dict[str, Callable] = {name: memory, "llama_fn": step}
     for peer in work.compare:
-        works[PEERS[peer][0]] = several(PEERS[peer][1](params, work.batch, 1, work.context, work.max_len))
+        works[PEERS[peer][0]] = repeated(PEERS[peer][1](params, work.batch, 1, work.context, work.max_len))
     with torch.no_grad():
         times = {what: [t / (1 if what == name else count) for t in seconds] for what, seconds in
                  interleave(waited_for(works, device), rounds, f"decode, {work.shape}").items()}
-    kv = sum(x.nbytes for x in state[1].k + state[1].v) * (work.context + (count + 1) / 2) / work.max_len
+    kv = sum(x.nbytes for x in tree.leaves((cache.k, cache.v))) * (work.context + (count + 1) / 2) / work.max_len
     needed = sum(x.nbytes for x in tree.leaves(params)) - params.embedding.nbytes + kv
     floor = [seconds * needed / size for seconds in times[name]]
     figures = _times(times, work.batch) | {"bytes a step, GB": f"{needed / 1e9:.3f}"}
@@ -68,13 +70,15 @@ def decode(work: Work, rounds: int) -> Figures:
 
 
 def _greedy(params: Params, tokens: Tensor, cache: Cache, **parts: Callable) -> tuple[Tensor, Cache]:
-    logits, cache = forward(params, tokens, cache, **parts)
-    return logits.float().argmax(-1), cache  # of bfloat16, torch takes four times as long
+    logits, new = forward(params, tokens, cache, **parts)
+    return logits.float().argmax(-1), new  # torch's argmax takes four times as long in bfloat16
 
 
 def prefill(work: Work, rounds: int) -> Figures:
-    """`context` tokens at once into an empty cache, and the logits after the last: the share of the speed of this
-    machine's matrix products, in the weights' dtype or in float32, whichever is faster.
+    """Prefill `work.context` tokens into an empty cache, with the logits after the last token alone.
+
+    The time is compared with that of matrix products of the same size on this machine, in the weights' dtype or in
+    float32, whichever is faster.
     """
     params, dtype, device = weights(work), DTYPES[work.dtype], device_of(work.device)
     config = params.config
@@ -103,7 +107,10 @@ def prefill(work: Work, rounds: int) -> Figures:
 
 
 def train(work: Work, rounds: int) -> Figures:
-    """A step of AdamW on `batch` rows of `context` tokens, compiled as one graph: the share of its products' speed."""
+    """Take one AdamW step on `work.batch` rows of `work.context` tokens, compiled as one graph.
+
+    The time is compared with that of the matrix products in it.
+    """
     params, dtype, device = weights(work), DTYPES[work.dtype], device_of(work.device)
     optimizer = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-4))
     step, state = jit(make_step(optimizer), donate=("params", "opt_state")), [params, optimizer.init(params)]
@@ -120,7 +127,7 @@ def train(work: Work, rounds: int) -> Figures:
     times = interleave(waited_for(works, device), rounds, "train")
     matrices = matrix_numbers(params.config)
     products = times.pop("a matrix product")
-    floor = [3 * seconds * matrices / b.numel() for seconds in products]  # forward, and backward twice
+    floor = [3 * seconds * matrices / b.numel() for seconds in products]  # one product forward, and two backward
     figures = _times(times, rows)
     figures["a matrix product, GFLOP/s"] = spread([2 * rows * b.numel() / t / 1e9 for t in products])
     return figures | {"share of the products' speed": str(ratio(floor, times["llama_fn"]))}

@@ -19,17 +19,19 @@ SHAPES = {
                         max_seq_len=2048),
     "llama2-7b": LLAMA2_7B,
     "small": Config(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, vocab_size=1024, hidden_dim=688, max_seq_len=512),
-    "stories": None,
+    "stories": None,  # the shipped model
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16,
           "int8": torch.bfloat16, "int4": torch.bfloat16}
 
 
 class Work(NamedTuple):
-    """What is measured: a model of random weights (or the shipped one), rows, tokens in the cache, its slots, where
-    ("auto" takes a GPU if there is one), and beside whom.
+    """What is measured.
 
-    Of "int8" and "int4", the matrices are quantized and everything else is in bfloat16.
+    `shape` names the model's sizes: the weights are random, but for "stories", which is the shipped model. With the
+    dtypes "int8" and "int4" the matrices are quantized and everything else is in bfloat16. `batch` is the number of
+    rows, `context` the number of tokens in each row of the cache, and `max_len` the number of its slots. The device
+    "auto" is a GPU if there is one. `compare` names other programs that do the same work in turn with llama_fn.
     """
 
     shape: Literal["tinyllama", "llama2-7b", "small", "stories"] = "tinyllama"
@@ -42,7 +44,7 @@ class Work(NamedTuple):
 
 
 def check(work: Work) -> None:
-    """Raise `ValueError` for a work that cannot be."""
+    """Raise `ValueError` for settings that do not go together."""
     if not 0 < work.context < work.max_len:
         raise ValueError(f"bench: a context must lie between 0 and max_len = {work.max_len}, got {work.context}")
     if work.batch < 1:
@@ -52,26 +54,27 @@ def check(work: Work) -> None:
 
 
 def weights(work: Work) -> Params:
-    """Random numbers of the shape, of a size at which nothing overflows; of "stories" its own."""
+    """Random weights (their standard deviation of 0.02 overflows nowhere), or those of the shipped model."""
     dtype, device = DTYPES[work.dtype], device_of(work.device)
-    if SHAPES[work.shape] is None:
-        return load("stories", dtype=dtype, device=device,
-                    quantize=work.dtype if work.dtype in ("int8", "int4") else None).params
+    config, bits = SHAPES[work.shape], work.dtype if work.dtype in ("int8", "int4") else None
+    if config is None:
+        return load("stories", dtype=dtype, device=device, quantize=bits).params
     generator = torch.Generator(device).manual_seed(0)
 
-    def one(path: str, weight: Weight) -> Any:
+    def drawn(path: str, weight: Weight) -> Any:
         x = torch.empty(weight.shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
-        return quantized_leaf(work.dtype)(path, weight, x) if work.dtype in ("int8", "int4") else x
+        return x if bits is None else quantized_leaf(bits)(path, weight, x)
 
-    return tree.map_with_path(one, abstract_params(SHAPES[work.shape]))
+    return tree.map_with_path(drawn, abstract_params(config))
 
 
 def matrix_numbers(config: Config) -> int:
-    """How many weights every token is multiplied with."""
+    """How many weights each token is multiplied with: those of all matrices, without the embedding."""
     shapes = tree.paths(abstract_params(config)).items()
     return sum(math.prod(x.shape) for path, x in shapes if x.std is not None and path != "embedding")
 
 
 def filled(config: Config, work: Work, dtype: torch.dtype) -> Cache:
+    """A cache that already holds `work.context` tokens in each row; all keys and values are 0."""
     cache = init_cache(config, (work.batch,), max_len=work.max_len, dtype=dtype, device=device_of(work.device))
     return cache._replace(length=torch.full_like(cache.length, work.context))

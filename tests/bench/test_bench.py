@@ -55,7 +55,7 @@ def test_bad_input_is_named(monkeypatch, capsys):
         ("decode", "--shape", "stories", "--context", "9", "--max-len", "9"):
             "bench: a context must lie between 0 and max_len = 9, got 9",
         ("decode", "--shape", "small", "--compare", "gpt-fast"):
-            "bench: gpt-fast is not here; name a clone of it in the environment variable GPT_FAST",
+            "bench: gpt-fast is not found; name a clone of it in the environment variable GPT_FAST",
         ("train", "--shape", "stories", "--compare", "hf"): "bench: there is nothing to compare train with",
     }.items():
         code, out, err = cli(monkeypatch, capsys, "bench", *args)
