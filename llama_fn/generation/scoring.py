@@ -165,7 +165,7 @@ class Perplexity(NamedTuple):
 
 @typed
 def perplexity(model: Model, text: str, window: int | None = None, stride: int | None = None,
-               report: Callable[[int], None] = lambda tokens: None) -> Perplexity:
+               report: Callable[[int], object] = lambda tokens: None) -> Perplexity:
     """Every token of a text of any length, predicted from the tokens before it in a sliding window.
 
     A window holds the begin token and up to `window` tokens (None: the model's context); it slides on by `stride`
