@@ -7,9 +7,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from llama_fn.checkpoint.load import Model, check_tokenizer
-from llama_fn.generation.completion import check_stop, keys_of, room, stops, until
+from llama_fn.generation.completion import keys_of, room
 from llama_fn.generation.sampling import Narrowing, narrowing
 from llama_fn.generation.speculative import Round, rounds
+from llama_fn.generation.stop_strings import check_stop, stops, until
 from llama_fn.ranges import integer
 
 
