@@ -1,14 +1,14 @@
-"""Stop strings: where a text ends that is written a piece or a token at a time."""
+"""Stop strings: end a text that is written piece by piece before one of several strings."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from llama_fn.tokenizer import Tokenizer
 
-MOST_SILENT = 8  # tokens in a row without any text that are decoded once more with the next one
+MOST_WITHOUT_TEXT = 8  # how many tokens that have given no text are decoded again together with the next token
 
 
 def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """The pieces of a text up to the first of the `stop` strings in it, without it."""
+    """The pieces of a text, up to the first of the strings in `stop` and without it."""
     held = ""
     for piece in pieces:
         held += piece
@@ -24,10 +24,11 @@ def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
 
 
 def stops(tokenizer: Tokenizer, prompts: Sequence[str], stop: Sequence[str]) -> Callable[[int, int], bool]:
-    """A function that is told each new token of each row, and says whether the row's text now holds a `stop` string.
+    """A function ``stopped(row, token)`` that is called with each new token of a row, in order.
 
-    The text is that of `stream`: what was written after the prompt, a character when its last byte is there. Of it,
-    only an end is kept, in which a stop string may have begun, so that a token costs the same however long the text is.
+    It returns whether the row's new text contains a string of `stop`. A character counts as soon as its last byte is
+    there. Only the end of the text is kept, in which a stop string may have begun, so that the cost of a token does not
+    depend on the length of the text.
     """
     keep = max(map(len, stop), default=1) - 1
     held = [""] * len(prompts)
@@ -39,8 +40,9 @@ def stops(tokenizer: Tokenizer, prompts: Sequence[str], stop: Sequence[str]) -> 
             return False
         tokens = [*undecoded[row], token]
         text, waiting = _decoded(tokenizer, tokens, continued[row])
-        # A token without text may decide how the next one is decoded (a text's first word loses its space).
-        kept = waiting if text else MOST_SILENT
+        # The next token may need the tokens before it: the rest of a character's bytes, or the begin token, after
+        # which the first word loses its space.
+        kept = waiting if text else MOST_WITHOUT_TEXT
         undecoded[row], continued[row] = tokens[max(0, len(tokens) - kept):], continued[row] or text != ""
         text = held[row] + text
         held[row] = text[len(text) - min(keep, len(text)):]
@@ -50,7 +52,7 @@ def stops(tokenizer: Tokenizer, prompts: Sequence[str], stop: Sequence[str]) -> 
 
 
 def _decoded(tokenizer: Tokenizer, tokens: list[int], continued: bool) -> tuple[str, int]:
-    """The text of tokens up to the last whole character, and how many tokens (a byte each) have begun another."""
+    """The text of the tokens up to the last complete character, and how many bytes of the next one they hold."""
     ended, text, begun = False, "", ""
 
     def ids() -> Iterator[int]:
@@ -59,7 +61,7 @@ def _decoded(tokenizer: Tokenizer, tokens: list[int], continued: bool) -> tuple[
         ended = True
 
     for piece in tokenizer.decode_stream(ids(), continued):
-        if ended:  # the stream's last piece: a U+FFFD for each byte that waited
+        if ended:  # the last piece: one U+FFFD for each byte of an incomplete character
             begun += piece
         else:
             text += piece
@@ -67,12 +69,12 @@ def _decoded(tokenizer: Tokenizer, tokens: list[int], continued: bool) -> tuple[
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` begin `stop`."""
+    """How many characters at the end of `text` are the beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def check_stop(stop: Sequence[str]) -> None:
-    """Raise `ValueError` for stop strings that would end every text, or are none."""
+    """Raise `ValueError` for an empty stop string, and for a single string instead of a list."""
     if isinstance(stop, str):
         raise ValueError("stop is one string; put it in a list, or each of its characters would stop the text")
     if any(not s for s in stop):

@@ -144,7 +144,7 @@ def test_a_message_of_many_lines_is_one(talk):
 
 
 def test_nothing_can_be_answered_again_before_it_was_asked(talk):
-    assert talk(["/again"]) == (0, "", "nothing was asked yet\n")
+    assert talk(["/again"]) == (0, "", "there is no question yet\n")
 
 
 def test_what_does_not_fit_waits_in_its_order_for_the_room(talk):
