@@ -84,7 +84,7 @@ def test_a_pipe_to_chat_may_begin_with_a_byte_order_mark(model, tmp_path):
     for mark in (b"", MARK):
         done = subprocess.run([*COMMAND, "chat", str(tmp_path / "model")], input=mark + b"/hello\r\n",
                               capture_output=True, check=True)
-        assert done.stdout == b"" and done.stderr == b"unknown command /hello; /help names them\n"
+        assert done.stdout == b"" and done.stderr == b"unknown command /hello; /help lists the commands\n"
 
 
 @pytest.mark.slow

@@ -182,7 +182,7 @@ def test_chat_tells_of_a_missing_template_and_of_one_that_cannot_be_rendered(sma
     assert cli(monkeypatch, capsys, "chat", str(tmp_path / "hf")) == (0, "", "")
     (tmp_path / "hf" / "chat_template.jinja").unlink()
     status, _, err = cli(monkeypatch, capsys, "chat", str(tmp_path / "hf"))
-    assert (status, err) == (0, f"{tmp_path / 'hf'}: no chat template lies with this model; LLaMA 2's format is used\n")
+    assert (status, err) == (0, f"{tmp_path / 'hf'}: this model has no chat template; LLaMA 2's format is used\n")
     (tmp_path / "hf" / "chat_template.jinja").write_text("{% for i in")
     status, _, err = cli(monkeypatch, capsys, "chat", str(tmp_path / "hf"))
     assert status == 2 and err.startswith("llama-fn: the chat template cannot be rendered: ") and err.count("\n") == 1
