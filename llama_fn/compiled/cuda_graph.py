@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from llama_fn.compiled.trace import filled, part, plain
-from llama_fn.model import room
 from llama_fn.model.cache import Cache
 from llama_fn.modes import far, recording, traced, transforms
+from llama_fn.ops import room
 from llama_fn.ops.extent import Extent, extent, noted, remembered
 from llama_fn.private import autocast, copy_each
 from llama_fn.shapes import bind
