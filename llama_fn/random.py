@@ -17,12 +17,11 @@ from torch import Tensor
 from llama_fn import tree
 from llama_fn.ranges import integer, is_integer, number
 from llama_fn.shapes import typed
+from llama_fn.threefry import MASK, counters, remainder, signed, threefry2x32
 
 Key = Int[Tensor, "2"]
 Shape = Sequence[int]
 
-MASK = 0xFFFFFFFF
-ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 MANTISSA_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
 
@@ -41,7 +40,7 @@ def key(seed: int, device: torch.device | str = "cpu") -> Key:
 def split(key: Key, num: int | tuple[int, ...] = 2) -> Int[Tensor, "*num 2"]:
     """`num` new keys, independent of each other and of this one (which should not be used again)."""
     shape = (num,) if is_integer(num) else num
-    return torch.stack(threefry2x32(key, *_counters(shape, key.device)), -1)
+    return torch.stack(threefry2x32(key, *counters(shape, key.device)), -1)
 
 
 @typed
@@ -58,7 +57,7 @@ def bits(key: Key, shape: Shape = (), width: int = 32) -> Int[Tensor, "*shape"]:
     """Uniform words of `width` bits (8, 16, 32 or 64) in int64; of 64 bits, the word's two's complement."""
     if (width := integer("random.bits: width", width)) not in (8, 16, 32, 64):
         raise ValueError(f"random.bits: width must be 8, 16, 32 or 64, got {width}")
-    high, low = threefry2x32(key, *_counters(shape, key.device))
+    high, low = threefry2x32(key, *counters(shape, key.device))
     return (high << 32) | low if width == 64 else (high ^ low) & (2**width - 1)
 
 
@@ -94,10 +93,10 @@ def randint(key: Key, shape: Shape, minval: int, maxval: int,
     info, width = torch.iinfo(dtype), max(32, torch.iinfo(dtype).bits)
     low, high = max(info.min, min(minval, info.max)), max(info.min, min(maxval, info.max + 1))
     span = max(high - low, 1)
-    higher, lower = (_remainder(bits(each, shape, width), span, width) for each in split(key))
+    higher, lower = (remainder(bits(each, shape, width), span, width) for each in split(key))
     wrapped = (2 ** (width // 2) % span) ** 2 % 2**width % span  # 2**width % span, but for ranges above 2**(width / 2)
-    total = higher * _signed(wrapped) + lower  # modulo 2**64
-    return (_remainder(total if width == 64 else total & MASK, span, width) + _signed(low)).to(dtype)
+    total = higher * signed(wrapped) + lower  # modulo 2**64
+    return (remainder(total if width == 64 else total & MASK, span, width) + signed(low)).to(dtype)
 
 
 @typed
@@ -187,46 +186,3 @@ def _shuffled(key: Tensor, x: Tensor, axis: int) -> Tensor:
         key, other = split(key)
         x = x.gather(axis, bits(other, x.shape).sort(dim=axis, stable=True).indices)
     return x
-
-
-def _remainder(x: Tensor, span: int, width: int) -> Tensor:
-    """Unsigned words modulo `span`, which is 2**width at most. Those of 64 bits lie in int64 as two's complement."""
-    if span >> width:
-        return x
-    if width < 64:
-        return x % span
-    if span >> 63:  # a word is at most one span too large; comparison without signs is that with the first bit turned
-        return torch.where((x ^ -2**63) >= _signed(span ^ 2**63), x - _signed(span), x)
-    half = (x >> 1 & 2**63 - 1) // span * 2  # a quotient that is right, or too small by one
-    rest = x - half * span
-    return torch.where((rest < 0) | (rest >= span), rest - span, rest)
-
-
-def _signed(word: int) -> int:
-    """The number in int64 that has the word's 64 bits."""
-    return (word + 2**63) % 2**64 - 2**63
-
-
-def threefry2x32(key: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
-    """The block function: 20 rounds over the counter (x0, x1), the key added in after every four.
-
-    In between, words lie in int32, where sums and shifts wrap as those of unsigned words do: half the memory.
-    """
-    k0, k1, x0, x1 = (x.to(torch.int32) for x in (key[..., 0], key[..., 1], x0, x1))
-    schedule = (k0, k1, k0 ^ k1 ^ 0x1BD11BDA)
-    x0, x1 = x0 + k0, x1 + k1
-    for i in range(5):
-        for r in ROTATIONS[i % 2]:
-            x0 = x0 + x1
-            x1 = x0 ^ ((x1 << r) | (x1 >> 32 - r & 2**r - 1))  # a shift to the right brings the sign with it
-        x0 = x0 + schedule[(i + 1) % 3]
-        x1 = x1 + (schedule[(i + 2) % 3] + (i + 1))
-    return x0.to(torch.int64) & MASK, x1.to(torch.int64) & MASK
-
-
-def _counters(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
-    """0, 1, 2, ... in row-major order, as high and low words."""
-    if any(n < 0 for n in shape):
-        raise ValueError(f"random: a shape has no axis below 0, got {tuple(shape)}")
-    count = torch.arange(math.prod(shape), device=device).reshape(tuple(shape))
-    return count >> 32, count & MASK
