@@ -1,4 +1,4 @@
-"""LoRA, all of it: adapters as trees (`transforms/lora.py`), and their files as PEFT's (`checkpoint/peft.py`)."""
+"""LoRA adapters: what is computed with them (`transforms/lora.py`), and PEFT's files of them (`checkpoint/peft.py`)."""
 
 from llama_fn.checkpoint.peft import load, save
 from llama_fn.transforms.lora import LINEAR, Lora, LowRank, Scale, apply, init, merge, stack, unmerge, unstack

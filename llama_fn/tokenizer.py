@@ -13,27 +13,27 @@ import sentencepiece as spm
 from llama_fn import tokenizer_json, tree
 from llama_fn.text import read_json
 
-LARGEST_FILE = 1 << 24  # bytes of a `tokenizer.model`; one of 256,000 tokens has a quarter of it
-LARGEST_JSON = 1 << 26  # bytes of a `tokenizer.json`; that of LLaMA 2 has 2 MB, of 256,000 tokens 35
+LARGEST_FILE = 1 << 24  # bytes of a `tokenizer.model`; a file of 256,000 tokens is a quarter of that
+LARGEST_JSON = 1 << 26  # bytes of a `tokenizer.json`; LLaMA 2's has 2 MB, a file of 256,000 tokens 35 MB
 
 
 @tree.constant
 @dataclass(frozen=True)
 class Tokenizer:
-    """A SentencePiece model, and tokens added to it. A constant in a pytree, as a config is.
+    """A SentencePiece model with the tokens that were added to it; a constant in a pytree, as `Config` is.
 
-    Two are equal if all that is given is equal. `added` are ids and names of tokens that the model does not have, as
-    fine-tuning adds them, or has under another name. An id without a name ("") is a row of the weights that stands for
-    no text, as padding of a vocabulary does. `special` are the ids of added tokens that decode to nothing, as begin and
-    end do. `legacy` is transformers' word: what stands between special tokens is encoded as a text of its own, with
-    SentencePiece's space before it; if not, only the first part of a text has that space.
+    ``model`` is the file of a SentencePiece model. ``added`` are the ids and names of tokens that fine-tuning added, or
+    gave another name. An id with the name "" is a row of the weights that stands for no text, as padding does.
+    ``special`` are the ids of added tokens that decode to nothing. ``legacy`` is a setting of transformers. If true,
+    each part of a text between special tokens is encoded by itself, with SentencePiece's space before it; else only the
+    first part gets that space.
 
-    `chat_template` is the Jinja template of a folder's dialogs. None stands for LLaMA 2's format by Meta's rules, and
-    "" for a folder of Hugging Face's that has no template. `end_ids` are tokens that end a generation, besides
-    `eos_id`. `token_names` are what a template calls tokens by, as `("eos_token", "</s>")`, if not by the names of
-    the model.
+    ``chat_template`` is the Jinja template of dialogs: None stands for LLaMA 2's format, and "" for a Hugging Face
+    folder without a template. ``end_ids`` are tokens that end a generation, besides ``eos_id``. ``token_names`` are the
+    names that a template has for tokens, as ``("eos_token", "</s>")``, where they differ from the model's. Raises
+    `ValueError` if ``model`` is not a SentencePiece model, and for an added token that is not an id and a name.
 
-    Raises `ValueError` if `model` is no such model, and for ids that are none.
+    >>> small: lf.Tokenizer = lf.train_tokenizer(texts, 400)
     """
 
     model: bytes = field(repr=False)
@@ -45,7 +45,7 @@ class Tokenizer:
     token_names: tuple[tuple[str, str], ...] = ()
     processor: spm.SentencePieceProcessor = field(init=False, repr=False, compare=False)
     names: dict[int, str] = field(init=False, repr=False, compare=False)  # of the added tokens
-    specials: dict[str, int] = field(init=False, repr=False, compare=False)  # special and added tokens by their names
+    specials: dict[str, int] = field(init=False, repr=False, compare=False)  # ids of special and added tokens
 
     def __post_init__(self) -> None:
         for id, name in self.added:
@@ -81,11 +81,11 @@ class Tokenizer:
         return frozenset((self.eos_id, *self.end_ids))
 
     def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = False) -> list[int]:
-        """The tokens of a text. The name of a special or an added token written out in it ("<s>") is plain text,
-        unless `special`: then it is that token, so never say it of what a user wrote.
+        """The tokens of a text, with the begin token before and without the end token behind it by default.
 
-        Raises `ValueError` for half a surrogate pair, which no UTF-8 text holds, and for a begin or an end that the
-        tokenizer does not have.
+        The name of a special or added token in the text, as "<s>", is plain text. With ``special`` it is that token
+        instead: never set it for text that a user wrote. Raises `ValueError` for a lone surrogate, which no UTF-8 text
+        holds, and for a begin or end token that the tokenizer does not have.
         """
         try:
             text.encode()
@@ -100,16 +100,20 @@ class Tokenizer:
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, ids: Sequence[int], continued: bool = False) -> str:
-        """The text of tokens. Begin, end and special added tokens say nothing; other added tokens are their names; each
-        byte that is not UTF-8 becomes one U+FFFD.
+        """The text of tokens; begin, end and special added tokens are left out, and other added tokens are their names.
 
-        Where SentencePiece puts a space before a text's first word, it takes it away here. Tokens that go on with a
-        text are `continued`: they keep their space. Raises `ValueError` for a token outside the vocabulary.
+        Each byte that is not UTF-8 becomes one U+FFFD. SentencePiece puts a space before the first word of a text,
+        which is left out here; if ``continued``, the tokens continue a text, and the space is kept. Raises `ValueError`
+        for a token outside the vocabulary.
         """
         return "".join(self.decode_stream(ids, continued))
 
     def decode_stream(self, ids: Iterable[int], continued: bool = False) -> Iterator[str]:
-        """Pieces of text as tokens come, which join to exactly `decode` of all; a character waits for its last byte."""
+        """The text of tokens piece by piece, as the tokens come; the pieces join to the `decode` of all tokens.
+
+        A character of several tokens comes when its last byte does. Raises `ValueError` for a token outside the
+        vocabulary.
+        """
         waiting, begin = b"", None if continued else []
         for token in ids:
             if not 0 <= token < self.vocab_size:
@@ -126,8 +130,10 @@ class Tokenizer:
             yield "\ufffd" * len(waiting)
 
     def _word(self, token: int, begin: list[int] | None) -> str:
-        """The text of a token that is no byte. `begin` are the tokens before it as long as they had no text, and takes
-        this one: what becomes of the first space is for SentencePiece to say, by its model's own settings.
+        """The text of a token that is not a byte.
+
+        `begin` collects the tokens of a text as long as they have no text, this one included, so that SentencePiece
+        decides about the space before the first word by the settings of its model. It is None after the first text.
         """
         if not self._is_piece(token):
             return "" if token in self.special else self.names.get(token, "")
@@ -141,15 +147,15 @@ class Tokenizer:
         return self.processor.id_to_piece(token).replace("\u2581", " ")
 
     def _is_piece(self, token: int) -> bool:
-        """Whether the token means what SentencePiece says."""
+        """Whether the token means what it means to SentencePiece, and is not an added token."""
         return token not in self.names and token < self.processor.vocab_size()
 
     def _with_special(self, text: str) -> list[int]:
-        """The tokens of a text in which names stand for tokens; of two names at one place, the longer one."""
+        """The tokens of a text in which names stand for tokens. Where two names begin, the longer one is taken."""
         if not self.specials:
             return self.processor.encode(text)
         parts = re.split(f"({'|'.join(map(re.escape, sorted(self.specials, key=len, reverse=True)))})", text)
-        # Settings that come again in a SentencePiece model replace the first: this is add_dummy_prefix=false.
+        # A setting that a model has twice has its last value: these bytes set add_dummy_prefix=false.
         within = self.processor if self.legacy else _processor(self.model + b"\x1a\x02\x18\x00")
         ids = self.processor.encode(parts[0])
         for name, rest in zip(parts[1::2], parts[2::2], strict=True):
@@ -169,7 +175,7 @@ def _processor(model: bytes) -> spm.SentencePieceProcessor:
 
 
 def _complete(data: bytes) -> tuple[str, bytes]:
-    """The characters that `data` completes, and the bytes of one that it does not."""
+    """The text of the complete characters in the data, and the bytes of an incomplete character at its end."""
     text = ""
     while data:
         try:
@@ -184,9 +190,11 @@ def _complete(data: bytes) -> tuple[str, bytes]:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read a `tokenizer.model`, or a `tokenizer.json` of LLaMA's kind, with the tokens that were added there.
+    """The tokenizer of a ``tokenizer.model`` file, or of a ``tokenizer.json`` of LLaMA's kind with its added tokens.
 
-    Raises `FileNotFoundError`, or `ValueError` naming the file if it is something else.
+    Raises `FileNotFoundError` for a missing file, and `ValueError`, which names the file, for one of another kind.
+
+    >>> tokenizer = lf.load_tokenizer("my-model/tokenizer.model")
     """
     path, is_json = Path(path), Path(path).suffix == ".json"
     largest = LARGEST_JSON if is_json else LARGEST_FILE
@@ -200,9 +208,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def tokenizer_of_json(settings: Any, bos: str = "<s>", eos: str = "</s>") -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`. `bos` and `eos` are the names of the tokens that begin and end a text.
+    """The tokenizer of a ``tokenizer.json``; `bos` and `eos` are the names of the tokens that begin and end a text.
 
-    Raises `ValueError` for another kind than LLaMA's.
+    Raises `ValueError` for another kind of tokenizer than LLaMA's.
     """
     model, legacy = tokenizer_json.rebuilt(settings, bos, eos)
     size = len(settings["model"]["vocab"])

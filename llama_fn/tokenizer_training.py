@@ -11,20 +11,22 @@ import sentencepiece as spm
 from llama_fn.ranges import integer
 from llama_fn.tokenizer import Tokenizer
 
-LONGEST_LINE = 1 << 16  # characters; SentencePiece skips a longer line without a word, so it comes in parts
-VOCABULARY = 1024  # tokens, where nobody says how many
-COVERAGE = 0.99995  # of all characters; the rarest are bytes
+LONGEST_LINE = 1 << 16  # characters; SentencePiece silently skips longer lines, so they are cut
+VOCABULARY = 1024  # tokens by default
+COVERAGE = 0.99995  # of all characters get a token; the rarest are written as bytes
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
-    """Learn a BPE vocabulary with LLaMA 2's settings: byte fallback, single digits, no normalization.
+    """Learn a BPE vocabulary from texts with LLaMA 2's settings: byte fallback, single digits, no normalization.
 
-    The vocabulary holds 3 special tokens, 256 bytes, the characters seen, and merges; the same texts give the same one.
-    With `vocab_size` None it has 1024 tokens: fewer if the texts cannot fill it, more if it could not hold their
-    characters. Raises `ValueError` if there is no text, if the texts cannot fill a given size, or if it is too small
-    for their characters; an error raised by `texts` comes out as it is.
+    The vocabulary has 3 special tokens, 256 bytes, the characters of the texts, and merges. The same texts give the
+    same one. With ``vocab_size`` None it has 1024 tokens: fewer if the texts are too short for that, more if their
+    characters need more. Raises `ValueError` for no text, and for a ``vocab_size`` that the texts cannot fill or that
+    is too small for their characters. An error that the iterator ``texts`` raises is passed on.
+
+    >>> tokenizer = lf.train_tokenizer(texts, 400)
     """
-    # All lines are read first. SentencePiece would rename whatever an iterator raises, even Ctrl-C.
+    # Read all lines first: SentencePiece replaces an error that an iterator raises by its own, even Ctrl-C.
     size = vocab_size if vocab_size is None else integer("train_tokenizer: vocab_size", vocab_size)
     lines = [line[start:start + LONGEST_LINE] for text in texts for line in text.splitlines() if line.strip()
              for start in range(0, len(line), LONGEST_LINE)]
@@ -41,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> Toke
         return _learn(lines, size)
     except ValueError:
         fits = _learn(lines, size, hard_vocab_limit=False).vocab_size
-        return _learn(lines, fits)  # the file then is that of a given size, to the last byte
+        return _learn(lines, fits)  # so that the file equals that of a given size, byte for byte
 
 
 def _learn(lines: list[str], vocab_size: int, hard_vocab_limit: bool = True) -> Tokenizer:
@@ -57,7 +59,7 @@ def _learn(lines: list[str], vocab_size: int, hard_vocab_limit: bool = True) -> 
         except Exception as error:
             failed.append(error)
 
-    # In a thread of its own: it takes half a minute for 40 MB, and only the main one hears Ctrl-C.
+    # It takes half a minute for 40 MB. Ctrl-C interrupts only the main thread, so the work is done in another.
     thread = threading.Thread(target=learn, daemon=True)
     thread.start()
     thread.join()
@@ -70,9 +72,9 @@ def _learn(lines: list[str], vocab_size: int, hard_vocab_limit: bool = True) -> 
 
 
 def _frequent_characters(lines: list[str]) -> int:
-    """How many characters get a token: the commonest that together make up COVERAGE of all."""
+    """How many characters get a token: the most frequent ones, which together are COVERAGE of all characters."""
     counts: Counter[str] = Counter()
-    for line in lines:  # all at once would be one call, which Ctrl-C does not interrupt
+    for line in lines:  # line by line, so that Ctrl-C can interrupt it
         counts.update(line)
     reached = itertools.accumulate(count for _, count in counts.most_common())
     return 1 + sum(total < COVERAGE * counts.total() for total in reached)
