@@ -80,7 +80,7 @@ def recorded(f: Callable[P, R]) -> Callable[P, R]:
                 return _first(f, _copies(args, length, reached), fixed)
             for other in [other for other, old in known.items() if old is not None and not _there(old)]:
                 del known[other]
-            # An error while a graph is recorded would leave the GPU's memory in disorder, so the room is checked before.
+            # An error while a graph is recorded leaves the GPU's memory in disorder, so the room is checked before.
             room.check_room(cache.k[0], cache.length, 0)
             ready = _record(f, _copies(args, length, reached), fixed)
             _keep(known, key, ready)

@@ -17,7 +17,7 @@ from llama_fn.shapes import typed
 class Block(NamedTuple):
     """The parameters of one layer; the layers of a model are ``params.blocks``.
 
-    Example: ``first = params.blocks[0]._replace(ffn_norm=torch.ones(4096))``
+    >>> first: lf.Block = params.blocks[0]
     """
 
     attention_norm: Float[Vector, "d"]
@@ -36,7 +36,7 @@ def block(params: Block, x: Float[Tensor, "*b t d"], rotation: Rotation, cache: 
     ``positions`` are the slots of the tokens, and ``slots`` are the slots that are read; without one, all three are
     None. The second result is the layer's new cache, or `NoCache`. Raises `AxesError` for other axes.
 
-    Example: ``logits, _ = lf.forward(params, tokens, layer=lf.remat(lf.block))``
+    >>> logits, _ = lf.forward(params, tokens, layer=lf.remat(lf.block))
     """
     attended, new_cache = attention(params.attention, rms_norm(params.attention_norm, x, eps), rotation, cache,
                                     positions, slots)

@@ -19,7 +19,8 @@ class Cache(NamedTuple):
     ``length`` counts the tokens of each row, and the next token goes to slot ``length``. Slots from ``length`` on are
     never read. So another ``length`` rewinds a row, and rows may have different lengths.
 
-    Example: ``shorter = cache._replace(length=cache.length - 3)``
+    >>> longer: lf.Cache = lf.forward(params, tokens, cache)[1]
+    >>> rewound = longer._replace(length=longer.length - 3)
     """
 
     k: tuple[Float[Tensor, "*b k s h"] | Forked, ...]
@@ -33,7 +34,7 @@ class NoCache(NamedTuple):
     `forward` returns it where no cache was given: every transform accepts it as a result, and `torch.vmap` does not
     accept None.
 
-    Example: ``logits, no_cache = lf.forward(params, tokens)``
+    >>> assert lf.forward(params, tokens)[1] == lf.NoCache()
     """
 
 
@@ -58,7 +59,7 @@ def init_cache(config: Config, batch: tuple[int, ...] = (), *, max_len: int, dty
     ``config.max_seq_len`` (see `forward`). Raises `ValueError` for ``max_len`` below 1, for a negative size in
     ``batch``, and for a dtype that is not floating.
 
-    Example: ``cache = lf.init_cache(params.config, (2,), max_len=256)``
+    >>> cache = lf.init_cache(config, (2,), max_len=256)
     """
     max_len = integer("init_cache: max_len", max_len, 1)
     batch = tuple(integer("init_cache: an axis of batch", n, 0) for n in batch)

@@ -22,7 +22,7 @@ def fork(cache: Cache, batch: tuple[int, ...], *, max_len: int, at: int | None =
     Raises `ValueError`, where ``at`` is None, for rows of different lengths and for a length that cannot be read
     (compiled, mapped); for ``max_len`` that leaves no slot; and for a forked cache.
 
-    Example: ``branches = lf.fork(cache, (5,), max_len=256)``
+    >>> branches = lf.fork(cache, (5,), max_len=256)
     """
     _check_is_cache("fork", cache)
     if not isinstance(batch, tuple):
@@ -51,7 +51,7 @@ def select(cache: Cache, rows: Tensor | list[int]) -> Cache:
     ``rows`` are row numbers, or a mask of booleans. What the rows of a forked cache share is not copied. Raises
     `ValueError` for a row that the cache does not have, for a mask of another shape, and for a cache without rows.
 
-    Example: ``best = lf.select(cache, [4, 4, 2])``
+    >>> best = lf.select(branches, [4, 4, 2])
     """
     _check_is_cache("select", cache)
     rows, sizes = torch.as_tensor(rows, device=cache.length.device), cache.length.shape

@@ -42,7 +42,7 @@ def abstract_params(config: Config) -> Params:
     and 2 / (l sqrt(d)) for ``wo`` and ``w_down``, whose results are added up over the layers, so that the sum does not
     grow with depth (Wang and Komatsuzaki 2021, as in GPT-NeoX).
 
-    Example: ``shapes = lf.tree.map(lambda weight: weight.shape, lf.abstract_params(lf.LLAMA2_7B))``
+    >>> shapes = lf.tree.map(lambda weight: weight.shape, lf.abstract_params(lf.LLAMA2_7B))
     """
     sizes = {"k": config.n_kv_heads, "g": config.group_size, "h": config.head_dim, "d": config.dim,
              "f": config.hidden_dim, "v": config.vocab_size}
@@ -72,7 +72,7 @@ def init_params(key: Key, config: Config, dtype: torch.dtype = torch.float32,
     On ``"meta"`` the parameters have shapes and dtypes but no numbers, and so has all that is computed from them, as
     with JAX's ``eval_shape``. Raises `AxesError` for what is not a key.
 
-    Example: ``params = lf.init_params(lf.random.key(0), config, dtype=torch.bfloat16)``
+    >>> params = lf.init_params(lf.random.key(0), config, dtype=torch.bfloat16)
     """
     abstract, device = abstract_params(config), key.device if device is None else device
     keys = iter(random.split(key, len(tree.leaves(abstract))).to(device))

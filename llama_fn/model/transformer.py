@@ -26,7 +26,7 @@ class Params(NamedTuple):
 
     So ``torch.func.grad`` differentiates by them, and `lf.tree.map` changes them.
 
-    Example: ``params = lf.tree.map(lambda x: x.bfloat16(), params)``
+    >>> rounded: lf.Params = lf.tree.map(lambda x: x.bfloat16(), params)
     """
 
     embedding: Float[Table, "v d"]
@@ -49,7 +49,7 @@ def head(norm: Float[Vector, "d"], output: Float[Matrix, "v d"], x: Float[Tensor
 
     Raises `AxesError` for other axes.
 
-    Example: ``logits = lf.head(params.norm, params.output, x, params.config.norm_eps)``
+    >>> logits = lf.head(params.norm, params.output, x, params.config.norm_eps)
     """
     return linear(output, rms_norm(norm, x, eps))
 
@@ -71,7 +71,7 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: AnyCache | None 
     for, compiled and mapped too; a donated cache is then unchanged. Where the numbers cannot be read before they are
     used (``ops/inside.py`` says where), the logits of such a token or row are NaN instead.
 
-    Example: ``logits, cache = lf.forward(params, tokens, cache)``
+    >>> logits, cache = lf.forward(params, tokens, cache)
     """
     x, new_cache = _layers(params, tokens, cache, layer, trunk)
     return head(params.norm, params.output, x, params.config.norm_eps), new_cache
@@ -85,7 +85,7 @@ def trunk(params: Params, tokens: Int[Tensor, "*b t"], cache: AnyCache | None = 
 
     For the logits after a long prompt, apply `head` to the last token alone.
 
-    Example: ``x, cache = lf.trunk(params, prompt, cache)``
+    >>> x, cache = lf.trunk(params, tokens, cache)
     """
     return _layers(params, tokens, cache, layer, trunk)
 
