@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021): W + alpha/r B A, where only the thin A and B are trained. An adapter is a tree of its own.
+"""LoRA (Hu et al. 2021): W + alpha/r B A, where only the thin matrices A and B are trained. An adapter is its own tree.
 
-So the gradient with respect to it leaves the model frozen, and `vmap` over a stack of adapters trains many in one step,
-or serves each row of a batch with its own.
+So a gradient with respect to the adapter leaves the model as it is. `torch.vmap` over a stack of adapters trains many
+of them in one step, or gives each row of a batch its own adapter.
 """
 
 import math
@@ -23,11 +23,14 @@ from llama_fn.random import Key
 from llama_fn.ranges import integer, number
 from llama_fn.shapes import typed
 
-LINEAR = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")  # all matrices of the layers; PEFT's "all-linear"
+LINEAR = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")  # all matrices of a layer; PEFT's "all-linear"
 
 
 class LowRank(NamedTuple):
-    """A: from the axes that go into the weight to r. B: from r to those that come out of it."""
+    """The two thin matrices of one weight: A maps its inputs to r numbers, and B maps these to its outputs.
+
+    >>> wq: lf.lora.LowRank = adapter.matrices["blocks.0.attention.wq"]
+    """
 
     a: Float[Tensor, "r ..."]
     b: Float[Tensor, "... r"]
@@ -36,49 +39,59 @@ class LowRank(NamedTuple):
 @tree.constant
 @dataclass(frozen=True)
 class Scale:
-    """An adapter of rank r counts alpha / r times. A constant: part of the tree's structure, and not trained."""
+    """The numerator ``alpha`` of an adapter's factor alpha / r; a constant in a pytree, so it is not trained.
+
+    >>> scale = lf.lora.Scale(alpha=16.0)
+    """
 
     alpha: float
 
 
 class Lora(NamedTuple):
-    """An adapter: thin matrices by the paths of the weights that they stand beside, as in `blocks.0.attention.wq`."""
+    """An adapter: a dict of thin matrices by the paths of their weights, as ``blocks.0.attention.wq``, and its scale.
+
+    >>> doubled: lf.lora.Lora = adapter._replace(scale=lf.lora.Scale(2 * adapter.scale.alpha))
+    """
 
     matrices: dict[str, LowRank]
     scale: Scale
 
 
 class Adapted(NamedTuple):
-    """W + B A, where B and A are thin: x goes through W and, beside it, through A, then B (Hu et al. 2021, eq. 3)."""
+    """A value in a weight's place that stands for W + B A (Hu et al. 2021, eq. 3); the sum is not computed."""
 
-    weight: Any  # a weight of any kind
+    weight: Any  # a tensor, or another value in a weight's place
     a: Float[Matrix, "_ ..."]
     b: Float[Matrix, "... _"]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of W, if B A has it. If not, B's, 0 and A's: no weight has an axis of 0, so the check of axes tells."""
+        """The shape of W, if B A has it; else one with an axis of 0, so that the check of axes fails."""
         fits = self.b.shape[-1] == self.a.shape[0]
         fits = fits and (*self.b.shape[:-1], *self.a.shape[1:]) == tuple(self.weight.shape)
         return self.weight.shape if fits else (*self.b.shape, 0, *self.a.shape)
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of W."""
         return self.weight.dtype
 
     def linear(self, x: Tensor, inputs: int) -> Tensor:
-        """W x + B (A x)."""
+        """The linear map: W x + B (A x)."""
         return linear(self.weight, x, inputs) + linear(self.b, linear(self.a, x, inputs))
 
 
 @typed
 def init(key: Key, params: Params, rank: int, targets: Sequence[str] = ("wq", "wv"), *,
          alpha: float | None = None, dtype: torch.dtype | None = None) -> Lora:
-    """An adapter that changes nothing yet: A uniform within 1/sqrt(inputs), as in PEFT, and B zero.
+    """A new adapter, which changes nothing yet: A is uniform within 1/sqrt(inputs), as in PEFT, and B is zero.
 
-    A target is a weight's path or the end of one: "wq" is in every layer, "blocks.0.attention.wq" in the first, and
-    `LINEAR` are all matrices of the layers. `alpha` None is `rank`. `dtype` None is float32 at least: beside bfloat16
-    weights, too, small updates count. Raises `ValueError` for a target that is no such weight.
+    A target is the path of a weight, as "blocks.0.attention.wq", or the end of one: "wq" is the matrix in every layer.
+    All matrices of the layers are ``lf.lora.LINEAR``. ``alpha`` None stands for ``rank``. ``dtype`` None stands for
+    float32, or a wider dtype of the weights, so that small updates are not rounded away beside bfloat16 weights. Raises
+    `ValueError` for a target that is not such a weight, and for numbers outside their range.
+
+    >>> adapter = lf.lora.init(key, params, rank=8)
     """
     found = _targets(params.config, targets)
     rank = integer("lora.init: rank", rank, 1)
@@ -96,16 +109,19 @@ def init(key: Key, params: Params, rank: int, targets: Sequence[str] = ("wq", "w
 
 @typed
 def apply(params: Params, adapter: Lora) -> Params:
-    """The parameters with the adapter beside its weights, which are not copied: `forward` and all else takes them.
+    """The parameters with the adapter beside its weights, which are not copied.
 
-    They compute what `merge` does, up to rounding, in the dtype of the model. An adapter applied to the result adds up.
-    Raises `ValueError` for an adapter that does not fit.
+    `forward` and all other functions take them. They compute what the parameters of `lf.lora.merge` do, up to rounding,
+    in the dtype of the model. An adapter that is applied to the result is added to the first. Raises `ValueError` for
+    an adapter that does not fit.
+
+    >>> grads = torch.func.grad(lambda a: lf.loss(lf.lora.apply(params, a), tokens))(adapter)
     """
     def beside(path: str, _: Any, weight: Any) -> Any:
         if path not in adapter.matrices:
             return weight
         a, b = adapter.matrices[path]
-        return Adapted(weight, a.to(dtype), (b * _share(adapter, b)).to(dtype))
+        return Adapted(weight, a.to(dtype), (b * _factor(adapter, b)).to(dtype))
 
     dtype = params.embedding.dtype
     check_fit(params, adapter)
@@ -114,23 +130,32 @@ def apply(params: Params, adapter: Lora) -> Params:
 
 @typed
 def merge(params: Params, adapter: Lora) -> Params:
-    """The parameters with W + alpha/r B A in the place of W: as fast as without, and a model like any other to save.
+    """The parameters with W + alpha/r B A in the place of W: plain tensors, as fast as those of the model.
 
-    Raises `ValueError` for an adapter that does not fit, and for a weight that has one applied.
+    Raises `ValueError` for an adapter that does not fit, and for a weight that is not a tensor.
+
+    >>> merged = lf.lora.merge(params, adapter)
     """
     return _merged(params, adapter, 1)
 
 
 @typed
 def unmerge(params: Params, adapter: Lora) -> Params:
-    """The inverse of `merge`, up to rounding: in bfloat16, better keep the parameters from before."""
+    """The inverse of `lf.lora.merge`, up to rounding; in bfloat16, better keep the parameters from before.
+
+    Raises `ValueError` as `lf.lora.merge` does.
+
+    >>> params = lf.lora.unmerge(lf.lora.merge(params, adapter), adapter)
+    """
     return _merged(params, adapter, -1)
 
 
 def stack(adapters: Sequence[Lora]) -> Lora:
-    """Adapters as one, whose leaves have a first axis to `vmap` over: `vmap(f, (None, 0))(params, stack(adapters))`.
+    """Many adapters as one tree, whose leaves have a new first axis that `torch.vmap` can map.
 
     Raises `ValueError` for adapters that differ in weights, ranks or alpha.
+
+    >>> both = lf.lora.stack([adapter, adapter])
     """
     if not adapters:
         raise ValueError("lora.stack: there are no adapters")
@@ -144,7 +169,12 @@ def stack(adapters: Sequence[Lora]) -> Lora:
 
 
 def unstack(adapter: Lora) -> list[Lora]:
-    """The inverse of `stack`; the adapters share its memory. Raises `ValueError` for what is no stack."""
+    """The adapters of a stack, whose memory they share; the inverse of `lf.lora.stack`.
+
+    Raises `ValueError` for an adapter that is not a stack.
+
+    >>> first, second = lf.lora.unstack(lf.lora.stack([adapter, adapter]))
+    """
     counts = {len(x) for x in tree.leaves(adapter)}
     if len(counts) != 1 or any(a.shape[1] != b.shape[-1] for a, b in adapter.matrices.values()):
         raise ValueError("lora.unstack: this is no stack of adapters, whose leaves have a first axis of one size, "
@@ -153,22 +183,25 @@ def unstack(adapter: Lora) -> list[Lora]:
 
 
 def added(adapter: Lora, path: str, weight: Tensor, times: float = 1) -> Tensor:
-    """The weight of a path plus `times` its share of the adapter, computed in float32 at least, and cast back."""
+    """A weight plus `times` alpha/r B A, computed in float32 at least, and cast back.
+
+    A weight that the adapter does not have is returned as it is.
+    """
     if path not in adapter.matrices:
         return weight
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    a, b = (x.to(exact) for x in adapter.matrices[path])
-    return (weight.to(exact) + times * _share(adapter, b) * torch.tensordot(b, a, 1)).to(weight.dtype)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    a, b = (x.to(dtype) for x in adapter.matrices[path])
+    return (weight.to(dtype) + times * _factor(adapter, b) * torch.tensordot(b, a, 1)).to(weight.dtype)
 
 
 def adaptable(config: Config) -> dict[str, Weight]:
-    """The matrices that an adapter may stand beside: all but the embedding."""
+    """The matrices that an adapter may have, by their paths: all but the embedding."""
     return {path: weight for path, weight in tree.paths(abstract_params(config)).items()
             if len(weight.shape) > 1 and path != "embedding"}
 
 
 def check_fit(params: Params, adapter: Lora) -> None:
-    """Raise `ValueError` for an adapter of other weights than these, with all that is wrong."""
+    """Raise `ValueError` with all that is wrong if an adapter is not one of these parameters."""
     weights, wrong = adaptable(params.config), []
     for path, (a, b) in adapter.matrices.items():
         if path not in weights:
@@ -184,7 +217,7 @@ def check_fit(params: Params, adapter: Lora) -> None:
 
 
 def _targets(config: Config, targets: Sequence[str]) -> dict[str, Weight]:
-    """The weights with these names."""
+    """The weights with these names, by their paths."""
     able = adaptable(config)
     if isinstance(targets, str) or not targets:
         raise ValueError(f"lora.init: targets is a list of names of weights, got {targets!r}")
@@ -209,7 +242,7 @@ def _merged(params: Params, adapter: Lora, times: float) -> Params:
     return tree.map_with_path(one, abstract_params(params.config), params)
 
 
-def _share(adapter: Lora, b: Tensor) -> float:
+def _factor(adapter: Lora, b: Tensor) -> float:
     return adapter.scale.alpha / b.shape[-1]
 
 
