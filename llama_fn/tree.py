@@ -52,7 +52,7 @@ def unflatten(leaves: list, structure: Any) -> Any:
 
     Raises `ValueError` for another number of leaves than the structure has.
 
-    >>> params = lf.tree.unflatten(leaves, structure)
+    >>> params = lf.tree.unflatten(*lf.tree.flatten(params))
     """
     return _pytree.tree_unflatten(leaves, structure)
 

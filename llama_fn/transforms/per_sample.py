@@ -146,14 +146,13 @@ def private_grads(loss: Loss, params: Any, batch: Any, *, max_norm: float, noise
 
 def _samples(batch: Any, least: int = 0) -> int:
     """The number of samples of a batch. Raises `ValueError` if its tensors differ in it, and for fewer than `least`."""
-    shapes = {path: tuple(getattr(x, "shape", ())) for path, x in tree.paths(batch).items()}
+    shapes: dict[str, tuple[int, ...]] = {path: tuple(getattr(x, "shape", ())) for path, x in tree.paths(batch).items()}
     counts = {shape[:1] for shape in shapes.values()}
     if len(counts) != 1 or not all(counts) or min(counts) < (least,):
         shown = ", ".join(f"{path or 'it'} is {list(shape)}" for path, shape in shapes.items()) or "it has none"
         raise ValueError("the tensors of a batch have a first axis of samples, as many in each"
                          f"{' and at least one' * (least > 0)}: {shown}")
-    (size,) = next(iter(counts))
-    return size
+    return next(iter(counts))[0]
 
 
 def _mapped(f: Callable, params: Any, batch: Any, chunk_size: int | None = None) -> Any:

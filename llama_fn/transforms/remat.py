@@ -127,8 +127,9 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *_filled([None] * count, wanted, gradients)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, f: Callable, run: Callable, *xs: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], int]:
         """The map of such a function is such a function of the mapped one."""
+        f, run, *xs = args
         f, run = (torch.vmap(g, in_dims[2:], randomness=info.randomness) for g in (f, run))
         return _Recomputed.apply(f, run, *xs), 0
 
