@@ -97,10 +97,9 @@ def randint(key: Key, shape: Shape, minval: int, maxval: int,
             dtype: torch.dtype = torch.int32) -> Integer[Tensor, "*shape"]:
     """Uniform integers in [minval, maxval): the remainders of random words divided by the size of the range.
 
-    As in JAX, limits that the dtype cannot hold are moved to its nearest number (``maxval``: or to its largest number
-    plus 1), and an empty range gives ``minval``. Words have 32 bits, and for int64 they have 64. A range of up to 2**16
-    (2**32) integers takes two words for each, and their probabilities are equal to 2**-48. Raises `ValueError` for a
-    dtype that is not of integers.
+    As in JAX, a limit that the dtype cannot hold becomes its nearest number, but ``maxval`` may be one above the
+    largest. An empty range gives ``minval``. A range of up to 2**16 integers (2**32 for int64) takes two random words
+    for each, so that their probabilities are equal to 2**-48. Raises `ValueError` for a dtype that is not of integers.
 
     >>> dice = lf.random.randint(key, (10,), 1, 7)
     """

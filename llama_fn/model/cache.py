@@ -14,7 +14,7 @@ from llama_fn.shapes import typed
 
 
 class Cache(NamedTuple):
-    """The keys and values of all tokens so far; each layer has a tensor of its own for each.
+    """The keys and values of all tokens so far; every layer has one tensor of keys and one of values.
 
     ``length`` counts the tokens of each row, and the next token goes to slot ``length``. Slots from ``length`` on are
     never read. So another ``length`` rewinds a row, and rows may have different lengths.

@@ -11,7 +11,7 @@ from llama_fn.ranges import integer
 
 
 def fork(cache: Cache, batch: tuple[int, ...], *, max_len: int, at: int | None = None) -> Cache:
-    """A cache with the new rows ``batch``, all of which continue the given one and share its memory.
+    """A cache with the new rows ``batch``, which all continue the given sequence and share its memory.
 
     `forward` takes it like any other cache. Each row has its own tokens after the first ``at``, and ``max_len`` slots
     in all. ``at`` None is the whole length, which is read. The new axes come before those that the cache has.
