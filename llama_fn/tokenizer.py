@@ -77,7 +77,7 @@ class Tokenizer:
 
     @property
     def ends(self) -> frozenset[int]:
-        """The tokens that end a generation: `eos_id` and `end_ids`."""
+        """The tokens that end a generation: `eos_id` and those of ``end_ids``."""
         return frozenset((self.eos_id, *self.end_ids))
 
     def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = False) -> list[int]:

@@ -108,7 +108,7 @@ def constant(cls: type[T]) -> type[T]:
     """Register a class as a tree without leaves, so that its values may stand in a tree.
 
     This is a decorator of frozen dataclasses. A value is part of the tree's structure: transforms neither map nor
-    differentiate it. It has to be hashable. `Config` is such a class.
+    differentiate it. It has to be hashable. `lf.Config` is such a class.
 
     >>> @lf.tree.constant
     ... @dataclasses.dataclass(frozen=True)

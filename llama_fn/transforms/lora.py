@@ -51,7 +51,7 @@ def init(key: Key, params: Params, rank: int, targets: Sequence[str] = ("wq", "w
 def apply(params: Params, adapter: Lora) -> Params:
     """The parameters with the adapter beside its weights, which are not copied.
 
-    `forward` and all other functions take them. They compute what the parameters of `lf.lora.merge` do, up to rounding,
+    `lf.forward` and all other functions take them. They compute what the parameters of `lf.lora.merge` do, up to rounding,
     in the dtype of the model. An adapter that is applied to the result is added to the first. Raises `ValueError` for
     an adapter that does not fit.
 

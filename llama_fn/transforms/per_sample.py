@@ -69,7 +69,7 @@ def per_sample_norms(loss: Loss, params: Any, batch: Any, *, chunk_size: int | N
 
 @typed
 def clipped_sum(loss: Loss, params: Any, batch: Any, max_norm: float, *, chunk_size: int | None = None) -> Any:
-    """The sum over the samples of min(1, max_norm / |g|) g, where g is the sample's gradient; "ghost clipping".
+    """The sum of the samples' gradients, each scaled down to a norm of at most ``max_norm``; "ghost clipping".
 
     No gradient of a sample is held: a first backward measures the norms (`per_sample_norms`), and a second one
     differentiates the sum of the losses, each times its factor (Li et al. 2022).
