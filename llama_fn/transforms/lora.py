@@ -51,9 +51,9 @@ def init(key: Key, params: Params, rank: int, targets: Sequence[str] = ("wq", "w
 def apply(params: Params, adapter: Lora) -> Params:
     """The parameters with the adapter beside its weights, which are not copied.
 
-    `lf.forward` and all other functions take them. They compute what the parameters of `lf.lora.merge` do, up to rounding,
-    in the dtype of the model. An adapter that is applied to the result is added to the first. Raises `ValueError` for
-    an adapter that does not fit.
+    `lf.forward` and all other functions take them. They compute what the parameters of `lf.lora.merge` do, up to
+    rounding, in the dtype of the model. An adapter that is applied to the result is added to the first. Raises
+    `ValueError` for an adapter that does not fit.
 
     >>> grads = torch.func.grad(lambda a: lf.loss(lf.lora.apply(params, a), tokens))(adapter)
     """
