@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from llama_fn.checkpoint.atomic import replacing
-from llama_fn.tokenizer import train_tokenizer
+from llama_fn.tokenizer_training import train_tokenizer
 from llama_fn.training.data import read_texts
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from llama_fn.compiled.trace import filled, part, plain
-from llama_fn.model import room
 from llama_fn.model.cache import Cache
 from llama_fn.modes import far, recording, traced, transforms
+from llama_fn.ops import room
 from llama_fn.ops.extent import Extent, extent, noted, remembered
 from llama_fn.private import autocast, copy_each
 from llama_fn.shapes import bind
@@ -80,13 +80,14 @@ def recorded(f: Callable[P, R]) -> Callable[P, R]:
                 return _first(f, _copies(args, length, reached), fixed)
             for other in [other for other, old in known.items() if old is not None and not _there(old)]:
                 del known[other]
-            room.check_room(cache, 0)  # what fails while it is recorded leaves the GPU's memory in disorder
+            # An error while a graph is recorded leaves the GPU's memory in disorder, so the room is checked before.
+            room.check_room(cache.k[0], cache.length, 0)
             ready = _record(f, _copies(args, length, reached), fixed)
             _keep(known, key, ready)
             if ready is None:
                 return f(*args)
         known.move_to_end(key)
-        room.check_room(cache, ready.growth)
+        room.check_room(cache.k[0], cache.length, ready.growth)
         return _replayed(ready, args, length)
 
     return called

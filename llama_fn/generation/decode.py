@@ -16,12 +16,12 @@ from llama_fn.generation.sampling import DAMAGED, Sampler, drawable, is_pure
 from llama_fn.model.block import block
 from llama_fn.model.cache import Cache, NoCache, init_cache
 from llama_fn.model.fork import select as select_rows
-from llama_fn.model.room import ample
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.model.transformer import head as plain_head
 from llama_fn.ops.aten.inductor_sums import FEW
 from llama_fn.ops.cpu import build as avx2
 from llama_fn.ops.inside import check
+from llama_fn.ops.room import slots_for
 from llama_fn.private import lacking
 from llama_fn.shapes import typed
 from llama_fn.transforms import lora
@@ -65,7 +65,7 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int, adap
                          f"{', '.join(map(str, sorted(counts)))}")
     for prompt in prompts:  # a tensor holds no integer of more than 64 bits
         check("token", min(prompt), max(prompt), 0, params.config.vocab_size)
-    device, slots = params.embedding.device, ample(max_len)
+    device, slots = params.embedding.device, slots_for(max_len)
     padded = torch.tensor([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts], device=device)
     cache = init_cache(params.config, (len(prompts),), max_len=slots, dtype=params.embedding.dtype, device=device)
     pieces = []
@@ -88,7 +88,7 @@ def resume(params: Params, tokens: Sequence[int], cache: Cache | NoCache | None,
     has two sizes here, and this function is not `typed`).
     """
     check("token", min(tokens), max(tokens), 0, params.config.vocab_size)
-    device, dtype, slots = params.embedding.device, params.embedding.dtype, ample(max_len)
+    device, dtype, slots = params.embedding.device, params.embedding.dtype, slots_for(max_len)
     if not cache:
         cache = init_cache(params.config, (1,), max_len=slots, dtype=dtype, device=device)
     known = min(int(cache.length), len(tokens) - 1)

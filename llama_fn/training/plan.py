@@ -6,7 +6,7 @@ from typing import Any
 
 from llama_fn.config import Config
 from llama_fn.ranges import integer, number
-from llama_fn.tokenizer import VOCABULARY
+from llama_fn.tokenizer_training import VOCABULARY
 from llama_fn.training import optim
 from llama_fn.training.schedule import warmup_cosine
 

@@ -10,7 +10,8 @@ from llama_fn import stories
 from llama_fn.checkpoint.atomic import replacing
 from llama_fn.checkpoint.load import TOKENIZER
 from llama_fn.random import Key
-from llama_fn.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llama_fn.tokenizer import Tokenizer, load_tokenizer
+from llama_fn.tokenizer_training import train_tokenizer
 from llama_fn.training.data import documents, encode_corpus, open_corpus
 from llama_fn.training.manifest import FILES, MANIFEST, file_of
 

@@ -15,9 +15,9 @@ from llama_fn.compiled import cuda_graph as module
 from llama_fn.compiled.cuda_graph import coarse, recorded
 from llama_fn.compiled.trace import part
 from llama_fn.generation import decode
-from llama_fn.model import room as kv
 from llama_fn.model import transformer
 from llama_fn.ops import extent, inside
+from llama_fn.ops import room as kv
 
 CONFIG = lf.Config(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=34, max_seq_len=900)
 
@@ -27,7 +27,7 @@ def graphs(monkeypatch):
     """How often something was recorded, and replayed, and the slots that were read by what was not replayed. Meanwhile,
     as on a GPU, no number can be read, and every shape is what it was when it was recorded.
     """
-    counts, at_work, reach = {"recorded": 0, "replayed": 0, "reach": []}, [], transformer.reach
+    counts, at_work, reach = {"recorded": 0, "replayed": 0, "reach": []}, [], transformer.slots_to_read
 
     def run(f, slots):
         at_work.append(slots)
@@ -53,10 +53,10 @@ def graphs(monkeypatch):
 
         return replay, result
 
-    def reached(cache, new):
+    def reached(leaf, length, new):
         if at_work and at_work[-1] is not None:
             return at_work[-1]
-        counts["reach"].append(reach(cache, new))
+        counts["reach"].append(reach(leaf, length, new))
         return counts["reach"][-1]
 
     def another(x):
@@ -71,7 +71,7 @@ def graphs(monkeypatch):
     monkeypatch.setattr(module, "captured", captured)
     for place in (modes, module, extent):
         monkeypatch.setattr(place, "far", lambda x: True)
-    monkeypatch.setattr(transformer, "reach", reached)
+    monkeypatch.setattr(transformer, "slots_to_read", reached)
     for place in (modes, module):
         monkeypatch.setattr(place, "recording", lambda x: bool(at_work))
     return counts

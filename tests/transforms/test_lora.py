@@ -15,7 +15,7 @@ import llama_fn as lf
 from llama_fn import lora, tree
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
-from llama_fn.transforms.lora import Adapted
+from llama_fn.transforms.adapter import Adapted
 
 B, T = 5, 7  # adapters or rows, tokens
 
