@@ -96,7 +96,7 @@ def complete(params: Params, encoded: Sequence[list[int]], key: Tensor, max_new_
     nats: list[list[float]] = [[] for _ in encoded]
     sampler = sampler or make_sampler()
     for step in decode.steps(params, state, keys, sampler, ends, limits, stopped,
-                             decode.fast(params, len(encoded), sampler, layer, head)):
+                             decode.step_for(params, len(encoded), sampler, layer, head)):
         written[step.row].append(step.token)
         if logprobs:
             nats[step.row].append(float(step.logits.float().log_softmax(-1)[step.token]))
@@ -125,7 +125,7 @@ def stream(model: Model, prompt: str, *, key: Int[Tensor, "2"], max_new_tokens: 
         state = decode.resume(model.params, tokens, None, len(tokens) + limit, layer, head)
         sample = sampler or make_sampler()
         for step in decode.steps(model.params, state, keys_of(key, 1, model.params), sample, model.tokenizer.ends,
-                                 [limit], run=decode.fast(model.params, 1, sample, layer, head)):
+                                 [limit], run=decode.step_for(model.params, 1, sample, layer, head)):
             yield step.token
 
     return until(model.tokenizer.decode_stream(ids(), prompt != ""), stop)

@@ -105,7 +105,7 @@ def answer(model: Model, chat: Chat, *, key: Int[Tensor, "2"], max_new_tokens: i
         keys = key[None].to(model.params.embedding.device)
         sample = sampler or make_sampler()
         for step in decode.steps(model.params, state, keys, sample, model.tokenizer.ends, [limit],
-                                 run=decode.fast(model.params, 1, sample)):
+                                 run=decode.step_for(model.params, 1, sample)):
             drawn.append(step.token)
             so_far = last._replace(answer=(*last.answer, *drawn))
             latest = chat._replace(exchanges=(*before, so_far), cache=step.state.cache)

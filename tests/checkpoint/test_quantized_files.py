@@ -13,8 +13,8 @@ from strategies import configs, keys, token_rows
 
 import llama_fn as lf
 from llama_fn import tree
-from llama_fn.checkpoint.weights import DTYPES
 from llama_fn.checkpoint import convert as converting
+from llama_fn.checkpoint.weights import DTYPES
 
 FILE = "consolidated.00.pth"
 

@@ -87,7 +87,7 @@ def test_only_new_tokens_go_through_the_model(chatty, key, count):
         passed.clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(decode, "trunk", counting(lf.trunk))  # the prompt
-            patch.setattr(decode, "fast", lambda *_: functools.partial(decode.step, run=counting(lf.forward)))
+            patch.setattr(decode, "step_for", lambda *_: functools.partial(decode.step, run=counting(lf.forward)))
             chat = drawn(chatty, asked, key, count)
         new = len(asked.exchanges[-1].prompt)
         closing = 3 if len(asked.exchanges) > 1 else 0  # the last token drawn, a space and the end
