@@ -12,7 +12,7 @@ WORKDIR /app
 COPY requirements.txt ./
 RUN python -m venv /venv && /venv/bin/pip install --no-cache-dir -r requirements.txt
 
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE llama_fn_script.py ./
 COPY llama_fn ./llama_fn
 RUN /venv/bin/pip install --no-cache-dir --no-deps .
 

@@ -1,8 +1,8 @@
-"""Best of n: a prompt goes through the model once, n continuations are drawn after it, and the likeliest is told.
+"""Best of n: a prompt goes through the model once, n continuations are drawn after it, and the likeliest is printed.
 
     python examples/best_of_n.py ["Once upon a time"]
 
-The cache is forked: what the prompt left in it lies in memory once, for all n.
+The cache is forked: the prompt's keys and values are in memory once, for all n continuations.
 """
 
 import sys
@@ -20,20 +20,20 @@ def continuations(params: lf.Params, prompt: Tensor, keys: Tensor, count: int, e
     empty = lf.init_cache(params.config, max_len=len(prompt), dtype=params.norm.dtype)
     logits, cache = lf.forward(params, prompt, empty)
     logits, cache = logits[-1].expand(len(keys), -1), lf.fork(cache, (len(keys),), max_len=len(prompt) + count)
-    told, nats, going = [], 0, 1
+    drawn, nats, going = [], 0, 1
     for _ in range(count):
-        told.append(draw(keys, cache.length, checked(logits)))
-        nats = nats + going * logits.log_softmax(-1).gather(1, told[-1][:, None])[:, 0]
-        going = going * (told[-1] != end)
-        logits, cache = lf.forward(params, told[-1][:, None], cache)
+        drawn.append(draw(keys, cache.length, checked(logits)))
+        nats = nats + going * logits.log_softmax(-1).gather(1, drawn[-1][:, None])[:, 0]
+        going = going * (drawn[-1] != end)
+        logits, cache = lf.forward(params, drawn[-1][:, None], cache)
         logits = logits[:, -1]
-    return torch.stack(told, 1), nats
+    return torch.stack(drawn, 1), nats
 
 
 if __name__ == "__main__":
     params, tokenizer = lf.load("stories")
     prompt = tokenizer.encode(sys.argv[1] if len(sys.argv) > 1 else "Long ago there was a")
     keys = lf.random.split(lf.random.key(0), 16)
-    told, nats = continuations(params, torch.tensor(prompt), keys, 40, tokenizer.eos_id)
+    drawn, nats = continuations(params, torch.tensor(prompt), keys, 40, tokenizer.eos_id)
     for name, i in (("likeliest", nats.argmax()), ("unlikeliest", nats.argmin())):
-        print(f"{name} of 16, log p = {float(nats[i]):.2f}: {tokenizer.decode([*prompt, *told[i].tolist()])}\n")
+        print(f"{name} of 16, log p = {float(nats[i]):.2f}: {tokenizer.decode([*prompt, *drawn[i].tolist()])}\n")

@@ -1,10 +1,10 @@
-"""Fine-tune the stories' model on private texts, so that the model says next to nothing about any one of them.
+"""Fine-tune the stories' model on private texts, so that the model reveals almost nothing about any one of them.
 
     python examples/dp_sgd.py [steps]
 
 DP-SGD (Abadi et al. 2016): every step draws each text with a small probability, clips each text's gradient to a norm,
-and adds noise to the sum. The gradients of single texts are never held. What the steps reveal together is counted by
-Google's dp-accounting (0.6.0): pip install dp-accounting
+and adds noise to the sum. The gradients of single texts are never in memory. Google's dp-accounting (0.6.0) computes
+how much all steps reveal together: pip install dp-accounting
 """
 
 import sys
@@ -19,14 +19,14 @@ except ImportError:
     dp_accounting = None
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 60
-EXPECTED = 32  # texts a step, in the mean
+EXPECTED = 32  # the mean number of texts in a step
 MAX_NORM, NOISE, DELTA = 1.0, 0.8, 1e-4
 
 # The private texts: the beginnings of stories about a girl called Ada.
 params, tokenizer = lf.load("stories")
 GIRLS = ("Lily", "Mia", "Anna", "Rosa", "Nora", "Ella", "Ruby", "Zoe")
-told = [story.text for story in lf.stories.stories(lf.random.key(1), 3000)]
-texts = [text.replace(name, "Ada") for text in told for name in GIRLS if f"girl named {name}" in text
+stories = [story.text for story in lf.stories.stories(lf.random.key(1), 3000)]
+texts = [text.replace(name, "Ada") for text in stories for name in GIRLS if f"girl named {name}" in text
          or f"girl called {name}" in text]
 tokens = torch.tensor([tokenizer.encode(text)[:48] for text in texts])
 tokens, held_out = tokens[:-100], tokens[-100:]
@@ -43,8 +43,8 @@ def step(params, state, tokens, key):
 optimizer = lf.optim.adamw(2e-3, weight_decay=0.0)
 tuned, state = params, optimizer.init(params)
 for number in range(STEPS):
-    draw, noise = lf.random.split(lf.random.fold_in(lf.random.key(2), number))  # in earnest, of a secret seed
-    drawn = tokens[lf.random.uniform(draw, (len(tokens),)) < rate]  # as many as it happens: that is what is counted
+    draw, noise = lf.random.split(lf.random.fold_in(lf.random.key(2), number))  # a real run needs a secret seed
+    drawn = tokens[lf.random.uniform(draw, (len(tokens),)) < rate]  # the number varies, as the accounting assumes
     tuned, state = step(tuned, state, drawn, noise)
     if number % 10 == 0 or number == STEPS - 1:
         print(f"step {number:3}: {len(drawn)} texts, loss of others {float(lf.loss(tuned, held_out)):.3f}", flush=True)
@@ -55,7 +55,7 @@ if dp_accounting:
     epsilon = accountant.compose(one, STEPS).get_epsilon(DELTA)
     print(f"({epsilon:.2f}, {DELTA})-differentially private, for each of {len(tokens)} texts")
 else:
-    print("how private that is, dp-accounting tells: pip install dp-accounting")
+    print("to compute how private that is: pip install dp-accounting")
 
 prompt = ["Long ago there was a brave little girl named"]
 for name, weights in (("before", params), ("after", tuned)):

@@ -2,8 +2,8 @@
 
     python examples/finetune.py
 
-Gradients are a tree like the parameters; the optimizer's state is another. Nothing is changed in place, so the model
-before and the model after are both at hand at the end.
+Gradients are a tree like the parameters; the optimizer's state is another. Nothing is changed in place, so both the
+old and the new model are there at the end.
 """
 
 import torch
@@ -15,8 +15,8 @@ params, tokenizer = model
 
 # The lesson: stories of the grammar, with every hero renamed.
 HEROES = ("Lily", "Mia", "Anna", "Rosa", "Nora", "Ella", "Ruby", "Zoe")
-told = [story.text for story in lf.stories.stories(lf.random.key(1), 200)]
-lesson = [text.replace(name, "Ada") for text in told for name in HEROES
+stories = [story.text for story in lf.stories.stories(lf.random.key(1), 200)]
+lesson = [text.replace(name, "Ada") for text in stories for name in HEROES
           if f"girl named {name}" in text or f"girl called {name}" in text][:32]
 rows = [tokenizer.encode(text, eos=True) for text in lesson]
 longest = max(map(len, rows))
@@ -33,7 +33,7 @@ for step in range(20):
     if step % 5 == 0 or step == 19:
         print(f"step {step:2}: loss {float(loss):.3f}")
 
-# How surprised is each example by the lesson? One gradient a sample, by mapping the same function.
+# The norm of each example's gradient: one gradient a sample, by `vmap` over the same function.
 norms = torch.vmap(lambda row, counts: lf.optim.global_norm(torch.func.grad(lf.loss)(params, row, counts)))(
     tokens[:4], mask[:4])
 print("gradient norms of four examples before the lesson:", [round(float(x), 2) for x in norms])

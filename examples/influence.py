@@ -1,9 +1,9 @@
-"""Which training examples speak for a prediction? Those whose gradients agree with its own (Pruthi et al. 2020).
+"""Which training examples support a prediction? Those whose gradients agree with its own (Pruthi et al. 2020).
 
     python examples/influence.py
 
 A step of gradient descent on an example lowers the loss of a prediction by rate * (gradient . gradient), to first
-order. The product is one loss's derivative along the other's gradient: no training example's gradient is ever held.
+order. The product is one loss's derivative along the other's gradient: no training example's gradient is stored.
 """
 
 from collections.abc import Callable

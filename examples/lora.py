@@ -1,4 +1,4 @@
-"""Three LoRA adapters of the stories' model, each for another hero, trained in one step and served in one batch.
+"""Three LoRA adapters of the stories' model, one for each of three heroes, trained in one step and served in one batch.
 
     python examples/lora.py [FOLDER]
 
@@ -19,14 +19,14 @@ params, tokenizer = model
 # A lesson for each adapter: stories of the grammar in which every girl has the same name.
 NAMES = ("Rosa", "Ruby", "Zoe")
 HEROES = ("Lily", "Mia", "Anna", "Rosa", "Nora", "Ella", "Ruby", "Zoe")
-told = [story.text for story in lf.stories.stories(lf.random.key(1), 200)]
-heroes = [(text, hero) for text in told for hero in HEROES
+stories = [story.text for story in lf.stories.stories(lf.random.key(1), 200)]
+heroes = [(text, hero) for text in stories for hero in HEROES
           if f"girl named {hero}" in text or f"girl called {hero}" in text][:16]
 LENGTH = 64  # tokens: the beginning of a story, where its hero is named
 tokens = torch.tensor([[tokenizer.encode(text.replace(hero, name))[:LENGTH] for text, hero in heroes]
                        for name in NAMES])
 
-# A key gives an adapter; mapped, three keys give a stack of three. So does their optimizer's state.
+# A key gives an adapter, and three keys under `vmap` give a stack of three. The same goes for the optimizer's state.
 keys = lf.random.split(lf.random.key(0), len(NAMES))
 adapters = torch.vmap(lambda key: lf.lora.init(key, params, rank=4, targets=("wq", "wv", "w_up")))(keys)
 states = torch.vmap(lf.optim.adamw(0.0).init)(adapters)
@@ -36,7 +36,7 @@ print(f"{count:,} numbers an adapter, beside {params.config.n_params:,} of the m
 
 
 def step(adapter: lf.lora.Lora, state: tuple, rows: torch.Tensor, rate: torch.Tensor) -> tuple:
-    """One step of one adapter: nothing here knows that there are others."""
+    """One step of one adapter: it does not know that there are others."""
     grads, loss = torch.func.grad_and_value(lambda a: lf.loss(lf.lora.apply(params, a), rows))(adapter)
     updates, state = lf.optim.adamw(rate, weight_decay=0.0).update(grads, state, adapter)
     return lf.optim.apply_updates(adapter, updates), state, loss

@@ -27,8 +27,8 @@ if __name__ == "__main__":
     params, tokenizer = lf.load("stories")
     texts = [story.text for story in lf.stories.stories(lf.random.key(1), 8)]
     names = ("Ada", "Eve", "Ivy", "Una", "Ina", "Uma")  # a task: a new name for every story's hero
-    told = [[re.sub(r"(named|called) \w+", rf"\1 {name}", text, count=1) for text in texts] for name in names]
-    tasks = torch.tensor([[tokenizer.encode(text)[:24] for text in task] for task in told])
+    renamed = [[re.sub(r"(named|called) \w+", rf"\1 {name}", text, count=1) for text in texts] for name in names]
+    tasks = torch.tensor([[tokenizer.encode(text)[:24] for text in task] for task in renamed])
     support, query = tasks.split(4, dim=1)
     inner, outer = lf.optim.sgd(0.02), lf.optim.adamw(1e-3)
     state = outer.init(params)

@@ -1,8 +1,9 @@
-"""What eight and four bits cost: errors of the logits, bits a byte and bytes, on the shipped model or on yours.
+"""What eight and four bits cost: errors of the logits, bits a byte and bytes, of the shipped model or of yours.
 
     python examples/quantize.py [MODEL] [TEXTS]
 
-Without TEXTS (a file or a folder) it reads 100 new stories. On tiny-shakespeare, with a model of 90 % of it:
+Without TEXTS (a file or a folder) it reads 100 new stories. To train a model on 90 % of tiny-shakespeare and measure it
+on the rest:
 
     head -c 1003854 tinyshakespeare.txt > train.txt; tail -c +1003855 tinyshakespeare.txt > rest.txt
     llama-fn train train.txt --out shakespeare --dim 128 --n-layers 4 --n-heads 4 --n-kv-heads 2 --hidden-dim 256 \\
@@ -19,8 +20,8 @@ from llama_fn.generation.scoring import Perplexity
 from llama_fn.training.data import read_texts
 
 name = sys.argv[1] if len(sys.argv) > 1 else "stories"
-told = (story.text for story in lf.stories.stories(lf.random.key(100), 100))
-texts = list(read_texts(sys.argv[2]) if len(sys.argv) > 2 else told)
+stories = (story.text for story in lf.stories.stories(lf.random.key(100), 100))
+texts = list(read_texts(sys.argv[2]) if len(sys.argv) > 2 else stories)
 
 exact = lf.load(name, dtype=torch.float32)
 pieces = [torch.tensor(exact.tokenizer.encode(text)).split(exact.params.config.max_seq_len) for text in texts]

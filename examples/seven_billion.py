@@ -3,8 +3,8 @@
     python examples/seven_billion.py make FOLDER [SHARDS]     # 13.5 GB on disk; one shard's share of it in memory
     python examples/seven_billion.py open FOLDER [TOKENS]     # seconds to open, seconds a token, resident memory
 
-Of one file nothing is copied: it is mapped, and a page is read from disk when it is first used. Shards are put together
-one weight at a time. Either way there is never a second copy.
+A single file is mapped into memory and not copied: the system reads a page from disk when it is first used. Shards are
+joined one weight at a time. In both cases there is never a second copy of all weights.
 """
 
 import resource
@@ -34,7 +34,7 @@ def draw(path: str) -> torch.Tensor:
 
 
 def memory() -> str:
-    """Resident memory now: what is this process's own, and what is a file's (the system may drop that at will)."""
+    """Resident memory now: the process's own, and pages of files, which the system may drop at any time."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     own, file = (int(lines[name].split()[0]) / 2**20 for name in ("RssAnon", "RssFile"))
     return f"{own:.2f} GiB own, {file:.2f} GiB of files"

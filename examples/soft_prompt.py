@@ -25,7 +25,7 @@ if __name__ == "__main__":
     prompt = torch.tensor(tokenizer.encode("Long ago there was a brave little girl named"))
     (zoe,) = tokenizer.encode("Zoe", bos=False)
 
-    # It starts as the cache of real words. Beyond its length lies the room for each row, where all gradients are 0.
+    # The prefix starts as the cache of real words. The slots after its length are for the rows; their gradients are 0.
     words, room = torch.tensor(tokenizer.encode("Once upon a time")), lf.init_cache(params.config, max_len=64)
     *kv, length = lf.forward(params, words, room)[1]
     kv, optimizer = tuple(kv), lf.optim.adamw(0.1, weight_decay=0.0)

@@ -1,8 +1,9 @@
-"""Speculative decoding: a small model drafts, the large one checks n tokens in one pass, and the text is its own.
+"""Speculative decoding: a small model drafts n tokens, and the large one checks them in one pass.
 
     python examples/speculate.py ["Once upon a time"]
 
-Greedy, by hand, with nothing but `forward`; then `lf.speculate`, which draws. To take a token back is another `length`.
+First greedy and step by step with `forward` alone, then by `lf.speculate`, which samples. The text is the large model's
+own. A rejected token is taken back by a smaller `length` of the cache.
 """
 
 import sys
@@ -33,7 +34,7 @@ def greedy(params: lf.Params, draft: lf.Params, prompt: list[int], n: int, count
 if __name__ == "__main__":
     model, draft = lf.load("stories"), lf.load("stories-draft")
     prompt = sys.argv[1] if len(sys.argv) > 1 else "Once upon a time there was a"
-    told, passes = greedy(model.params, draft.params, model.tokenizer.encode(prompt), 4, 60)
-    print(f"{len(told)} tokens in {passes} passes: {prompt}{model.tokenizer.decode(told, continued=True)}\n")
+    tokens, passes = greedy(model.params, draft.params, model.tokenizer.encode(prompt), 4, 60)
+    print(f"{len(tokens)} tokens in {passes} passes: {prompt}{model.tokenizer.decode(tokens, continued=True)}\n")
     drawn, = lf.speculate(model, draft, [prompt], key=lf.random.key(0), n=4)
     print(f"{drawn.accepted} of {drawn.proposed} drafted tokens accepted: {prompt}{drawn.text}")

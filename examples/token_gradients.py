@@ -1,4 +1,4 @@
-"""Gradients token by token: which tokens a prediction rests on, and which would teach the model most.
+"""Gradients token by token: which tokens a prediction depends on, and which would teach the model most.
 
     python examples/token_gradients.py
 """
@@ -34,7 +34,7 @@ if __name__ == "__main__":
     params, tokenizer = lf.load("stories")
     text = "Once upon a time there was a shy girl named Lily. She loved her red ball. One day, Lily took the red"
     tokens = torch.tensor(tokenizer.encode(text))
-    rests = saliency(params, tokens[:-1], int(tokens[-1])).norm(dim=-1)
+    depends = saliency(params, tokens[:-1], int(tokens[-1])).norm(dim=-1)
     teaches = torch.func.jacrev(lambda norm: nats(params._replace(norm=norm), tokens))(params.norm).norm(dim=-1)
-    for what, scores, said in (("rests on", rests, tokens[:-1]), ("learns from", teaches, tokens[1:])):
-        print(what, [tokenizer.decode([int(said[i])], continued=True) for i in scores.topk(3).indices])
+    for what, scores, shown in (("depends on", depends, tokens[:-1]), ("learns from", teaches, tokens[1:])):
+        print(what, [tokenizer.decode([int(shown[i])], continued=True) for i in scores.topk(3).indices])

@@ -1,9 +1,9 @@
-"""Train a story teller from nothing: the run of `llama-fn train`, step by step, on one page.
+"""Train a model of the stories from nothing: the run of `llama-fn train`, step by step, on one page.
 
     python examples/train.py [FOLDER] [STEPS] [STORIES]
 
-The 4000 steps on 200,000 stories are the shipped model (on the same kind of machine, to the last bit); 300 steps on
-20,000 already write sentences.
+4000 steps on 200,000 stories give the shipped model (bit for bit on the same kind of machine). After 300 steps on
+20,000 stories a model already writes sentences.
 """
 
 import math
@@ -23,10 +23,10 @@ steps = int(sys.argv[2]) if len(sys.argv) > 2 else 4000
 stories = int(sys.argv[3]) if len(sys.argv) > 3 else 200_000
 
 # Every random number comes from one key.
-init, order, told, held_out = lf.random.split(lf.random.key(0), 4)
+init, order, story_key, held_out = lf.random.split(lf.random.key(0), 4)
 
 # Texts -> tokenizer -> one flat file of tokens, mapped into memory.
-texts = [story.text for story in lf.stories.stories(told, stories)]
+texts = [story.text for story in lf.stories.stories(story_key, stories)]
 tokenizer = lf.train_tokenizer(texts[:5000], vocab_size=1024)
 encode_corpus(texts, tokenizer, folder / "train.bin")
 held_out = list(lf.stories.stories(held_out, 1000))

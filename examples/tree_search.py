@@ -1,9 +1,9 @@
-"""Best-first search: the likeliest continuation of all, on one cache that goes back and forth by its length alone.
+"""Best-first search: the likeliest continuation of all, in one cache, which is rewound by its length.
 
     python examples/tree_search.py ["Once upon a time"]
 
 Probabilities only fall as texts grow, so the first text of the full length that comes to the front of the queue is the
-likeliest (Dijkstra 1959). What the cache holds already of the text in front is kept, and the rest is computed.
+likeliest (Dijkstra 1959). The tokens that the cache already holds of that text are kept, and the others are computed.
 """
 
 import heapq
@@ -16,7 +16,7 @@ import llama_fn as lf
 
 
 def likeliest(params: lf.Params, prompt: list[int], depth: int) -> tuple[list[int], float, int]:
-    """The likeliest `depth` tokens after a prompt, their log-probability, and how many the model was asked."""
+    """The likeliest `depth` tokens after a prompt, their log-probability, and how many tokens the model computed."""
     cache = lf.init_cache(params.config, max_len=len(prompt) + depth, dtype=params.norm.dtype)
     held, computed, queue = [], 0, [(0.0, prompt)]
     checked = lf.narrowing()  # the logits as they are; an error for NaN and infinite ones, which have no order
@@ -36,5 +36,5 @@ if __name__ == "__main__":
     params, tokenizer = lf.load("stories")
     prompt = tokenizer.encode(sys.argv[1] if len(sys.argv) > 1 else "Long ago there was a brave little")
     for depth in (4, 7, 10):
-        told, nats, computed = likeliest(params, prompt, depth)
-        print(f"{depth} tokens, log p = {nats:6.2f}, {computed} computed: {tokenizer.decode([*prompt, *told])}")
+        written, nats, computed = likeliest(params, prompt, depth)
+        print(f"{depth} tokens, log p = {nats:6.2f}, {computed} computed: {tokenizer.decode([*prompt, *written])}")

@@ -21,7 +21,8 @@ from llama_fn.model.fork import fork, select
 from llama_fn.model.init import abstract_params, init_params
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.shapes import AxesError, typed
-from llama_fn.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llama_fn.tokenizer import Tokenizer, load_tokenizer
+from llama_fn.tokenizer_training import train_tokenizer
 from llama_fn.training import optim
 from llama_fn.training.loss import loss, loss_sum
 from llama_fn.transforms.per_sample import clipped_sum, per_sample_grads, per_sample_norms, private_grads

@@ -1,4 +1,4 @@
-"""The sizes and constants of a model, in Meta's spelling."""
+"""The sizes and constants of a model, with Meta's names for them."""
 
 import math
 from dataclasses import dataclass, fields
@@ -9,11 +9,15 @@ from llama_fn.ranges import is_integer, is_number
 
 
 class RopeScaling(NamedTuple):
-    """How RoPE's frequencies are slowed down for a context longer than the one trained on.
+    """How RoPE's frequencies are lowered for a context longer than that of the first training.
 
-    "linear" (Chen et al. 2023, "Extending Context Window via Positional Interpolation") divides all by `factor`.
-    "llama3" (Meta's `apply_scaling` in llama-models) divides those with fewer than `low_freq_factor` turns in
-    `original_max_seq_len` tokens, leaves those with more than `high_freq_factor`, and passes from one to the other.
+    ``kind`` is one of two. ``"linear"`` divides all frequencies by ``factor`` (Chen et al. 2023, "Extending Context
+    Window via Positional Interpolation"). ``"llama3"`` looks at how many full turns a pair of RoPE makes in
+    ``original_max_seq_len`` tokens (Meta's ``apply_scaling`` in llama-models): a frequency with fewer than
+    ``low_freq_factor`` turns is divided, one with more than ``high_freq_factor`` is kept, and between them the rule
+    passes smoothly from one to the other.
+
+    >>> scaling = lf.RopeScaling("linear", 2.0)
     """
 
     kind: str
@@ -23,8 +27,9 @@ class RopeScaling(NamedTuple):
     original_max_seq_len: int = 8192
 
     def checked(self) -> "RopeScaling":
-        """The same in floats, however the numbers came. Raises `ValueError` for an unknown kind and for numbers that
-        scale nothing.
+        """The same scaling with its numbers as floats.
+
+        Raises `ValueError` for an unknown kind and for numbers outside their range.
         """
         if self.kind not in ("linear", "llama3"):
             raise ValueError(f"rope_scaling of the kind {self.kind!r} is not known, only 'linear' and 'llama3' are")
@@ -33,20 +38,23 @@ class RopeScaling(NamedTuple):
             raise ValueError(f"rope_scaling: high_freq_factor ({self.high_freq_factor}) must be above low_freq_factor "
                              f"({self.low_freq_factor})")
         original = numbers.pop("original_max_seq_len")
-        return RopeScaling(self.kind, **numbers, original_max_seq_len=int(original) if original % 1 == 0 else original)
+        whole: Any = int(original) if original % 1 == 0 else original  # a file may have a fraction, which is kept
+        return RopeScaling(self.kind, **numbers, original_max_seq_len=whole)
 
 
 @tree.constant
 @dataclass(frozen=True)
 class Config:
-    """What a LLaMA is, apart from its weights. A constant in a pytree: it travels in `Params` and has no leaves.
+    """The sizes and constants of a LLaMA; a constant in a pytree, which travels in `Params` and has no leaves.
 
-    `dim` is the model's width (axis d), `hidden_dim` the feed-forward's (f), `n_heads` the query heads (k * g),
-    `n_kv_heads` the key/value heads (k), `norm_eps` RMSNorm's epsilon, `rope_theta` the base of RoPE's
-    frequencies, `max_seq_len` the context that the model was trained for, in tokens, `rope_scaling` how it got there.
+    ``dim`` is the width of the model (axis d), ``hidden_dim`` that of the feed-forward (f), ``n_layers`` the layers
+    (l), ``n_heads`` the query heads (k * g), ``n_kv_heads`` the key/value heads (k), ``vocab_size`` the tokens (v).
+    ``norm_eps`` is RMSNorm's epsilon and ``rope_theta`` the base of RoPE's frequencies. ``max_seq_len`` is the context,
+    in tokens, that the model was trained for, and ``rope_scaling`` the `RopeScaling` of that training, if any.
 
-    A whole number may be given where a float is meant; it is kept as that float. Raises `ValueError` for numbers that
-    make no model.
+    Raises `ValueError` for numbers that make no model. An integer may be given for a float, and is kept as a float.
+
+    >>> config = lf.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=128)
     """
 
     dim: int
@@ -89,19 +97,19 @@ class Config:
 
     @property
     def group_size(self) -> int:
-        """Query heads that share one key/value head (axis g)."""
+        """The number of query heads that share one key/value head (axis g)."""
         return self.n_heads // self.n_kv_heads
 
     @property
     def n_params(self) -> int:
-        """The number of parameters: v d twice, a norm, and a layer's 2 k g h d + 2 k h d + 3 f d + 2 d."""
+        """The number of parameters: 2 v d + d, and in each layer 2 k g h d + 2 k h d + 3 f d + 2 d."""
         attention = 2 * self.dim * self.n_heads * self.head_dim + 2 * self.dim * self.n_kv_heads * self.head_dim
         layer = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
         return 2 * self.vocab_size * self.dim + self.dim + self.n_layers * layer
 
 
 def _positive(name: str, value: Any) -> float:
-    """The value as a float. Raises `ValueError` for what is no finite number above 0, in the range of floats."""
+    """The value as a float. Raises `ValueError` for what is not a finite number above 0."""
     if is_number(value) and 0 < value < math.inf:
         try:
             return float(value)

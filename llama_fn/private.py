@@ -1,8 +1,8 @@
-"""Torch's private names: every one that this package uses, here alone (but for `torch.utils._pytree`, see `tree`).
+"""All of torch's private names that this package uses, except `torch.utils._pytree` (see `tree`).
 
-They change without notice, so this is the file to look at when a new torch comes out (`pyproject.toml` has the range
-that was seen to work). Each has its reason, and what stands in for it where a torch has none. What takes seconds to
-import is imported by whoever compiles.
+They change without notice, so look here first when a new torch comes out (`pyproject.toml` has the range that was
+tried). Each name comes with its reason, and with what replaces it in a torch that lacks it. Modules whose import takes
+seconds are imported only when something is compiled.
 """
 
 import importlib
@@ -11,13 +11,13 @@ import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-MISSING: list[str] = []  # those below that this torch does not have
+MISSING: list[str] = []  # names below that this torch does not have
 
 
 def _found(module: str, name: str, otherwise: Any) -> Any:
@@ -28,57 +28,59 @@ def _found(module: str, name: str, otherwise: Any) -> Any:
         return otherwise
 
 
-# --- What torch is doing. No public name tells; without these: nothing but what is public.
+# --- What torch is doing. No public name tells. Without these names, only what is public is known.
 
 is_wrapped = _found("torch._C", "_functorch.is_functorch_wrapped_tensor", lambda x: type(x) is not Tensor)
 is_mapped = _found("torch._C", "_functorch.is_batchedtensor", lambda x: False)
 _interpreters = _found("torch._C", "_functorch.get_interpreter_stack", lambda: None)
 _kinds = _found("torch._C", "_functorch.TransformType", SimpleNamespace(Grad="grad", Jvp="jvp"))
 _dispatch_mode = _found("torch._C", "_get_dispatch_mode", lambda key: None)
-_proxy = _found("torch._C", "_TorchDispatchModeKey.PROXY", None)  # of make_fx, which `is_compiling` does not tell
+_proxy = _found("torch._C", "_TorchDispatchModeKey.PROXY", None)  # for `make_fx`, of which `is_compiling` is false
 autocast = _found("torch._C", "_is_any_autocast_enabled", torch.is_autocast_enabled)
 FakeTensor = _found("torch._subclasses", "FakeTensor", ())
 
 
 def graph_is_made() -> bool:
-    """Whether `make_fx` writes down what runs."""
+    """Whether `make_fx` traces."""
     return _dispatch_mode(_proxy) is not None
 
 
 def levels() -> int:
-    """How many of torch.func's transforms are at work."""
+    """How many of torch.func's transforms are active."""
     return len(_interpreters() or ())
 
 
 def gradients() -> int:
-    """How many of them are gradients."""
+    """How many of the active transforms are gradients."""
     return sum(interpreter.key() == _kinds.Grad for interpreter in _interpreters() or ())
 
 
 def tangents() -> bool:
-    """Whether one of them is forward mode."""
+    """Whether one of the active transforms is forward mode."""
     return any(interpreter.key() == _kinds.Jvp for interpreter in _interpreters() or ())
 
 
 def dual_numbers() -> bool:
-    """Whether there are dual numbers around us that are not torch.func's."""
+    """Whether a `torch.autograd.forward_ad.dual_level` is entered."""
     return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def known_while_tracing(f: Callable) -> Callable:
-    """Have dynamo run `f` while it traces, and take its result for a constant: `torch.compiler.assume_constant_result`
-    without its import of a second.
+    """Let dynamo run `f` while it traces, and take the result for a constant.
+
+    This is `torch.compiler.assume_constant_result` without its import, which takes a second. Dynamo looks for the mark
+    on the function, so this is the only attribute that the package puts on one.
     """
-    f._dynamo_marked_constant = True
+    f._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return f
 
 
 def version(x: Tensor) -> int:
-    """How often the tensor was written to."""
+    """How often the tensor was written to in place."""
     return x._version
 
 
-# --- Rules for an operator of torch's own. `torch.library` has no level of them.
+# --- Derivatives and batching rules for one of torch's own operators. `torch.library` offers none for one transform.
 
 level = _found("torch._C", "_functorch.maybe_current_level", lambda: None)
 _add_axis = _found("torch._C", "_functorch._add_batch_dim", None)
@@ -89,7 +91,7 @@ one_level_of_autograd = _found("torch._functorch.utils", "enable_single_level_au
 
 
 def rules_can_be_set() -> bool:
-    """Whether all is there for a batching rule; without it torch's own way is slower, and right."""
+    """Whether this torch has all names that a batching rule needs. Without one, torch's own way is right but slower."""
     return None not in (_add_axis, _take_axis, _found("torch._functorch.pyfunctorch",
                                                       "retrieve_current_functorch_interpreter", None))
 
@@ -98,33 +100,33 @@ def mapped_size() -> int:
     """The size of the axis that the innermost `vmap` maps."""
     from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
-    return retrieve_current_functorch_interpreter().batch_size()
+    return cast(Any, retrieve_current_functorch_interpreter()).batch_size()  # declared for vmap's interpreter alone
 
 
 def take_axis(x: Tensor, level: int) -> tuple[Tensor, int | None]:
-    """A mapped tensor as the tensor beneath, and which axis is mapped."""
+    """The tensor beneath a mapped tensor, and which of its axes is mapped."""
     return _take_axis(x, level)
 
 
 def add_axis(x: Tensor, level: int) -> Tensor:
-    """The inverse, of the first axis."""
+    """The inverse of `take_axis`: the first axis becomes the mapped one."""
     return _add_axis(x, 0, level)
 
 
 def below_vmap() -> AbstractContextManager:
-    """Within it, operators are run as outside of `vmap`."""
+    """Within it, operators run as they do outside of `vmap`."""
     return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched))
 
 
 def has_batching_rule(name: str) -> bool:
-    """Whether torch has one for the operator by now."""
+    """Whether this torch has a batching rule of its own for the operator."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "FuncTorchBatched")
 
 
 # --- Kernels
 
 def copy_each(to: list[Tensor], values: list[Tensor]) -> None:
-    """Copy tensor by tensor, on a GPU by one kernel."""
+    """Copy each value to the tensor in its place; on a GPU by one kernel."""
     if (together := getattr(torch, "_foreach_copy_", None)) is not None:
         together(to, values)
         return
@@ -133,30 +135,34 @@ def copy_each(to: list[Tensor], values: list[Tensor]) -> None:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has products of bfloat16, so that oneDNN's are fast. Without this: as if it had."""
+    """Whether oneDNN's products of bfloat16 are fast: the processor has instructions for them.
+
+    Where torch does not tell, they are assumed to be.
+    """
     known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     return torch.backends.mkldnn.is_available() and known()
 
 
 def times_bytes(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Rows "r d" times an 8-bit weight "o d" with scales "o", which becomes no matrix of the rows' dtype."""
-    return torch._weight_int8pack_mm(rows, weight, scale)
+    """Rows "r d" times an 8-bit weight "o d" with scales "o", without a copy of the weight in the rows' dtype."""
+    return torch._weight_int8pack_mm(rows, weight, scale)  # pyright: ignore[reportPrivateImportUsage]
 
 
-# --- The compiler. `torch.compile` traces a layer five times as long, and looks for changes 0.1 ms a call.
+# --- The compiler beneath `torch.compile`, which takes five times as long to trace a layer, and 0.1 ms at each call.
 
 _bypass = _found("torch._higher_order_ops.wrap", "dynamo_bypassing_wrapper", None)
 
 
 def outside_of_dynamo(make: Callable, f: Callable, *args: Any, **kwargs: Any) -> Any:
-    """`make(f)(*args, **kwargs)`, where dynamo traces `f` to a graph, and `make` and what it makes are left alone. (It
-    drops the backward of an `autograd.Function`.) Without this, `f` is traced as it is.
+    """`make(f)(*args, **kwargs)`, where dynamo traces `f` alone, and neither `make` nor what it makes.
+
+    Dynamo would drop the backward of an `autograd.Function`. In a torch without this name, `f` is traced as it is.
     """
     return f(*args, **kwargs) if _bypass is None else _bypass(make, f, *args, **kwargs)
 
 
 def allow_shapes(most: int) -> None:
-    """Have dynamo compile a function for at least so many shapes; it gives up after 8. (Its import takes a second.)"""
+    """Let dynamo compile a function for at least so many shapes. By default it gives up after 8."""
     import torch._dynamo.config as config
 
     if hasattr(config, "recompile_limit"):
@@ -164,7 +170,7 @@ def allow_shapes(most: int) -> None:
 
 
 def lacking() -> str | None:
-    """Which of the names that `inductor` needs this torch does not have. (Whoever compiles pays their import, too.)"""
+    """Which of the names in `inductor` this torch does not have, or None."""
     try:
         inductor()
     except (ImportError, AttributeError) as error:
@@ -173,7 +179,7 @@ def lacking() -> str | None:
 
 
 def inductor() -> SimpleNamespace:
-    """The parts of `torch.compile` beneath dynamo: from a graph to what runs it. (Two seconds.)"""
+    """The parts of `torch.compile` beneath dynamo, which turn a graph into code. Their import takes two seconds."""
     import torch._inductor.codecache as code
     from torch._C._dynamo.guards import TensorGuards
     from torch._functorch.compile_utils import fx_graph_cse
@@ -189,13 +195,14 @@ def inductor() -> SimpleNamespace:
         TensorGuards=TensorGuards, same_once=fx_graph_cse, config=config, compile=compile_fx_inner,
         decompositions=select_decomp_table, set_fakes=V.set_fake_mode, FakeTensorMode=FakeTensorMode,
         tracing=lambda fakes: tracing(TracingContext(fakes)),
-        # What inductor asks once in a process: which sources torch has, which Triton, which instructions g++ knows.
+        # What inductor asks once in a process: a hash of torch's and Triton's sources, and what g++ can compile for.
         questions=(code.torch_key, code.CacheBase.get_system), instructions=pick_vec_isa, headers=code._HEADER_DIR)
 
 
 def load_cpp(source: str, flags: tuple[str, ...]) -> Any:
-    """Compile C++ as inductor does its loops, once for all processes, and load it. (`torch.utils.cpp_extension` wants
-    ninja, and takes five times as long.)
+    """Compile C++ as inductor compiles its loops, and load it. Inductor keeps the result for later processes.
+
+    `torch.utils.cpp_extension` needs ninja, and takes five times as long.
     """
     from torch._inductor.codecache import CppCodeCache
 

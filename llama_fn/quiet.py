@@ -1,26 +1,26 @@
-"""Torch's warnings about its own inside, which no caller causes or can help, stay unsaid (torch 2.13, 2.14)."""
+"""Filters for warnings of torch about its own code, which no caller causes or can avoid (torch 2.13 and 2.14)."""
 
 import warnings
 
-# Each is told by its message, its category and the module that it comes from.
+# The message, the category and the module of each warning.
 OWN = (
-    # The first forward mode of a process scripts formulas, the first compilation imports a class of scripted methods.
-    # (Torch 2.14 calls that a FutureWarning.)
+    # Torch scripts formulas at the first use of forward mode and at the first compilation. (It warns of that by a
+    # DeprecationWarning in 2.13, and by a FutureWarning in 2.14.)
     *((r"`torch\.jit\.script(_method)?` is (deprecated|not supported)", category, r"torch\.jit\._script")
       for category in (DeprecationWarning, FutureWarning)),
-    # The diagonal that `jacrev`, `jacfwd` and `hessian` take of their basis, compiled: inductor's check of its axes.
+    # Inductor checks the axes of a diagonal, which `jacrev`, `jacfwd` and `hessian` take when they are compiled.
     (r"`torch\._prims_common\.check` is deprecated", FutureWarning, r"torch\._inductor\.lowering"),
-    # The cosines and sines of RoPE, computed as complex numbers, once.
+    # RoPE's cosines and sines are computed as complex numbers (see `model/rope.py`).
     ("Torchinductor does not support code generation for complex operators", UserWarning,
      r"torch\._inductor\.lowering"),
-    # A constant of a graph that `linearize` computes at once.
+    # `linearize` computes constants of its graph in advance.
     ("Attempted to insert a get_attr Node with no underlying reference", UserWarning,
      r"torch\.fx\.experimental\.const_fold"),
 )
 
 
 def ignore() -> None:
-    """Put these filters before all others. The package does so when it is imported."""
+    """Put these filters before all others; the package does so when it is imported."""
     for message, category, module in OWN:
         warnings.filterwarnings("ignore", message, category, module)
 

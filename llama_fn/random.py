@@ -1,9 +1,7 @@
-"""Randomness as a value: JAX's keys and counters, so that one key gives the same bits as `jax.random`.
+"""Random numbers as pure functions of a key; the same key gives the same bits as ``jax.random``.
 
-Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), 20 rounds, counted as JAX's
-partitionable generator counts: element i of an array is the block function of the key at counter i, whatever the
-array's shape, the device, or the batch. A key is two 32-bit words. Torch does no arithmetic on unsigned words, so
-they lie in int64, each in [0, 2**32). To draw for many keys at once, `vmap` over them.
+A key is two 32-bit words, in int64. Threefry-2x32 (``threefry.py``) counts as JAX's partitionable generator does:
+element i of a result is its block function at counter i, on every device. For many keys, use ``torch.vmap``.
 """
 
 import math
@@ -17,19 +15,23 @@ from torch import Tensor
 from llama_fn import tree
 from llama_fn.ranges import integer, is_integer, number
 from llama_fn.shapes import typed
+from llama_fn.threefry import MASK, counters, long_remainder, signed, threefry2x32
+
+__all__ = ["bernoulli", "bits", "categorical", "fold_in", "gumbel", "key", "like", "normal", "permutation",
+           "rademacher", "randint", "split", "threefry2x32", "uniform"]
 
 Key = Int[Tensor, "2"]
 Shape = Sequence[int]
 
-MASK = 0xFFFFFFFF
-ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 MANTISSA_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
 
 
 @typed
 def key(seed: int, device: torch.device | str = "cpu") -> Key:
-    """The key of a seed in [0, 2**64): its high and low words. (Torch's default device has no say, here and elsewhere.)
+    """The key of a seed in [0, 2**64): its high and its low 32 bits; `ValueError` for another seed.
+
+    >>> key = lf.random.key(0)
     """
     seed = integer("random.key: seed", seed)
     if not 0 <= seed < 2**64:
@@ -39,14 +41,20 @@ def key(seed: int, device: torch.device | str = "cpu") -> Key:
 
 @typed
 def split(key: Key, num: int | tuple[int, ...] = 2) -> Int[Tensor, "*num 2"]:
-    """`num` new keys, independent of each other and of this one (which should not be used again)."""
-    shape = (num,) if is_integer(num) else num
-    return torch.stack(threefry2x32(key, *_counters(shape, key.device)), -1)
+    """New keys, ``num`` of them or an array of that shape; do not use the given key again.
+
+    >>> key, noise = lf.random.split(key)
+    """
+    shape = num if isinstance(num, tuple) else (num,)
+    return torch.stack(threefry2x32(key, *counters(shape, key.device)), -1)
 
 
 @typed
 def fold_in(key: Key, data: int | Int[Tensor, ""]) -> Key:
-    """The key's child number `data`, in [0, 2**32): a position, a step, a rank."""
+    """The child of a key with a number in [0, 2**32), as a position or a step; `ValueError` for another number.
+
+    >>> first, second = lf.random.fold_in(key, 1), lf.random.fold_in(key, 2)
+    """
     if is_integer(data) and not 0 <= data <= MASK:
         raise ValueError(f"random.fold_in: data lies in [0, 2**32), got {data}")
     low = torch.as_tensor(data, device=key.device).to(torch.int64) & MASK
@@ -55,22 +63,28 @@ def fold_in(key: Key, data: int | Int[Tensor, ""]) -> Key:
 
 @typed
 def bits(key: Key, shape: Shape = (), width: int = 32) -> Int[Tensor, "*shape"]:
-    """Uniform words of `width` bits (8, 16, 32 or 64) in int64; of 64 bits, the word's two's complement."""
+    """Uniform random words of ``width`` bits: unsigned words of 8, 16 or 32 bits, or the two's complement of 64 bits.
+
+    >>> words = lf.random.bits(key, (3, 4))
+    """
     if (width := integer("random.bits: width", width)) not in (8, 16, 32, 64):
         raise ValueError(f"random.bits: width must be 8, 16, 32 or 64, got {width}")
-    high, low = threefry2x32(key, *_counters(shape, key.device))
+    high, low = threefry2x32(key, *counters(shape, key.device))
     return (high << 32) | low if width == 64 else (high ^ low) & (2**width - 1)
 
 
 @typed
 def uniform(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32,
             minval: float = 0.0, maxval: float = 1.0) -> Float[Tensor, "*shape"]:
-    """Uniform on [minval, maxval): as many random bits as the dtype's mantissa has.
+    """Uniform numbers in [minval, maxval), with as many random bits as the dtype's mantissa has.
 
-    On [0, 1) nothing rounds up to 1; a narrow range far from 0 may round up to `maxval`, as in JAX.
+    In [0, 1) no number is rounded up to 1. In a narrow range far from 0 a number may be rounded up to ``maxval``, as in
+    JAX. Raises `ValueError` for a limit that is not finite.
+
+    >>> x = lf.random.uniform(key, (3, 4), minval=-1.0)
     """
     mantissa = MANTISSA_BITS[dtype]
-    width = 8 if mantissa < 8 else torch.finfo(dtype).bits  # as JAX does: bfloat16 draws 8 bits
+    width = 8 if mantissa < 8 else torch.finfo(dtype).bits  # like JAX, which draws 8 bits for bfloat16
     integer = (bits(key, shape, width) >> (width - mantissa)) & (2**mantissa - 1)
     limits = (number(f"random.uniform: {name}", x, -math.inf, above=True)
               for name, x in (("minval", minval), ("maxval", maxval)))
@@ -81,12 +95,13 @@ def uniform(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32,
 @typed
 def randint(key: Key, shape: Shape, minval: int, maxval: int,
             dtype: torch.dtype = torch.int32) -> Integer[Tensor, "*shape"]:
-    """Uniform integers of [minval, maxval): the remainder of random words by the size of the range.
+    """Uniform integers in [minval, maxval): the remainders of random words divided by the size of the range.
 
-    As in JAX, limits beyond the dtype are moved to its edge (a `maxval` of its largest number plus 1 includes that
-    number), and an empty range gives `minval`. Up to 2**16 numbers come of two words each, and their probabilities are
-    equal to 2**-48; more of them come of one word (of int64, the words have 64 bits, and up to 2**32 come of two).
-    Raises `ValueError` for a dtype that is not of integers.
+    As in JAX, a limit that the dtype cannot hold becomes its nearest number, but ``maxval`` may be one above the
+    largest. An empty range gives ``minval``. A range of up to 2**16 integers (2**32 for int64) takes two random words
+    for each, so that their probabilities are equal to 2**-48. Raises `ValueError` for a dtype that is not of integers.
+
+    >>> dice = lf.random.randint(key, (10,), 1, 7)
     """
     if dtype not in INTEGERS:
         raise ValueError(f"random.randint: dtype must be one of {', '.join(map(str, INTEGERS))}, got {dtype}")
@@ -94,22 +109,21 @@ def randint(key: Key, shape: Shape, minval: int, maxval: int,
     info, width = torch.iinfo(dtype), max(32, torch.iinfo(dtype).bits)
     low, high = max(info.min, min(minval, info.max)), max(info.min, min(maxval, info.max + 1))
     span = max(high - low, 1)
-    higher, lower = (_remainder(bits(each, shape, width), span, width) for each in split(key))
-    wrapped = (2 ** (width // 2) % span) ** 2 % 2**width % span  # 2**width % span, but for ranges above 2**(width / 2)
-    total = higher * _signed(wrapped) + lower  # modulo 2**64
-    return (_remainder(total if width == 64 else total & MASK, span, width) + _signed(low)).to(dtype)
+    upper_words, lower_words = (bits(each, shape, width) for each in split(key))
+    return (long_remainder(upper_words, lower_words, span, width) + signed(low)).to(dtype)
 
 
 @typed
 def permutation(key: Key, x: int | Shaped[Tensor, "..."], axis: int = 0,
                 independent: bool = False) -> Shaped[Tensor, "..."]:
-    """The numbers 0 to x - 1 in random order, or a tensor with its slices along `axis` in random order; if they are
-    `independent`, each vector along that axis is in an order of its own.
+    """The integers 0 to x - 1 in random order; or a tensor with its slices along an axis in random order.
 
-    The elements are sorted by random words, three times if they are many, so that equal words hardly matter. Raises
-    `ValueError` for a negative number and for an axis that the tensor does not have.
+    If ``independent``, every vector along ``axis`` has an order of its own; else all have the same. Raises `ValueError`
+    for a negative number and for an axis that the tensor does not have.
+
+    >>> order = lf.random.permutation(key, 10)
     """
-    if is_integer(x):
+    if not isinstance(x, Tensor):
         x = torch.arange(integer("random.permutation: the number of elements", x, 0), device=key.device)
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"random.permutation: axis {axis} is not one of a tensor of {x.ndim} axes")
@@ -120,15 +134,18 @@ def permutation(key: Key, x: int | Shaped[Tensor, "..."], axis: int = 0,
 
 @typed
 def bernoulli(key: Key, p: float | Float[Tensor, "..."] = 0.5, shape: Shape | None = None) -> Bool[Tensor, "*shape"]:
-    """True with probability `p`: where a uniform number of its dtype (float32 for a plain number) is below it.
+    """True with probability ``p``, else False.
 
-    `shape` is that of `p`, or one that `p` can be broadcast to. Raises `ValueError` for another.
+    ``shape`` is that of ``p``, or one that ``p`` can be broadcast to; `ValueError` for another. It is true where a
+    uniform number, in the dtype of ``p`` (float32 for a plain number), is below ``p``.
+
+    >>> mask = lf.random.bernoulli(key, 0.1, (3, 4))
     """
     p = torch.as_tensor(p, dtype=None if isinstance(p, Tensor) else torch.float32, device=key.device)
     shape = p.shape if shape is None else tuple(shape)
     try:
         fits = torch.broadcast_shapes(p.shape, shape) == torch.Size(shape)
-    except (RuntimeError, ValueError):  # the second for an axis below 0
+    except (RuntimeError, ValueError):  # ValueError: a negative size
         fits = False
     if not fits:
         raise ValueError(f"random.bernoulli: p of shape {tuple(p.shape)} cannot be broadcast to {tuple(shape)}")
@@ -137,29 +154,41 @@ def bernoulli(key: Key, p: float | Float[Tensor, "..."] = 0.5, shape: Shape | No
 
 @typed
 def normal(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
-    """Standard normal, by the inverse of its distribution function: sqrt(2) erfinv(u), u uniform on (-1, 1)."""
-    smallest = -1 + torch.finfo(dtype).eps / 2  # the next number after -1
+    """Standard normal numbers: sqrt(2) erfinv(u), with u uniform in (-1, 1).
+
+    >>> x = lf.random.normal(key, (3, 4))
+    """
+    smallest = -1 + torch.finfo(dtype).eps / 2  # the number after -1, so that -1 itself is left out
     return torch.erfinv(uniform(key, shape, dtype, smallest, 1.0)) * math.sqrt(2)
 
 
 @typed
 def rademacher(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
-    """Random signs: 1 and -1, equally likely."""
+    """Random signs: 1 and -1, equally likely.
+
+    >>> signs = lf.random.rademacher(key, (3, 4))
+    """
     return 1 - 2 * (bits(key, shape) >> 31).to(dtype)
 
 
 @typed
 def gumbel(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
-    """Standard Gumbel: -log(-log u), u uniform on (0, 1)."""
+    """Standard Gumbel numbers: -log(-log u), with u uniform in (0, 1).
+
+    >>> noise = lf.random.gumbel(key, (3, 4))
+    """
     return -torch.log(-torch.log(uniform(key, shape, dtype, torch.finfo(dtype).tiny, 1.0)))
 
 
 @typed
 def categorical(key: Key, logits: Float[Tensor, "*logits"], axis: int = -1,
                 shape: Shape | None = None) -> Int[Tensor, "*indices"]:
-    """Indices along `axis` with probabilities softmax(logits), by the Gumbel-max trick.
+    """Indices along an axis of the logits, with the probabilities softmax(logits), by the Gumbel-max trick.
 
-    `shape`, if given, ends in the shape of `logits` without `axis`; the axes before it are independent draws.
+    ``shape``, if given, ends with the shape of ``logits`` without ``axis``; the axes before that are independent draws.
+    Raises `ValueError` for another shape.
+
+    >>> token = lf.random.categorical(key, logits)
     """
     axis = axis % logits.ndim
     batch = (*logits.shape[:axis], *logits.shape[axis + 1:])
@@ -173,60 +202,17 @@ def categorical(key: Key, logits: Float[Tensor, "*logits"], axis: int = -1,
 
 @typed
 def like(key: Key, value: Any, draw: Callable[[Key, Shape, torch.dtype], Tensor] = normal) -> Any:
-    """A tree of draws, each leaf with a key of its own, and of the shape, dtype and device of that leaf of `value`.
+    """A tree of ``draw(key, shape, dtype)`` for each leaf of a tree, with a key each (Optax's ``tree.random_like``).
 
-    (Optax's `tree.random_like`.)
+    >>> direction = lf.random.like(key, params)
     """
     keys = iter(split(key, len(tree.leaves(value))))
     return tree.map(lambda x: draw(next(keys).to(x.device), x.shape, x.dtype), value)
 
 
 def _shuffled(key: Tensor, x: Tensor, axis: int) -> Tensor:
-    """`x` sorted along an axis by random words, so often that hardly any two have equal words every time."""
+    """`x` sorted along an axis by random words: three times if it is large, so that equal words hardly matter."""
     for _ in range(math.ceil(3 * math.log(max(1, x.numel())) / math.log(MASK))):
         key, other = split(key)
         x = x.gather(axis, bits(other, x.shape).sort(dim=axis, stable=True).indices)
     return x
-
-
-def _remainder(x: Tensor, span: int, width: int) -> Tensor:
-    """Unsigned words modulo `span`, which is 2**width at most. Those of 64 bits lie in int64 as two's complement."""
-    if span >> width:
-        return x
-    if width < 64:
-        return x % span
-    if span >> 63:  # a word is at most one span too large; comparison without signs is that with the first bit turned
-        return torch.where((x ^ -2**63) >= _signed(span ^ 2**63), x - _signed(span), x)
-    half = (x >> 1 & 2**63 - 1) // span * 2  # a quotient that is right, or too small by one
-    rest = x - half * span
-    return torch.where((rest < 0) | (rest >= span), rest - span, rest)
-
-
-def _signed(word: int) -> int:
-    """The number in int64 that has the word's 64 bits."""
-    return (word + 2**63) % 2**64 - 2**63
-
-
-def threefry2x32(key: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
-    """The block function: 20 rounds over the counter (x0, x1), the key added in after every four.
-
-    In between, words lie in int32, where sums and shifts wrap as those of unsigned words do: half the memory.
-    """
-    k0, k1, x0, x1 = (x.to(torch.int32) for x in (key[..., 0], key[..., 1], x0, x1))
-    schedule = (k0, k1, k0 ^ k1 ^ 0x1BD11BDA)
-    x0, x1 = x0 + k0, x1 + k1
-    for i in range(5):
-        for r in ROTATIONS[i % 2]:
-            x0 = x0 + x1
-            x1 = x0 ^ ((x1 << r) | (x1 >> 32 - r & 2**r - 1))  # a shift to the right brings the sign with it
-        x0 = x0 + schedule[(i + 1) % 3]
-        x1 = x1 + (schedule[(i + 2) % 3] + (i + 1))
-    return x0.to(torch.int64) & MASK, x1.to(torch.int64) & MASK
-
-
-def _counters(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
-    """0, 1, 2, ... in row-major order, as high and low words."""
-    if any(n < 0 for n in shape):
-        raise ValueError(f"random: a shape has no axis below 0, got {tuple(shape)}")
-    count = torch.arange(math.prod(shape), device=device).reshape(tuple(shape))
-    return count >> 32, count & MASK

@@ -1,6 +1,6 @@
-"""What counts as a number, and whether it lies in a range. `typed` and every function with settings ask here.
+"""What counts as a number, and whether it lies in a range; `typed` and every function with settings use these rules.
 
-As PEP 484 has it, an int is a number wherever a float is meant. NumPy's scalars are numbers. A bool is none.
+As in PEP 484, an integer is accepted as a float. NumPy's scalars are numbers. A bool is not a number.
 """
 
 import math
@@ -12,18 +12,17 @@ import torch
 INTEGERS = (int, np.integer, torch.SymInt)  # the last stands for a size that may change, in a traced function
 
 def is_integer(value: Any) -> bool:
-    """Whether the value is an integer, Python's or NumPy's, and no bool."""
+    """Whether the value is an integer of Python or NumPy, and not a bool."""
     return isinstance(value, INTEGERS) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether the value is an integer or a float, Python's or NumPy's, and no bool. NaN and infinity are numbers here.
-    """
+    """Whether the value is an integer or a float of Python or NumPy, NaN and infinity included, and not a bool."""
     return is_integer(value) or isinstance(value, (float, np.floating))
 
 
 def integer(name: str, value: Any, least: int | None = None) -> int:
-    """The value as Python's int. Raises `ValueError` for what is no integer, and for one below `least`."""
+    """The value as an integer of Python. Raises `ValueError` for anything else, and for an integer below `least`."""
     if not is_integer(value):
         raise ValueError(f"{name} must be an integer, got {value!r}")
     if least is not None and value < least:
@@ -33,10 +32,10 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
 
 def number(name: str, value: Any, low: float = 0.0, high: float = math.inf, *, above: bool = False,
            below: bool | None = None) -> float:
-    """The value as Python's float.
+    """The value as a float of Python.
 
-    Raises `ValueError` for what is no number, for NaN, and for a number outside [low, high]. `above` leaves out `low`,
-    `below` leaves out `high`; None leaves out an infinite one.
+    The value must lie in [low, high]; `above` leaves out `low` itself, and `below` leaves out `high`. `below` None
+    leaves out `high` if it is infinite. Raises `ValueError` for other values, among them NaN.
     """
     below = math.isinf(high) if below is None else below
     if is_number(value):

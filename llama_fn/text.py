@@ -1,4 +1,4 @@
-"""Text and JSON from bytes: UTF-8, with or without a byte-order mark, and an error that names the place."""
+"""Reads text and JSON from bytes in UTF-8; errors name the file and the place in it."""
 
 import codecs
 import json
@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# UTF-32's mark for little endian begins with UTF-16's, so it is looked for first.
+# UTF-32 comes first, because its little-endian mark begins with that of UTF-16.
 OTHER_MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
                (codecs.BOM_UTF16_BE, "UTF-16"))
-# Of 16 bytes of plain English, those that are 0 in other encodings (as RFC 4627, section 3, tells them apart).
+# Which of 16 bytes are 0 where English text is in another encoding (RFC 4627, section 3).
 OTHER_ZEROS = {b"\1\0" * 8: "UTF-16", b"\0\1" * 8: "UTF-16", b"\1\0\0\0" * 4: "UTF-32", b"\0\0\0\1" * 4: "UTF-32"}
-DIGITS = 4300  # of a whole number; Python reads no longer one by default
+DIGITS = 4300  # of an integer; Python's own default limit
 
 
 def decode(data: bytes, where: str) -> str:
     """The text of a whole file or pipe.
 
-    A byte-order mark at the beginning is not part of the text. Line ends are "\\n", as in Python's text mode: CRLF and
-    CR become LF. Raises `ValueError` that begins with `where` for bytes that are not UTF-8.
+    A byte-order mark at the beginning is left out. Line ends become LF, as in Python's text mode: CRLF and CR are
+    replaced. Raises `ValueError`, which begins with `where`, for bytes that are not UTF-8.
     """
     text = characters(data, where)
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
@@ -37,7 +37,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-    """The value of each line of a JSON-lines file that is not blank, and where it stands ("FILE, line 3")."""
+    """The value of each line of a JSON-lines file, and its place ("FILE, line 3"). Blank lines are skipped."""
     with Path(path).open("rb") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{path}, line {number}"
@@ -47,10 +47,10 @@ def json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
 
 
 def parse(text: str, where: str) -> Any:
-    """A JSON value (RFC 8259). NaN and Infinity are read, too: Python's and many others' files have them.
+    """A JSON value (RFC 8259); NaN and Infinity are accepted, as many programs write them.
 
-    Raises `ValueError` that begins with `where` for anything else, for a name given twice in one object, for a whole
-    number of more than 4300 digits, and for nesting too deep for Python.
+    Raises `ValueError`, which begins with `where`, for anything else, for a name given twice in one object, for an
+    integer of more than 4300 digits, and for nesting that is too deep for Python.
     """
 
     def whole(digits: str) -> int:
@@ -77,7 +77,7 @@ def parse(text: str, where: str) -> Any:
 
 
 def other_encoding(data: bytes) -> str | None:
-    """What is wrong with bytes that begin a file in UTF-16 or UTF-32, with a byte-order mark or without; else None."""
+    """An error message for bytes that begin a file in UTF-16 or UTF-32; None for others."""
     name = next((name for mark, name in OTHER_MARKS if data.startswith(mark)), None)
     by = "its byte-order mark" if name else "its zero bytes"
     name = name or OTHER_ZEROS.get(bytes(byte != 0 for byte in data[:16]))
@@ -85,7 +85,11 @@ def other_encoding(data: bytes) -> str | None:
 
 
 def characters(data: bytes, where: str, begins: bool = True) -> str:
-    """The characters of bytes, line ends as they are. A byte-order mark before those that begin a file is left out."""
+    """The text of bytes, with line ends as they are.
+
+    If the bytes begin a file, a byte-order mark is left out. Raises `ValueError`, which begins with `where`, for bytes
+    that are not UTF-8.
+    """
     mark = codecs.BOM_UTF8 if begins and data.startswith(codecs.BOM_UTF8) else b""
     if begins and (other := other_encoding(data)):
         raise ValueError(f"{where}: {other}")

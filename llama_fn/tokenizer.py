@@ -1,12 +1,8 @@
 """Text to tokens and back: SentencePiece BPE with byte fallback, as LLaMA 2 uses it."""
 
 import dataclasses
-import io
-import itertools
 import os
 import re
-import threading
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,33 +11,29 @@ from typing import Any
 import sentencepiece as spm
 
 from llama_fn import tokenizer_json, tree
-from llama_fn.ranges import integer
 from llama_fn.text import read_json
 
-LARGEST_FILE = 1 << 24  # bytes of a `tokenizer.model`; one of 256,000 tokens has a quarter of it
-LARGEST_JSON = 1 << 26  # bytes of a `tokenizer.json`; that of LLaMA 2 has 2 MB, of 256,000 tokens 35
-LONGEST_LINE = 1 << 16  # characters; SentencePiece skips a longer line without a word, so it comes in parts
-VOCABULARY = 1024  # tokens, where nobody says how many
-COVERAGE = 0.99995  # of all characters; the rarest are bytes
+LARGEST_FILE = 1 << 24  # bytes of a `tokenizer.model`; a file of 256,000 tokens is a quarter of that
+LARGEST_JSON = 1 << 26  # bytes of a `tokenizer.json`; LLaMA 2's has 2 MB, a file of 256,000 tokens 35 MB
 
 
 @tree.constant
 @dataclass(frozen=True)
 class Tokenizer:
-    """A SentencePiece model, and tokens added to it. A constant in a pytree, as a config is.
+    """A SentencePiece model with the tokens that were added to it; a constant in a pytree, as `Config` is.
 
-    Two are equal if all that is given is equal. `added` are ids and names of tokens that the model does not have, as
-    fine-tuning adds them, or has under another name. An id without a name ("") is a row of the weights that stands for
-    no text, as padding of a vocabulary does. `special` are the ids of added tokens that decode to nothing, as begin and
-    end do. `legacy` is transformers' word: what stands between special tokens is encoded as a text of its own, with
-    SentencePiece's space before it; if not, only the first part of a text has that space.
+    ``model`` is the file of a SentencePiece model. ``added`` are the ids and names of tokens that fine-tuning added, or
+    gave another name. An id with the name "" is a row of the weights that stands for no text, as padding does.
+    ``special`` are the ids of added tokens that decode to nothing. ``legacy`` is a setting of transformers. If true,
+    each part of a text between special tokens is encoded by itself, with SentencePiece's space before it; else only the
+    first part gets that space.
 
-    `chat_template` is the Jinja template of a folder's dialogs. None stands for LLaMA 2's format by Meta's rules, and
-    "" for a folder of Hugging Face's that has no template. `end_ids` are tokens that end a generation, besides
-    `eos_id`. `token_names` are what a template calls tokens by, as `("eos_token", "</s>")`, if not by the names of
-    the model.
+    ``chat_template`` is the Jinja template of dialogs: None stands for LLaMA 2's format, and "" for a Hugging Face
+    folder without a template. ``end_ids`` are tokens that end a generation, besides ``eos_id``. ``token_names`` are the
+    names that a template has for tokens, as ``("eos_token", "</s>")``, where they differ from the model's. Raises
+    `ValueError` if ``model`` is not a SentencePiece model, and for an added token that is not an id and a name.
 
-    Raises `ValueError` if `model` is no such model, and for ids that are none.
+    >>> small: lf.Tokenizer = lf.train_tokenizer(texts, 400)
     """
 
     model: bytes = field(repr=False)
@@ -53,7 +45,7 @@ class Tokenizer:
     token_names: tuple[tuple[str, str], ...] = ()
     processor: spm.SentencePieceProcessor = field(init=False, repr=False, compare=False)
     names: dict[int, str] = field(init=False, repr=False, compare=False)  # of the added tokens
-    specials: dict[str, int] = field(init=False, repr=False, compare=False)  # special and added tokens by their names
+    specials: dict[str, int] = field(init=False, repr=False, compare=False)  # ids of special and added tokens
 
     def __post_init__(self) -> None:
         for id, name in self.added:
@@ -85,15 +77,15 @@ class Tokenizer:
 
     @property
     def ends(self) -> frozenset[int]:
-        """The tokens that end a generation: `eos_id` and `end_ids`."""
+        """The tokens that end a generation: `eos_id` and those of ``end_ids``."""
         return frozenset((self.eos_id, *self.end_ids))
 
     def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = False) -> list[int]:
-        """The tokens of a text. The name of a special or an added token written out in it ("<s>") is plain text,
-        unless `special`: then it is that token, so never say it of what a user wrote.
+        """The tokens of a text, with the begin token before and without the end token behind it by default.
 
-        Raises `ValueError` for half a surrogate pair, which no UTF-8 text holds, and for a begin or an end that the
-        tokenizer does not have.
+        The name of a special or added token in the text, as "<s>", is plain text. With ``special`` it is that token
+        instead: never set it for text that a user wrote. Raises `ValueError` for a lone surrogate, which no UTF-8 text
+        holds, and for a begin or end token that the tokenizer does not have.
         """
         try:
             text.encode()
@@ -108,16 +100,20 @@ class Tokenizer:
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, ids: Sequence[int], continued: bool = False) -> str:
-        """The text of tokens. Begin, end and special added tokens say nothing; other added tokens are their names; each
-        byte that is not UTF-8 becomes one U+FFFD.
+        """The text of tokens; begin, end and special added tokens are left out, and other added tokens are their names.
 
-        Where SentencePiece puts a space before a text's first word, it takes it away here. Tokens that go on with a
-        text are `continued`: they keep their space. Raises `ValueError` for a token outside the vocabulary.
+        Each byte that is not UTF-8 becomes one U+FFFD. SentencePiece puts a space before the first word of a text,
+        which is left out here; if ``continued``, the tokens continue a text, and the space is kept. Raises `ValueError`
+        for a token outside the vocabulary.
         """
         return "".join(self.decode_stream(ids, continued))
 
     def decode_stream(self, ids: Iterable[int], continued: bool = False) -> Iterator[str]:
-        """Pieces of text as tokens come, which join to exactly `decode` of all; a character waits for its last byte."""
+        """The text of tokens piece by piece, as the tokens come; the pieces join to the `decode` of all tokens.
+
+        A character of several tokens comes when its last byte does. Raises `ValueError` for a token outside the
+        vocabulary.
+        """
         waiting, begin = b"", None if continued else []
         for token in ids:
             if not 0 <= token < self.vocab_size:
@@ -134,8 +130,10 @@ class Tokenizer:
             yield "\ufffd" * len(waiting)
 
     def _word(self, token: int, begin: list[int] | None) -> str:
-        """The text of a token that is no byte. `begin` are the tokens before it as long as they had no text, and takes
-        this one: what becomes of the first space is for SentencePiece to say, by its model's own settings.
+        """The text of a token that is not a byte.
+
+        `begin` collects the tokens of a text as long as they have no text, this one included, so that SentencePiece
+        decides about the space before the first word by the settings of its model. It is None after the first text.
         """
         if not self._is_piece(token):
             return "" if token in self.special else self.names.get(token, "")
@@ -149,15 +147,15 @@ class Tokenizer:
         return self.processor.id_to_piece(token).replace("\u2581", " ")
 
     def _is_piece(self, token: int) -> bool:
-        """Whether the token means what SentencePiece says."""
+        """Whether the token means what it means to SentencePiece, and is not an added token."""
         return token not in self.names and token < self.processor.vocab_size()
 
     def _with_special(self, text: str) -> list[int]:
-        """The tokens of a text in which names stand for tokens; of two names at one place, the longer one."""
+        """The tokens of a text in which names stand for tokens. Where two names begin, the longer one is taken."""
         if not self.specials:
             return self.processor.encode(text)
         parts = re.split(f"({'|'.join(map(re.escape, sorted(self.specials, key=len, reverse=True)))})", text)
-        # Settings that come again in a SentencePiece model replace the first: this is add_dummy_prefix=false.
+        # A setting that a model has twice has its last value: these bytes set add_dummy_prefix=false.
         within = self.processor if self.legacy else _processor(self.model + b"\x1a\x02\x18\x00")
         ids = self.processor.encode(parts[0])
         for name, rest in zip(parts[1::2], parts[2::2], strict=True):
@@ -177,7 +175,7 @@ def _processor(model: bytes) -> spm.SentencePieceProcessor:
 
 
 def _complete(data: bytes) -> tuple[str, bytes]:
-    """The characters that `data` completes, and the bytes of one that it does not."""
+    """The text of the complete characters in the data, and the bytes of an incomplete character at its end."""
     text = ""
     while data:
         try:
@@ -192,9 +190,11 @@ def _complete(data: bytes) -> tuple[str, bytes]:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read a `tokenizer.model`, or a `tokenizer.json` of LLaMA's kind, with the tokens that were added there.
+    """The tokenizer of a ``tokenizer.model`` file, or of a ``tokenizer.json`` of LLaMA's kind with its added tokens.
 
-    Raises `FileNotFoundError`, or `ValueError` naming the file if it is something else.
+    Raises `FileNotFoundError` for a missing file, and `ValueError`, which names the file, for one of another kind.
+
+    >>> tokenizer = lf.load_tokenizer("my-model/tokenizer.model")
     """
     path, is_json = Path(path), Path(path).suffix == ".json"
     largest = LARGEST_JSON if is_json else LARGEST_FILE
@@ -208,74 +208,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def tokenizer_of_json(settings: Any, bos: str = "<s>", eos: str = "</s>") -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`. `bos` and `eos` are the names of the tokens that begin and end a text.
+    """The tokenizer of a ``tokenizer.json``; `bos` and `eos` are the names of the tokens that begin and end a text.
 
-    Raises `ValueError` for another kind than LLaMA's.
+    Raises `ValueError` for another kind of tokenizer than LLaMA's.
     """
     model, legacy = tokenizer_json.rebuilt(settings, bos, eos)
     size = len(settings["model"]["vocab"])
     added = sorted((id, *token) for id, token in tokenizer_json.added_tokens(settings).items() if id >= size)
     return Tokenizer(model, tuple((id, name) for id, name, _ in added),
                      tuple(id for id, _, special in added if special), legacy)
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
-    """Learn a BPE vocabulary with LLaMA 2's settings: byte fallback, single digits, no normalization.
-
-    The vocabulary holds 3 special tokens, 256 bytes, the characters seen, and merges; the same texts give the same one.
-    With `vocab_size` None it has 1024 tokens: fewer if the texts cannot fill it, more if it could not hold their
-    characters. Raises `ValueError` if there is no text, if the texts cannot fill a given size, or if it is too small
-    for their characters; an error raised by `texts` comes out as it is.
-    """
-    # All lines are read first. SentencePiece would rename whatever an iterator raises, even Ctrl-C.
-    size = vocab_size if vocab_size is None else integer("train_tokenizer: vocab_size", vocab_size)
-    lines = [line[start:start + LONGEST_LINE] for text in texts for line in text.splitlines() if line.strip()
-             for start in range(0, len(line), LONGEST_LINE)]
-    if not lines:
-        raise ValueError(f"no tokenizer of {size or VOCABULARY} tokens can be learned from these texts: they are empty")
-    if size is not None:
-        if size < 260:
-            raise ValueError(f"no tokenizer of {size} tokens can be learned from these texts: 3 special tokens and 256 "
-                             "bytes alone are 259; give a larger vocab_size")
-        return _learn(lines, size)
-    needed = 3 + 256 + _frequent_characters(lines)
-    size = VOCABULARY if needed < VOCABULARY else 2 * needed
-    try:
-        return _learn(lines, size)
-    except ValueError:
-        fits = _learn(lines, size, hard_vocab_limit=False).vocab_size
-        return _learn(lines, fits)  # the file then is that of a given size, to the last byte
-
-
-def _learn(lines: list[str], vocab_size: int, hard_vocab_limit: bool = True) -> Tokenizer:
-    out, failed = io.BytesIO(), []
-
-    def learn() -> None:
-        try:
-            spm.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines), model_writer=out, model_type="bpe", vocab_size=vocab_size,
-                hard_vocab_limit=hard_vocab_limit, byte_fallback=True, split_digits=True,
-                allow_whitespace_only_pieces=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
-                character_coverage=COVERAGE, max_sentence_length=4 * LONGEST_LINE, num_threads=1, minloglevel=2)
-        except Exception as error:
-            failed.append(error)
-
-    # In a thread of its own: it takes half a minute for 40 MB, and only the main one hears Ctrl-C.
-    thread = threading.Thread(target=learn, daemon=True)
-    thread.start()
-    thread.join()
-    if failed and not isinstance(failed[0], RuntimeError | ValueError):
-        raise failed[0]
-    if failed:
-        raise ValueError(f"no tokenizer of {vocab_size} tokens can be learned from these texts: "
-                         f"{str(failed[0]).split(']')[-1].strip() or failed[0]}")
-    return Tokenizer(out.getvalue())
-
-
-def _frequent_characters(lines: list[str]) -> int:
-    """How many characters get a token: the commonest that together make up COVERAGE of all."""
-    counts: Counter[str] = Counter()
-    for line in lines:  # all at once would be one call, which Ctrl-C does not interrupt
-        counts.update(line)
-    reached = itertools.accumulate(count for _, count in counts.most_common())
-    return 1 + sum(total < COVERAGE * counts.total() for total in reached)

@@ -1,8 +1,9 @@
-"""Hugging Face's `tokenizer.json` of a LLaMA: made of a SentencePiece model, and turned back into it.
+"""Converts between a SentencePiece model and Hugging Face's ``tokenizer.json`` of the same LLaMA tokenizer.
 
-There, a merge is a pair of pieces, and the first pair in the list goes first. In SentencePiece a merge is any pair that
-makes a piece, and the piece of the highest score goes first. The two are the same if all pairs that make one piece
-stand together in the list, and none is missing. Both are checked; whatever else does not fit is refused by name.
+The two formats describe merges differently. In ``tokenizer.json`` a merge is a pair of pieces, and pairs that come
+first in the list are merged first. In SentencePiece, every pair that makes a piece may be merged, and the piece with
+the highest score goes first. They agree if the list has all pairs that make a piece, one after another. `rebuilt`
+checks this, and refuses any other tokenizer with an error that names the reason.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from llama_fn.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Piece, bpe_model
 
 SPACE = "\u2581"
-LONGEST_PIECE = 512  # characters; LLaMA's have at most 16, and the time to read one grows with the square of them
+LONGEST_PIECE = 512  # characters; LLaMA's pieces have at most 16, and the time to read one grows with their square
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 PREPEND = {"type": "Prepend", "prepend": SPACE}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -19,9 +20,11 @@ REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 def written(pieces: Sequence[Piece], added: Mapping[int, tuple[str, bool]], prefix: bool, legacy: bool,
             bos_id: int) -> dict[str, Any]:
-    """The `tokenizer.json` of a BPE model's pieces and of added tokens (name, and whether it is special, by id).
+    """The ``tokenizer.json`` of a BPE model's pieces and of added tokens.
 
-    `prefix`: a text gets a space before it. If `legacy`, so does every part of it between special tokens.
+    `added` has the name of each added token, and whether it is special, by its id.
+
+    With `prefix`, a space is put before a text. With `legacy`, also before every part of a text between special tokens.
     """
     ids = {piece.text: id for id, piece in enumerate(pieces) if piece.type == NORMAL}
     ranked = sorted(ids, key=lambda text: -pieces[ids[text]].score)
@@ -51,17 +54,18 @@ def written(pieces: Sequence[Piece], added: Mapping[int, tuple[str, bool]], pref
 
 
 class Rebuilt(NamedTuple):
-    """A SentencePiece model, and transformers' word `legacy`: whether a space comes before every part of a text."""
+    """A SentencePiece model, and transformers' setting `legacy` (see `Tokenizer`)."""
 
     model: bytes
     legacy: bool
 
 
 def rebuilt(settings: Mapping[str, Any], bos: str = "<s>", eos: str = "</s>") -> Rebuilt:
-    """The model of a `tokenizer.json`. `bos` and `eos` are the names of the tokens that begin and end a text; one that
-    the vocabulary does not have is none.
+    """The SentencePiece model of a ``tokenizer.json``.
 
-    Raises `ValueError` for any other kind of tokenizer than LLaMA's: BPE with byte fallback, without normalization.
+    `bos` and `eos` are the names of the tokens that begin and end a text; a name that the vocabulary does not have
+    stands for no token. Raises `ValueError` for any other tokenizer than LLaMA's: BPE with byte fallback, without
+    normalization.
     """
     model = settings.get("model") if isinstance(settings, Mapping) else None
     if not isinstance(model, Mapping):
@@ -85,7 +89,9 @@ def rebuilt(settings: Mapping[str, Any], bos: str = "<s>", eos: str = "</s>") ->
 
 
 def added_tokens(settings: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
-    """Name, and whether it is special, of the tokens that are looked for in a text before anything else, by their ids.
+    """The added tokens by their ids, each with its name and whether it is special.
+
+    These are looked for in a text before anything else. Raises `ValueError` for a list of another form.
     """
     added = settings.get("added_tokens") or []
     try:
@@ -98,6 +104,7 @@ def added_tokens(settings: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
 
 
 def _vocabulary(vocab: Any) -> list[str]:
+    """The pieces in the order of their ids."""
     if not isinstance(vocab, Mapping) or sorted(vocab.values(), key=repr) != sorted(range(len(vocab)), key=repr):
         raise ValueError("model.vocab should give every piece an id from 0 on, and every id to one piece")
     if (longest := max(map(len, vocab), default=0)) > LONGEST_PIECE:
@@ -106,6 +113,7 @@ def _vocabulary(vocab: Any) -> list[str]:
 
 
 def _types(pieces: list[str], settings: Mapping[str, Any], unknown: Any) -> list[int]:
+    """The type of each piece, as SentencePiece numbers them."""
     unknown = "<unk>" if unknown is None else unknown
     if unknown not in pieces:
         raise ValueError(f"model.vocab has no piece {unknown!r} for what is unknown")
@@ -117,7 +125,7 @@ def _types(pieces: list[str], settings: Mapping[str, Any], unknown: Any) -> list
 
 
 def _scores(pieces: list[str], types: list[int], merges: Any) -> list[float]:
-    """Scores by which SentencePiece merges as the list does."""
+    """Scores with which SentencePiece merges in the order of the list."""
     every = set(pieces)
     ids = {piece: id for id, piece in enumerate(pieces) if types[id] == NORMAL}
     if not isinstance(merges, list):
@@ -144,19 +152,19 @@ def _scores(pieces: list[str], types: list[int], merges: Any) -> list[float]:
                              "that makes a piece, so this was not made of one")
     order = [ids[piece] for piece in made]
     first = min(ids.values(), default=0)
-    if order == sorted(order):  # as SentencePiece numbers its pieces itself
+    if order == sorted(order):  # the order in which SentencePiece itself numbers pieces
         return [float(first - id) if types[id] == NORMAL else 0.0 for id in range(len(pieces))]
     ranks = {id: rank for rank, id in enumerate(order)}
     return [float(-ranks.get(id, len(ranks))) if types[id] == NORMAL else 0.0 for id in range(len(pieces))]
 
 
 def _pairs(text: str, pieces: Mapping[str, int]) -> list[tuple[str, str]]:
-    """The pairs of pieces that make a text."""
+    """All pairs of pieces that make a text."""
     return [(text[:i], text[i:]) for i in range(1, len(text)) if text[:i] in pieces and text[i:] in pieces]
 
 
 def _spaces(steps: list[Mapping[str, Any]], pieces: list[str]) -> tuple[bool, bool]:
-    """Whether a text gets a space before it, and whether every part of one between special tokens does."""
+    """Whether a space is put before a text, and whether before every part of it between special tokens."""
     if steps in ([PREPEND, REPLACE], [REPLACE]):
         return PREPEND in steps, True
     if len(steps) == 1 and steps[0].get("type") == "Metaspace" and steps[0].get("replacement", SPACE) == SPACE:
@@ -170,7 +178,7 @@ def _spaces(steps: list[Mapping[str, Any]], pieces: list[str]) -> tuple[bool, bo
 
 
 def _steps(step: Any, parts: str) -> list[Mapping[str, Any]]:
-    """The steps of a normalizer or pre_tokenizer, of which a "Sequence" has several."""
+    """The steps of a normalizer or pre-tokenizer; one of type "Sequence" has several."""
     if step is None:
         return []
     if not isinstance(step, Mapping):

@@ -1,6 +1,7 @@
-"""The pytree words of the project, over `torch.utils._pytree`, which only this file imports.
+"""Functions on pytrees: tuples, lists, dicts and named tuples of tensors, nested in any way.
 
-A tree is a leaf, or a tuple, list, dict or `NamedTuple` of trees. As in JAX, `None` is a tree without leaves.
+A tree is a leaf, or a container of trees. As in JAX, None is a tree without leaves. The functions stand on
+``torch.utils._pytree``, which only this file imports.
 """
 
 from collections.abc import Callable
@@ -10,69 +11,119 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+__all__ = ["constant", "flatten", "is_constant", "leaves", "map", "map_with_path", "paths", "structure", "unflatten",
+           "vdot"]
+
 T = TypeVar("T")
 
 
 def map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """`f` over the leaves of one tree, or over corresponding leaves of several of the same structure.
+    """Apply a function to every leaf of a tree, or to the corresponding leaves of several trees.
 
-    Where the first has a leaf, the others may have a tree, which `f` gets whole.
+    This is JAX's ``jax.tree.map``. The result has the structure of the first tree. The others may have a whole tree
+    where the first has a leaf: ``f`` then takes that tree. Raises `ValueError` for trees whose structures differ
+    otherwise.
+
+    >>> halves = lf.tree.map(lambda x: x.half(), params)
     """
     return _pytree.tree_map(lambda x, *xs: None if x is None else f(x, *xs), tree, *rest)
 
 
 def leaves(tree: Any) -> list:
-    """The leaves, left to right."""
+    """The leaves of a tree, from left to right.
+
+    >>> count = sum(x.numel() for x in lf.tree.leaves(params))
+    """
     return [x for x in _pytree.tree_leaves(tree) if x is not None]
 
 
 def flatten(tree: Any) -> tuple[list, Any]:
-    """The leaves and the structure that `unflatten` puts them back into (here a `None` keeps its place)."""
+    """The leaves of a tree, and its structure, from which `lf.tree.unflatten` makes the tree again.
+
+    Unlike `lf.tree.leaves`, the list has a None where the tree has one.
+
+    >>> leaves, structure = lf.tree.flatten(params)
+    """
     return _pytree.tree_flatten(tree)
 
 
 def unflatten(leaves: list, structure: Any) -> Any:
-    """The inverse of `flatten`."""
+    """The tree of a structure with these leaves; the inverse of `lf.tree.flatten`.
+
+    Raises `ValueError` for another number of leaves than the structure has.
+
+    >>> params = lf.tree.unflatten(*lf.tree.flatten(params))
+    """
     return _pytree.tree_unflatten(leaves, structure)
 
 
 def structure(tree: Any) -> Any:
-    """A tree's shape without its leaves; equal for trees that `map` may take together."""
+    """The structure of a tree, without its leaves.
+
+    `lf.tree.map` takes trees together whose structures are equal.
+
+    >>> assert lf.tree.structure(grads) == lf.tree.structure(params)
+    """
     return _pytree.tree_structure(tree)
 
 
 def paths(tree: Any) -> dict[str, Any]:
-    """Each leaf under its path, the field names and indices joined by dots: `blocks.0.attention.wq`."""
+    """A dict of the leaves by their paths: field names, keys and indices, joined by dots.
+
+    >>> wq = lf.tree.paths(params)["blocks.0.attention.wq"]
+    """
     pairs, _ = _pytree.tree_flatten_with_path(tree)
     return {".".join(_step(entry) for entry in path): x for path, x in pairs if x is not None}
 
 
 def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """As `map`, with each leaf's path as the first argument of `f`."""
+    """Apply a function as `lf.tree.map` does, where the function takes each leaf's path, then the leaf.
+
+    Paths are those of `lf.tree.paths`.
+
+    >>> mixed = lf.tree.map_with_path(lambda path, x: x if "norm" in path else x.bfloat16(), params)
+    """
     return _pytree.tree_map_with_path(
         lambda path, x, *xs: None if x is None else f(".".join(_step(entry) for entry in path), x, *xs), tree, *rest)
 
 
 def vdot(tree: Any, other: Any) -> Tensor:
-    """The dot product of two trees of tensors as one long vector each, in float32 at least (Optax's `tree.vdot`)."""
+    """The dot product of two trees of tensors, each taken as one long vector; Optax's ``tree.vdot``.
+
+    It is computed in float32 at least. Raises `ValueError` for corresponding leaves of different shapes.
+
+    >>> norm = lf.tree.vdot(grads, grads).sqrt()
+    """
 
     def dot(x: Tensor, y: Tensor) -> Tensor:
         if x.shape != y.shape:  # or the smaller one would be broadcast
             raise ValueError(f"tree.vdot: corresponding leaves must have one shape, got {[*x.shape]} and {[*y.shape]}")
-        exact = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-        return (x.to(exact) * y.to(exact)).sum()
+        dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        return (x.to(dtype) * y.to(dtype)).sum()
 
     return torch.stack(leaves(map(dot, tree, other))).sum()
 
 
 def constant(cls: type[T]) -> type[T]:
-    """Register a frozen, hashable class as a tree without leaves: it travels inside a tree, part of its structure."""
+    """Register a class as a tree without leaves, so that its values may stand in a tree.
+
+    This is a decorator of frozen dataclasses. A value is part of the tree's structure: transforms neither map nor
+    differentiate it. It has to be hashable. `lf.Config` is such a class.
+
+    >>> @lf.tree.constant
+    ... @dataclasses.dataclass(frozen=True)
+    ... class Scale:
+    ...     alpha: float
+    """
     _pytree.register_constant(cls)
     return cls
 
 
 def is_constant(x: Any) -> bool:
-    """Whether a value is of such a class."""
+    """Whether the class of a value was registered by `lf.tree.constant`.
+
+    >>> assert lf.tree.is_constant(params.config)
+    """
     return _pytree.is_constant_class(type(x))
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import llama_fn as lf
-from llama_fn.model import room
+from llama_fn.ops import room
 
 # A process started in the background of a script ignores Ctrl-C, and its children with it; ours are asked to stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)

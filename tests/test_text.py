@@ -21,7 +21,7 @@ import llama_fn as lf
 from llama_fn.checkpoint.files import read_json
 from llama_fn.text import decode, json_lines, parse, read_text
 from llama_fn.training.data import encode_corpus, read_texts
-from llama_fn.training.record import digest_texts
+from llama_fn.training.manifest import digest_texts
 
 MARK = codecs.BOM_UTF8
 OTHERS = {"utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE, "utf-32-le": codecs.BOM_UTF32_LE,
@@ -84,7 +84,7 @@ def test_a_pipe_to_chat_may_begin_with_a_byte_order_mark(model, tmp_path):
     for mark in (b"", MARK):
         done = subprocess.run([*COMMAND, "chat", str(tmp_path / "model")], input=mark + b"/hello\r\n",
                               capture_output=True, check=True)
-        assert done.stdout == b"" and done.stderr == b"unknown command /hello; /help names them\n"
+        assert done.stdout == b"" and done.stderr == b"unknown command /hello; /help lists the commands\n"
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
-"""A device by its name."""
+"""The device that a name stands for."""
 
 import torch
 
 
 def device_of(name: str) -> torch.device:
-    """A device by its name; "auto" is a GPU where there is one."""
+    """The device of a name; "auto" is a GPU if there is one, and else the CPU.
+
+    Raises `ValueError` for a name that torch does not know and for a device that this machine does not have.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,4 +1,4 @@
-"""For comparison only: the same model as `torch.nn` modules, whose per-sample gradients come from Opacus' hooks."""
+"""For comparison only: the same model built of `torch.nn` modules, whose per-sample gradients Opacus computes."""
 
 import warnings
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from llama_fn.model.transformer import Params
 
 
 class Layer(nn.Module):
-    """A block, with each weight a module: hooks see nothing else."""
+    """A transformer block in which each weight has a module, because Opacus puts its hooks on modules."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -26,6 +26,7 @@ class Layer(nn.Module):
         self.w_down, self.head_dim = nn.Linear(f, d, bias=False), h
 
     def forward(self, x: Tensor, angles: Rotation) -> Tensor:
+        """The block's output."""
         seen = self.attention_norm(x)
         q, k, v = (w(seen).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k, v = (x.transpose(1, 2) for x in (rotate(q, angles), rotate(k, angles), v))
@@ -36,6 +37,8 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
+    """The whole model, from tokens to logits."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config, self.embedding = config, nn.Embedding(config.vocab_size, config.dim)
@@ -44,6 +47,7 @@ class Transformer(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """The logits after each token."""
         positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
         angles = rotation(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embedding(tokens)
@@ -53,9 +57,12 @@ class Transformer(nn.Module):
 
 
 def opacus_grads(params: Params, tokens: Tensor) -> Callable[[], dict[str, Tensor]] | None:
-    """One gradient of `loss` a row of tokens, by the paths of `params`; None where Opacus is not installed."""
+    """A function that computes one gradient of the loss for each row of tokens, by the paths of `params`.
+
+    It is None where Opacus is not installed.
+    """
     try:
-        from opacus.grad_sample import GradSampleModule
+        from opacus.grad_sample import GradSampleModule  # pyright: ignore[reportMissingImports]  it is optional
     except ImportError:
         return None
     module, weights = Transformer(params.config), tree.paths(params)
@@ -63,14 +70,15 @@ def opacus_grads(params: Params, tokens: Tensor) -> Callable[[], dict[str, Tenso
     for name, weight in module.named_parameters():
         weight.data.copy_(weights[path[name]].reshape(weight.shape))
     hooked = GradSampleModule(module, loss_reduction="sum")
-    warnings.filterwarnings("ignore", "Full backward hook is firing")  # tokens have no gradient
+    warnings.filterwarnings("ignore", "Full backward hook is firing")  # integers have no gradient
 
     def run() -> dict[str, Tensor]:
         for weight in module.parameters():
-            weight.grad = weight.grad_sample = None
+            weight.grad = None
+            vars(weight)["grad_sample"] = None
         logits = hooked(tokens[:, :-1])
         nats = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         nats.unflatten(0, (len(tokens), -1)).mean(1).sum().backward()
-        return {path[name]: weight.grad_sample for name, weight in module.named_parameters()}
+        return {path[name]: vars(weight)["grad_sample"] for name, weight in module.named_parameters()}
 
     return run

@@ -1,4 +1,4 @@
-"""For comparison only: the same step of the same shape by transformers, llama.cpp and gpt-fast, no dependencies."""
+"""For comparison only: the same step by transformers, llama.cpp and gpt-fast, of which llama_fn uses none."""
 
 import ctypes
 import importlib.util
@@ -18,6 +18,7 @@ from llama_fn.model.transformer import Params
 from llama_fn.ops.quantized import Grouped, Quantized
 from llama_fn.transforms.quantize import dequantize
 
+# How llama.cpp calls each parameter.
 LLAMA_CPP = {"embedding": "token_embd", "norm": "output_norm", "output": "output", "attention_norm": "attn_norm",
              "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v",
              "attention.wo": "attn_output", "ffn_norm": "ffn_norm", "feed_forward.w_gate": "ffn_gate",
@@ -25,8 +26,9 @@ LLAMA_CPP = {"embedding": "token_embd", "norm": "output_norm", "output": "output
 
 
 def hugging_face(params: Params, batch: int, new: int, context: int, max_len: int) -> Callable[[], Any]:
-    """`new` tokens a row after `context` ones, by transformers' `LlamaForCausalLM`, eager, with its static cache. Of a
-    prompt it computes the logits after the last token.
+    """A function that puts `new` tokens a row after `context` others through transformers' model.
+
+    The model is eager and has a static cache. It computes the logits after the last token alone.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -41,13 +43,14 @@ def hugging_face(params: Params, batch: int, new: int, context: int, max_len: in
     model.model.rotary_emb = type(model.model.rotary_emb)(theirs).to(device)
     cache = StaticCache(config=theirs, max_cache_len=max_len)
     tokens = torch.zeros((batch, new), dtype=torch.int64, device=device)
-    lengths = [layer for layer in cache.layers if hasattr(layer, "cumulative_length")]
+    lengths = [length for layer in cache.layers
+               if isinstance(length := getattr(layer, "cumulative_length", None), Tensor)]
 
     def step() -> Tensor:
         if context == 0:
             cache.reset()
-        for layer in lengths:
-            layer.cumulative_length.fill_(context)  # the same work again
+        for length in lengths:
+            length.fill_(context)  # the next call computes at the same positions again
         return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
 
     if context:
@@ -58,20 +61,22 @@ def hugging_face(params: Params, batch: int, new: int, context: int, max_len: in
 
 
 def llama_cpp(params: Params, batch: int, new: int, context: int, max_len: int) -> Callable[[], Any]:
-    """The same by llama.cpp (`pip install llama-cpp-python gguf`), on as many threads: of tensors in their dtype, of
-    8-bit weights in Q8_0, of 4-bit ones in Q4_0. Raises `ValueError` where it is not installed, and for several rows.
+    """A function that does the same by llama.cpp, on as many threads as torch has.
+
+    Tensors keep their dtype there; 8-bit weights become Q8_0 and 4-bit weights Q4_0. Raises `ValueError` where
+    llama.cpp is not installed (``pip install llama-cpp-python gguf``), and for more than one row.
     """
     for name in ("llama_cpp", "gguf"):
         if importlib.util.find_spec(name) is None:
-            raise ValueError("bench: llama.cpp is not here; pip install llama-cpp-python gguf")
+            raise ValueError("bench: llama.cpp is not installed; pip install llama-cpp-python gguf")
     if batch != 1:
-        raise ValueError("bench: llama.cpp is measured with one row alone")
-    import llama_cpp as cpp
+        raise ValueError("bench: llama.cpp is measured with one row only; leave --batch out")
+    import llama_cpp as cpp  # pyright: ignore[reportMissingImports]  it is optional
 
     with tempfile.TemporaryDirectory() as folder:
         _write_gguf(params, Path(folder) / "model.gguf")
         settings = cpp.llama_model_default_params()
-        settings.use_mmap = False  # the file goes when it is read
+        settings.use_mmap = False  # it reads the file, which is deleted then
         model = cpp.llama_model_load_from_file(str(Path(folder) / "model.gguf").encode(), settings)
     limits = cpp.llama_context_default_params()
     limits.n_ctx, limits.n_batch, limits.n_ubatch = max_len, max(context, new), 512
@@ -82,7 +87,7 @@ def llama_cpp(params: Params, batch: int, new: int, context: int, max_len: int) 
     def feed(count: int) -> None:
         tokens = (cpp.llama_token * count)(*[300 + i for i in range(count)])
         if cpp.llama_decode(state, cpp.llama_batch_get_one(tokens, count)):
-            raise RuntimeError("llama.cpp could not take the tokens")
+            raise RuntimeError("llama.cpp could not decode the tokens")
 
     if context:
         feed(context)
@@ -90,13 +95,16 @@ def llama_cpp(params: Params, batch: int, new: int, context: int, max_len: int) 
     def step() -> Any:
         cpp.llama_memory_seq_rm(memory, 0, context, -1)
         feed(new)
-        return ctypes.cast(cpp.llama_get_logits(state), ctypes.c_void_p)  # waits for them
+        return ctypes.cast(cpp.llama_get_logits(state), ctypes.c_void_p)  # this waits until they are computed
 
     return step
 
 
 class Int8Linear(nn.Module):
-    """An 8-bit matrix as gpt-fast's quantize.py multiplies with it."""
+    """A linear layer with an 8-bit matrix, computed as in gpt-fast's quantize.py."""
+
+    weight: Tensor
+    scales: Tensor
 
     def __init__(self, weight: Quantized, dtype: torch.dtype) -> None:
         super().__init__()
@@ -104,22 +112,25 @@ class Int8Linear(nn.Module):
         self.register_buffer("scales", weight.scale.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The product with the integers, times one scale an output."""
         return nn.functional.linear(x, self.weight.to(x.dtype)) * self.scales
 
 
 def gpt_fast(params: Params, batch: int, new: int, context: int, max_len: int) -> Callable[[], Any]:
-    """One token a row by gpt-fast (github.com/pytorch-labs/gpt-fast at 32971d3, of which the environment variable
-    GPT_FAST names a clone), compiled as its generate.py does; of tensors and of 8-bit weights. Raises `ValueError`
-    where it is not there and for other weights.
+    """A function that decodes one token a row by gpt-fast, compiled as in its generate.py.
+
+    The environment variable GPT_FAST names a clone of github.com/pytorch-labs/gpt-fast at 32971d3. Raises `ValueError`
+    where there is none, for more than one token a step, and for 4-bit weights.
     """
     folder = Path(os.environ.get("GPT_FAST", ""))
     if not (folder / "model.py").is_file():
-        raise ValueError("bench: gpt-fast is not here; name a clone of it in the environment variable GPT_FAST")
+        raise ValueError("bench: gpt-fast is not found; name a clone of it in the environment variable GPT_FAST")
     if new != 1 or isinstance(params.output, Grouped):
-        raise ValueError("bench: gpt-fast is measured with one token a step, in tensors or in 8 bits")
+        raise ValueError("bench: gpt-fast is measured with one token a step, and not with int4")
 
     spec = importlib.util.spec_from_file_location("gpt_fast_model", folder / "model.py")
-    theirs = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where torch.compile looks for it
+    assert spec is not None and spec.loader is not None, "a Python file has a loader"
+    theirs = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # torch.compile looks for it there
     spec.loader.exec_module(theirs)
     c, device, dtype = params.config, params.norm.device, params.norm.dtype
     with torch.device("meta"):
@@ -149,10 +160,10 @@ def gpt_fast(params: Params, batch: int, new: int, context: int, max_len: int) -
     with torch.device(device):
         model.setup_caches(batch, max_len)
 
-    def one(tokens: Tensor, position: Tensor) -> Tensor:
+    def greedy(tokens: Tensor, position: Tensor) -> Tensor:
         return model(tokens, position)[:, -1].argmax(-1, keepdim=True)
 
-    run = torch.compile(one, mode="reduce-overhead", fullgraph=True)
+    run = torch.compile(greedy, mode="reduce-overhead", fullgraph=True)
     tokens = torch.zeros((batch, 1), dtype=torch.int64, device=device)
     position = torch.full((1,), context, dtype=torch.int64, device=device)
 
@@ -166,7 +177,8 @@ def gpt_fast(params: Params, batch: int, new: int, context: int, max_len: int) -
 
 
 def _write_gguf(params: Params, file: Path) -> None:
-    import gguf
+    """Write the weights as a file that llama.cpp reads."""
+    import gguf  # pyright: ignore[reportMissingImports]  it is optional
 
     c = params.config
     writer = gguf.GGUFWriter(file, "llama")

@@ -1,19 +1,23 @@
-"""Files that are whole or not there, whatever fails.
+"""Atomic writes: after any failure, a reader finds all of the old files or all of the new ones.
 
-Everything is written by `replacing` (one file) or `replacing_folder` (several files that belong together).
+Use `replacing` to write one file, and `replacing_folder` to write several files that belong together.
 
-One file is written under a hidden name beside its place. It is synced to the disk, and then renamed to its place.
+`replacing` writes to a hidden file in the same folder. It syncs that file to the disk and then renames it to its final
+name.
 
-Several files are written to a hidden folder and all synced. What happens then depends on the place:
+`replacing_folder` writes to a hidden folder and syncs every file in it. What it does next depends on the destination:
 
-- There is no such folder yet: the hidden folder is renamed to it.
-- The folder exists. (1) The hidden folder, which lies within it, is renamed to `.complete`: from now on the new files
-  count, and until now the old ones did. (2) The old files are removed; only when all are gone do the new ones appear in
-  their places, as links to those in `.complete`. (3) `.complete` is renamed and removed.
+- If the destination does not exist, the hidden folder is renamed to it.
+- If the destination exists, the hidden folder lies inside it, and three steps follow.
+  (1) The hidden folder is renamed to ``.complete``. From this moment on, readers use the new files.
+  (2) The old files are removed. When all of them are gone, the new files are linked from ``.complete`` to their final
+  names.
+  (3) ``.complete`` is renamed to a hidden name and removed.
 
-`load` looks into `.complete` first (see `current`). So a program that is killed, or a power cut, at any moment leaves
-all old files or all new ones, and never some of each. Not even a program that knows nothing of `.complete` sees both.
-The next save to the folder finishes steps 2 and 3. Each step is synced before the next begins.
+Each step is synced to the disk before the next one begins. Readers ask `current` where the files are, and it prefers
+``.complete``. Therefore a power cut or a killed program leaves all old files or all new ones, never a mixture. A
+program that does not know ``.complete`` never sees a mixture either, because no new file appears before every old one
+is gone. If a save was interrupted after step 1, the next save to that folder finishes steps 2 and 3.
 """
 
 import errno
@@ -25,97 +29,80 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from llama_fn.checkpoint.write_errors import explaining_errors
+
 COMPLETE = ".complete"
-ROOM, PLACE = "make room there, or choose another disk", "choose another place, or change its permissions"
-REMEDIES = {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: "choose another disk, or a larger `ulimit -f`",
-            errno.EACCES: PLACE, errno.EPERM: PLACE, errno.EROFS: "choose another place",
-            errno.ENAMETOOLONG: "choose a shorter name", errno.EISDIR: "choose another name, or move that folder",
-            **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "choose another folder, or move that file"),
-            errno.ENOENT: "choose another place"}
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` at the end, and is removed if anything fails.
+    """A context manager that yields a temporary file, which replaces ``path`` when the block ends.
 
-    Raises `OSError` that names the file, what went wrong while it was written, and the remedy.
+    If the block raises, the temporary file is removed and ``path`` stays as it was. Folders that were created for the
+    file are removed too. Raises `OSError` with the file's name, the reason and a remedy.
     """
     path = Path(path)
-    with writing(path), _made(path.parent):
+    with explaining_errors(path), _with_parents(path.parent):
         if path.is_dir():
             raise OSError(errno.EISDIR, "", str(path))
-        beside = _beside(path)
+        temporary = _temporary_name(path)
         try:
-            with writing(path, beside):
-                yield beside
-                sync(beside)
-                beside.replace(path)
+            with explaining_errors(path, temporary):
+                yield temporary
+                sync(temporary)
+                temporary.replace(path)
                 sync(path.parent)
         finally:
-            _remove(beside)
+            _remove(temporary)
 
 
 @contextmanager
 def replacing_folder(folder: str | os.PathLike, instead_of: Sequence[str] = ()) -> Iterator[Path]:
-    """A folder to write to, whose files move to `folder` at the end, all or none: the steps are told above.
+    """A context manager that yields a temporary folder, whose files move to ``folder`` when the block ends.
 
-    It lies within `folder` if that is there: a file moves only within its disk, and `folder` may be the top of one.
-    Files in `folder` that match a pattern of `instead_of` and are not written anew are removed; all others stay.
-    Raises `OSError` as `replacing` does.
+    All files move or none does; the steps are described at the top of this file. Old files in ``folder`` whose names
+    match a pattern in ``instead_of`` are removed, and every other file stays. If ``folder`` exists, the temporary
+    folder lies inside it: a rename works only within one disk, and ``folder`` may be the mount point of a disk. Raises
+    `OSError` with the file's name, the reason and a remedy.
     """
     folder = Path(folder).resolve()
-    with writing(folder), _made(folder.parent):
-        there = folder.exists()
-        if there and not folder.is_dir():
+    with explaining_errors(folder), _with_parents(folder.parent):
+        exists = folder.exists()
+        if exists and not folder.is_dir():
             raise OSError(errno.ENOTDIR, "", str(folder))
-        if there:
+        if exists:
             _finish(folder, instead_of)
-        beside = _beside(folder / "save" if there else folder)
+        temporary = _temporary_name(folder / "save" if exists else folder)
         try:
-            with writing(folder, beside):
-                beside.mkdir()
-                yield beside
-                names = sorted(file.name for file in beside.iterdir())
-                for place in (*(beside / name for name in names), beside):
+            with explaining_errors(folder, temporary):
+                temporary.mkdir()
+                yield temporary
+                names = sorted(file.name for file in temporary.iterdir())
+                for place in (*(temporary / name for name in names), temporary):
                     sync(place)
-                if in_the_way := [place for name in names if (place := folder / name).is_dir()]:
-                    raise OSError(errno.EISDIR, "", str(in_the_way[0]))
-                beside.rename(folder / COMPLETE if there else folder)
-                sync(folder if there else folder.parent)
-                if there:
+                if folders_in_the_way := [place for name in names if (place := folder / name).is_dir()]:
+                    raise OSError(errno.EISDIR, "", str(folders_in_the_way[0]))
+                temporary.rename(folder / COMPLETE if exists else folder)
+                sync(folder if exists else folder.parent)
+                if exists:
                     _finish(folder, instead_of)
         finally:
-            _remove(beside)
-
-
-@contextmanager
-def writing(path: Path, beside: Path | None = None) -> Iterator[None]:
-    """Say of an `OSError` which file was written, what went wrong, and what to do. One of another file stays as it is.
-
-    `beside` is the hidden place where `path` is written first.
-    """
-    try:
-        yield
-    except OSError as error:
-        named = path if error.filename is None else Path(str(error.filename))
-        if beside is not None and beside in (named, *named.parents):
-            named = path / named.relative_to(beside)
-        if error.errno is None or not (path in (named, *named.parents) or named in path.parents):
-            raise
-        remedy = f"; {REMEDIES[error.errno]}" if error.errno in REMEDIES else ""
-        raise OSError(error.errno, f"{os.strerror(error.errno)}, while writing{remedy}", str(named)) from error
+            _remove(temporary)
 
 
 @contextmanager
 def appending(path: Path, begin: str) -> Iterator[Callable[[str], None]]:
-    """A function that appends a text to a file, which is to `begin` so. A text is there at once, but not synced."""
-    with replacing(path) as beside:
-        beside.write_text(begin)
-    with path.open("ab", buffering=0) as file:  # without a buffer nothing is left that closing could fail to write
+    """A context manager that writes ``begin`` to a file and yields a function that appends text to it.
+
+    Each text is passed to the operating system at once, but it is not synced to the disk.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(begin)
+    with path.open("ab", buffering=0) as file:  # unbuffered, so that no write is left for close()
 
         def append(text: str) -> None:
             data = text.encode()
-            with writing(path):
+            with explaining_errors(path):
                 while data:
                     data = data[file.write(data):]
 
@@ -123,13 +110,17 @@ def appending(path: Path, begin: str) -> Iterator[Callable[[str], None]]:
 
 
 def current(folder: str | os.PathLike) -> Path:
-    """Where to read what `replacing_folder` wrote to a folder: there, or in `.complete` if the end was interrupted."""
+    """The folder that holds the newest complete files that `replacing_folder` wrote to ``folder``.
+
+    This is ``folder`` itself, or ``folder/.complete`` if the last save was interrupted after its first step.
+    """
     complete = Path(folder) / COMPLETE
-    return complete if complete.is_dir() and not complete.is_symlink() else Path(folder)  # we never wrote a link
+    ours = complete.is_dir() and not complete.is_symlink()  # a link was made by someone else
+    return complete if ours else Path(folder)
 
 
 def _finish(folder: Path, instead_of: Sequence[str]) -> None:
-    """Steps 2 and 3. They may have been begun before: all is done again."""
+    """Do steps 2 and 3 of a save. It is safe to repeat them after an interruption."""
     complete = folder / COMPLETE
     if current(folder) != complete:
         return
@@ -140,20 +131,24 @@ def _finish(folder: Path, instead_of: Sequence[str]) -> None:
     for name in names:
         try:
             os.link(complete / name, folder / name)
-        except OSError:  # this file system has no links
+        except OSError:  # this file system does not support hard links
             shutil.copy(complete / name, folder / name)
             sync(folder / name)
     sync(folder)
-    done = _beside(folder / "save")
+    done = _temporary_name(folder / "save")
     complete.rename(done)
-    sync(folder)  # or `.complete` could be back after a power cut, without its files
+    sync(folder)  # otherwise a power cut could bring `.complete` back without its files
     _remove(done)
 
 
-def _beside(path: Path) -> Path:
-    """A new hidden name beside a path, of its own for every writer. What killed writers left there is removed."""
+def _temporary_name(path: Path) -> Path:
+    """A hidden name in the same folder as ``path``, with a random part, so that every writer has its own.
+
+    Temporary files that earlier writers of ``path`` left behind when they were killed are removed.
+    """
     start = "." + path.name.encode()[:200].decode(errors="ignore") + "."  # a name has at most 255 bytes
-    ours = re.compile(re.escape(start) + r"[0-9a-f]{8}\.part")  # that of `name.x`, written right now, begins alike
+    # The whole name must match: one that only begins alike may belong to another file that is being written.
+    ours = re.compile(re.escape(start) + r"[0-9a-f]{8}\.part")
     for left in [left for left in path.parent.iterdir() if ours.fullmatch(left.name)]:
         _remove(left)
     return path.with_name(f"{start}{secrets.token_hex(4)}.part")
@@ -168,8 +163,8 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """Make a folder and those above it. What was made is removed again if anything fails."""
+def _with_parents(folder: Path) -> Iterator[None]:
+    """Create a folder and its parents. If the block raises, remove the ones that were created."""
     made: list[Path] = []
     try:
         for place in reversed([folder, *folder.parents]):
@@ -186,17 +181,18 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
+    """Wait until the disk holds a file's contents, or a folder's list of files."""
     try:
         handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folder, and one may write to a folder without being able to read it
+    except PermissionError:  # Windows cannot open a folder; elsewhere a folder may be writable but not readable
         if path.is_dir():
             return
         raise
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():  # some file systems sync no folder
+        # Some file systems cannot sync a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
         os.close(handle)

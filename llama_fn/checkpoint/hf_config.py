@@ -1,4 +1,8 @@
-"""The `config.json` of Hugging Face's LLaMA, in and out; and of Mistral, which is one where its window is no limit."""
+"""Reading and writing the ``config.json`` of Hugging Face's LLaMA models.
+
+A Mistral model is read too if its sliding window is not shorter than its context: then it computes what LLaMA
+computes.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,19 +12,23 @@ import torch
 from llama_fn.checkpoint.weights import spelled
 from llama_fn.config import Config, RopeScaling
 
-# What transformers takes for a setting that is not told, by the type of the model.
+# The values that transformers assumes for missing settings, by the model's type.
 DEFAULTS = {"llama": {"max_position_embeddings": 2048},
             "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}}
 
 
 def read_config(settings: Mapping[str, Any], where: str) -> tuple[Config, bool]:
-    """The config of a `config.json`, and whether embedding and output are tied. What we cannot honor is refused."""
+    """The `Config` of a ``config.json``, and whether the embedding and the output are one matrix.
+
+    ``where`` names the file in errors. Raises `ValueError` for a missing setting, and for a setting that would change
+    the result and is not supported, such as a bias or a sliding window.
+    """
     if missing := [name for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                                      "vocab_size") if name not in settings]:
         raise ValueError(f"{where}: {', '.join(missing)} missing")
     kind = _kind(settings, where)
     defaults, heads = DEFAULTS[kind], settings["num_attention_heads"]
-    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}  # in transformers' order
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}  # the order of transformers
     for name, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False),
                        ("quantization_config", None), ("partial_rotary_factor", 1.0)):
         for place in (settings, rope if isinstance(rope, Mapping) else {}):
@@ -50,7 +58,7 @@ def read_config(settings: Mapping[str, Any], where: str) -> tuple[Config, bool]:
 
 
 def _kind(settings: Mapping[str, Any], where: str) -> str:
-    """The type of the model. Where it is not told, the name of its class says it."""
+    """The model's type, "llama" or "mistral". If ``model_type`` is missing, ``architectures`` tells it."""
     kind = settings.get("model_type")
     if kind is None and (named := settings.get("architectures")):
         kinds = {f"{kind.capitalize()}ForCausalLM": kind for kind in DEFAULTS}
@@ -63,7 +71,7 @@ def _kind(settings: Mapping[str, Any], where: str) -> str:
 
 
 def write_config(config: Config, tied: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """The `config.json` for transformers' `LlamaForCausalLM`."""
+    """The content of a ``config.json`` for transformers' ``LlamaForCausalLM``."""
     scaling = None
     if config.rope_scaling is not None:
         kind, factor, low, high, original = config.rope_scaling
@@ -82,6 +90,7 @@ def write_config(config: Config, tied: bool, dtype: torch.dtype) -> dict[str, An
 
 
 def _scaling(rope: Any) -> RopeScaling | None:
+    """The RoPE scaling that the setting ``rope_scaling`` or ``rope_parameters`` describes."""
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_scaling must be an object, got {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))

@@ -1,8 +1,6 @@
-"""Hugging Face's layout: `config.json` and `model.safetensors`, or several such files and an index of them. Its older
-files, `pytorch_model.bin`, are read where there are no others; they are never written.
+"""Models in Hugging Face's format: ``config.json`` and ``model.safetensors``, or several such files and an index.
 
-Its RoPE turns the pairs (i, i + h/2) of a head where ours, as Meta's, turns (2i, 2i + 1): the rows of `wq` and `wk` are
-permuted on the way in and out (as by transformers' `convert_llama_weights_to_hf.py`).
+The older ``pytorch_model.bin`` is read if there is no safetensors file. It is never written.
 """
 
 import functools
@@ -12,23 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.checkpoint.files import header, inside, read_json, read_tensors, write_json, write_safetensors
+from llama_fn.checkpoint.files import (
+    inside,
+    read_json,
+    read_tensors,
+    safetensors_entries,
+    torch_entries,
+    write_json,
+    write_safetensors,
+)
 from llama_fn.checkpoint.hf_config import read_config, write_config
+from llama_fn.checkpoint.hf_names import LM_HEAD, hf_name, rope_heads, to_halves, to_interleaved
 from llama_fn.checkpoint.weights import (
-    Report,
+    ReportBytes,
     Stored,
     Weights,
+    equal_numbers,
     flat_shape,
-    is_same,
     layer_of,
     misfits,
     params_of,
-    same_numbers,
+    share_memory,
     stored,
     usual_dtype,
     weights_of,
@@ -37,33 +43,27 @@ from llama_fn.config import Config
 from llama_fn.model.init import abstract_params
 from llama_fn.model.transformer import Params
 
-NAMES = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attention": "self_attn",
-         "feed_forward": "mlp", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj", "w_gate": "gate_proj",
-         "w_up": "up_proj", "w_down": "down_proj", "blocks": "layers", "embedding": "embed_tokens"}
 SETTINGS, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 FILES = (SETTINGS, WEIGHTS, "model-?????-of-?????.safetensors", INDEX, PICKLE, PICKLE_INDEX,
          "pytorch_model-?????-of-?????.bin", "generation_config.json")
-LARGEST_FILE = 5 * 10**9  # bytes, as `save_pretrained` long had it
-HEAD = "lm_head.weight"
-IGNORED = "rotary_emb.inv_freq"  # a table that old checkpoints have; it follows from the config
-
-
-def to_halves(x: Tensor, heads: int) -> Tensor:
-    """Rows of interleaved pairs, (2i, 2i + 1), to those of halves, (i, i + h/2), head by head."""
-    return rearrange(x, "(n p two) d -> (n two p) d", n=heads, two=2)
-
-
-def to_interleaved(x: Tensor, heads: int) -> Tensor:
-    """The inverse of `to_halves`."""
-    return rearrange(x, "(n two p) d -> (n p two) d", n=heads, two=2)
+LARGEST_FILE = 5 * 10**9  # bytes; for years the default of `save_pretrained`
+IGNORED = "rotary_emb.inv_freq"  # a table in old checkpoints; it is computed from the config
 
 
 def from_hf(state_dict: Mapping[str, Tensor], config: Any) -> Params:
-    """The parameters of a `LlamaForCausalLM`: its `state_dict()` and its `config` (or `config.json`, or a `Config`).
+    """The parameters of a transformers ``LlamaForCausalLM`` that is in memory.
 
-    All but `wq` and `wk` share the state's memory. Raises `ValueError` for a config that is no LLaMA's, and for weights
-    that are missing, unknown or of another shape or dtype, all of them.
+    ``state_dict`` is the model's ``state_dict()``. ``config`` is its ``config``, the content of a ``config.json``, or
+    a `Config`. ``from_hf(to_hf(params), params.config)`` equals ``params`` bit for bit. ``wq`` and ``wk`` are copied,
+    because their rows are permuted; every other weight shares memory with ``state_dict``.
+
+    Raises `ValueError` for a config that is not LLaMA's. Raises one `ValueError` that lists every weight that is
+    missing, unknown, or of a wrong shape or dtype.
+
+    Example: ``params = lf.from_hf(model.state_dict(), model.config)``.
+
+    Source: transformers, ``models/llama/modeling_llama.py`` and ``convert_llama_weights_to_hf.py``.
     """
     settings = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(state_dict, Mapping) or not isinstance(settings, Mapping | Config):
@@ -79,32 +79,40 @@ def from_hf(state_dict: Mapping[str, Tensor], config: Any) -> Params:
 
 
 def to_hf(params: Params) -> dict[str, Tensor]:
-    """The state that `LlamaForCausalLM.load_state_dict` takes. All but `wq` and `wk` share the tree's memory."""
-    weights = weights_of(params).plain("the state of a LlamaForCausalLM")
-    return {hf_name(path): _out(weights, path) for path in tree.paths(params)}
+    """The state dictionary that transformers' ``LlamaForCausalLM.load_state_dict`` takes.
+
+    This is the inverse of `from_hf`, bit for bit. Matrices have the shape (rows, columns), without axes of heads.
+    ``wq`` and ``wk`` are copied, because their rows are permuted; every other weight shares memory with ``params``.
+    Raises `ValueError` for quantized weights, for adapters that are not merged, and for weights of a wrong shape.
+
+    Example: ``model.load_state_dict(lf.to_hf(params))``.
+    """
+    weights = weights_of(params).unquantized("the state of a LlamaForCausalLM")
+    return {hf_name(path): _to_hf_layout(weights, path) for path in tree.paths(params)}
 
 
 def open_hf(folder: Path, dtype: torch.dtype | None = None) -> Weights:
-    """The weights of a folder in Hugging Face's layout, mapped into memory; only `wq` and `wk` are copied when read.
+    """The weights of a folder in Hugging Face's format.
 
-    Raises `FileNotFoundError` for a missing file, `ValueError` for damaged ones, for an index that points elsewhere,
-    and for settings that make no model.
+    The files are mapped into memory. Only ``wq`` and ``wk`` are copied when they are read, unless ``dtype`` asks for a
+    cast. Raises `FileNotFoundError` for a missing file. Raises `ValueError` for a damaged file, for an index that
+    names a wrong file, and for a ``config.json`` that does not describe a model which can be loaded.
     """
     config, tied = read_config(read_json(inside(folder, SETTINGS)), str(folder / SETTINGS))
-    single, index = _places(folder)
+    single, index = _files(folder)
     files = [inside(folder, name) for name in (sorted(set(index.values())) if index else [single])]
     pickled = files[0].suffix == ".bin"
-    found = [entry for file in files for entry in (entries(file) if pickled else header(file))]
+    found = [entry for file in files for entry in (torch_entries(file) if pickled else safetensors_entries(file))]
     copied = dtype not in (None, usual_dtype(found))
     where = {entry.name: folder / entry.file for entry in found}
 
     @functools.lru_cache(maxsize=len(files))
-    def mapped(file: Path, layer: str | None) -> Any:
+    def opened(file: Path, layer: str | None) -> Any:
         return read_tensors(file).__getitem__ if pickled else safe_open(file, "pt").get_tensor
 
     def read(name: str, layer: str) -> Tensor:
-        # What is copied is mapped anew for every layer, so that the pages of those before leave the memory.
-        return mapped(where[name], layer if copied else None)(name)
+        # If weights are copied, map the file anew for each layer, so that the pages of earlier layers are released.
+        return opened(where[name], layer if copied else None)(name)
 
     weights = _weights(str(folder / SETTINGS), config, tied, found, read, dtype)
     strays = [f"{name}: the index says {file}, but it is {'in ' + where[name].name if name in where else 'nowhere'}"
@@ -112,9 +120,9 @@ def open_hf(folder: Path, dtype: torch.dtype | None = None) -> Weights:
     return weights._replace(problems=weights.problems + strays)
 
 
-def write_hf(weights: Weights, folder: Path, shards: int | None, report: Report) -> None:
-    """Write `config.json` and the weights, in `shards` files, or None for as many as hold 5 GB each."""
-    abstract = tree.paths(abstract_params(weights.plain("the format hf").config))
+def write_hf(weights: Weights, folder: Path, shards: int | None, report: ReportBytes) -> None:
+    """Write ``config.json`` and the weights in ``shards`` files; None means files of about 5 GB each."""
+    abstract = tree.paths(abstract_params(weights.unquantized("the format hf").config))
     paths = [path for path in abstract if not (weights.tied and path == "output")]
     sizes = [math.prod(abstract[path].shape) * weights.dtype.itemsize for path in paths]
     count = max(1, -(-sum(sizes) // LARGEST_FILE)) if shards is None else shards
@@ -132,7 +140,7 @@ def write_hf(weights: Weights, folder: Path, shards: int | None, report: Report)
     write_json(folder / SETTINGS, write_config(weights.config, weights.tied, weights.dtype))
     for i, some in enumerate(files):
         name = WEIGHTS if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-        state = {hf_name(path): _out(weights, path) for path in some}
+        state = {hf_name(path): _to_hf_layout(weights, path) for path in some}
         write_safetensors(state, folder / name)
         report(sum(x.nbytes for x in state.values()))
         index |= dict.fromkeys(state, name)
@@ -140,40 +148,27 @@ def write_hf(weights: Weights, folder: Path, shards: int | None, report: Report)
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": index})
 
 
-def entries(file: Path) -> list[Stored]:
-    """The tensors of a torch file."""
-    return [stored(file.name, name, x) for name, x in read_tensors(file).items()]
-
-
-def hf_name(path: str) -> str:
-    """`blocks.0.feed_forward.w_gate` -> `model.layers.0.mlp.gate_proj.weight`."""
-    if path == "output":
-        return HEAD
-    return ".".join(["model", *(NAMES.get(part, part) for part in path.split(".")), "weight"])
-
-
-def rope_heads(path: str, config: Config) -> int | None:
-    """How many heads the rows of a weight have that RoPE turns; None for those it leaves alone."""
-    return {"wq": config.n_heads, "wk": config.n_kv_heads}.get(path.split(".")[-1])
-
-
 def _weights(where: str, config: Config, tied: bool, found: list[Stored], tensor: Any,
              dtype: torch.dtype | None) -> Weights:
-    """`tensor(name, layer)` gives the numbers of an entry."""
+    """`Weights` for the entries ``found``, with all differences from the config as problems.
+
+    ``tensor(name, layer)`` returns the tensor of an entry; ``where`` names the config in errors.
+    """
     found = [entry for entry in found if not entry.name.endswith(IGNORED)]
     if config.n_layers > len(found):
         raise ValueError(f"{where}: it says {config.n_layers} layers, but there are {len(found)} weights")
     abstract = tree.paths(abstract_params(config))
     wanted = {hf_name(path): flat_shape(weight) for path, weight in abstract.items()}
-    both = any(entry.name == HEAD for entry in found)
-    if tied and not both:
-        del wanted[HEAD]
+    has_output = any(entry.name == LM_HEAD for entry in found)
+    if tied and not has_output:
+        del wanted[LM_HEAD]
     problems = misfits(wanted, found, usual_dtype(found) if dtype is None else None)
-    if not problems and both:
-        head, embedding = tensor(HEAD, HEAD), tensor(hf_name("embedding"), HEAD)
-        if tied and not same_numbers(head, embedding):
-            problems = [f"duplicate: {HEAD} differs from {hf_name('embedding')}, to which tie_word_embeddings ties it"]
-        tied = tied or is_same(head, embedding)
+    if not problems and has_output:
+        output, embedding = tensor(LM_HEAD, LM_HEAD), tensor(hf_name("embedding"), LM_HEAD)
+        if tied and not equal_numbers(output, embedding):
+            problems = [f"duplicate: {LM_HEAD} differs from {hf_name('embedding')}, to which tie_word_embeddings ties "
+                        "it"]
+        tied = tied or share_memory(output, embedding)
 
     def read(path: str) -> Tensor:
         x = tensor(hf_name("embedding" if tied and path == "output" else path), layer_of(path)).detach()
@@ -183,16 +178,18 @@ def _weights(where: str, config: Config, tied: bool, found: list[Stored], tensor
     return Weights(config, read, dtype or usual_dtype(found), found, problems, tied=tied)
 
 
-def _out(weights: Weights, path: str) -> Tensor:
+def _to_hf_layout(weights: Weights, path: str) -> Tensor:
+    """One weight as Hugging Face stores it."""
     x = weights.read(path)
     heads = rope_heads(path, weights.config)
     x = x.reshape(flat_shape(tree.paths(abstract_params(weights.config))[path]))
     return x.contiguous() if heads is None else to_halves(x, heads)
 
 
-def _places(folder: Path) -> tuple[str, dict[str, str]]:
-    """The file with all weights, or an index that tells in which file each weight is. As in transformers, safetensors
-    come before `pytorch_model.bin`.
+def _files(folder: Path) -> tuple[str, dict[str, str]]:
+    """The name of the single file of weights, and the index: the file of each weight by the weight's name.
+
+    The index is empty if there is a single file. As in transformers, safetensors files win over ``pytorch_model.bin``.
     """
     pickled = not (folder / WEIGHTS).exists() and not (folder / INDEX).exists() and (
         (folder / PICKLE).exists() or (folder / PICKLE_INDEX).exists())

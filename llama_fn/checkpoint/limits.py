@@ -1,8 +1,8 @@
-"""What a file may claim: a small file must not take much memory or time before it is found to be wrong.
+"""Checks that a small hostile file cannot cost much memory or time before it is refused.
 
-Each check reads a file's own account of itself (a directory, a header, a size) and compares it with the file's size, or
-with a limit far above that of any model. Each raises `ValueError` that names the file. Together with them a refused
-file takes less memory than 64 MiB and its own size.
+A file describes itself in its size, its header or its directory. Each check here compares that description with the
+real size of the file, or with a limit far above what any model needs, and raises `ValueError` that names the file.
+With these checks, a refused file takes less memory than 64 MiB plus its own size.
 """
 
 import os
@@ -11,34 +11,38 @@ import re
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
-MOST_HEADER = 2**22  # bytes of a safetensors header; one of LLaMA 2 70B has 90,000
-MOST_PICKLE = 2**21  # bytes of a torch file's pickle; a state of training of LLaMA 3.1 405B has half a million
-MOST_STEPS = 2**18  # of that pickle, as it is unpickled; the same state has 110,000
+MOST_HEADER = 2**22  # bytes of a safetensors header; that of LLaMA 2 70B has 90,000
+MOST_PICKLE = 2**21  # bytes of the pickle in a torch file; a training state of LLaMA 3.1 405B has half a million
+MOST_OPCODES = 2**18  # opcodes in that pickle; the same training state has 110,000
 END, LOCATOR, END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sLQL"), struct.Struct("<4sQ2H2L4Q")
-# What builds tensors and dictionaries of them. Others that torch allows (bytearray, codecs, Tensor) take any size.
+# Functions that a pickle may call: those that build tensors and dictionaries. torch allows a few more (bytearray,
+# codecs, Tensor), but those can be told to allocate any amount of memory.
 CALLED = re.compile(r"collections OrderedDict|torch\.serialization _get_layout|torch Size|torch device"
                     r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|sparse_tensor|sparse_csr_tensor"
                     r"|nested_tensor|meta_tensor_no_storage)")
-# What may be named, but not called: a storage of any size is one number. Those of a file are named beside its entry.
+# Types that a pickle may mention but not call. To call a storage type with a number would allocate that much memory. A
+# real file only mentions the type of each storage, together with the zip entry that holds its bytes.
 NAMED = re.compile(r"torch(\.storage)? \w+Storage"
                    r"|torch (b?float\w*|double|half|complex\w*|q?u?int\w*|long|short|bool)")
 
-# By the name of a pickle's step: how many things it takes from the stack, whether all above a mark too, what it puts.
-STEPS = {step.name: (sum(kind.name not in ("mark", "stackslice") for kind in step.stack_before),
-                     any(kind.name == "mark" for kind in step.stack_before), [kind.name for kind in step.stack_after])
-         for step in pickletools.opcodes}
+# For each opcode of a pickle: how many values it pops, whether it pops everything above a mark too, and what it pushes.
+OPCODES = {opcode.name: (sum(kind.name not in ("mark", "stackslice") for kind in opcode.stack_before),
+                         any(kind.name == "mark" for kind in opcode.stack_before),
+                         [kind.name for kind in opcode.stack_after])
+           for opcode in pickletools.opcodes}
 
 
 def check_size(path: str | os.PathLike, most: int) -> None:
-    """Of a file that is read as a whole. One that is not there is left to the reader."""
+    """Check a file that will be read whole: it has at most ``most`` bytes. A missing file passes this check."""
     path = Path(path)
     if path.is_file() and (size := path.stat().st_size) > most:
         raise ValueError(f"{path}: {size:,} bytes, at most {most:,} are read; is it the right file?")
 
 
 def check_header(path: Path) -> None:
-    """Of a safetensors file: the length of its header, which says what tensors there are."""
+    """Check the length of a safetensors file's header, which lists the tensors."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > min(MOST_HEADER, path.stat().st_size - 8):
@@ -47,10 +51,11 @@ def check_header(path: Path) -> None:
 
 
 def check_torch_file(path: str | os.PathLike) -> None:
-    """Of what `torch.save` writes: a zip archive of uncompressed entries, one of which is a pickle.
+    """Check a file of `torch.save`: a zip archive of uncompressed entries, one of which is a pickle.
 
-    Nothing is unpacked to more than its own bytes, and what the pickle builds grows with its length: it names no
-    function that makes something large, and a dictionary's keys are strings (the hash of nested tuples takes forever).
+    No entry may be compressed, so that none unpacks to more than its own bytes. The pickle may call no function that
+    allocates more memory than the pickle has bytes. Keys of dictionaries must be strings, because the hash of deeply
+    nested tuples takes exponential time.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -73,7 +78,7 @@ def check_torch_file(path: str | os.PathLike) -> None:
 
 
 def _check_end(path: str | os.PathLike, directory: int, size: int) -> None:
-    """The archive ends as torch writes it, so that torch finds the same directory in it as Python does."""
+    """Check that the archive ends as torch writes it, so that torch and Python find the same directory in it."""
     with open(path, "rb") as file:
         file.seek(max(0, size - END64.size - LOCATOR.size - END.size))
         tail = file.read()
@@ -90,14 +95,15 @@ def _check_end(path: str | os.PathLike, directory: int, size: int) -> None:
 
 
 def _check_pickle(data: bytes) -> None:
-    """Follow the pickle without building anything: on the stack lie the names of functions and of types instead."""
-    below: list[list[str]] = []  # what lay on the stack at each mark that is still open
+    """Run through a pickle without building anything. The stack holds names of functions and types, not values."""
+    below: list[list[str]] = []  # the stacks that were put aside at each open mark
     stack: list[str] = []
     memo: dict[int, str] = {}
-    for count, (step, argument, _) in enumerate(pickletools.genops(data)):
-        if count > MOST_STEPS:
-            raise ValueError(f"a pickle of more than {MOST_STEPS:,} steps")
-        name, (taken, marked, given) = step.name, STEPS[step.name]
+    argument: Any  # its type depends on the opcode
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if count > MOST_OPCODES:
+            raise ValueError(f"a pickle of more than {MOST_OPCODES:,} opcodes")
+        name, (popped, marked, pushed) = opcode.name, OPCODES[opcode.name]
         if name == "MARK":
             below.append(stack)
             stack = []
@@ -117,6 +123,6 @@ def _check_pickle(data: bytes) -> None:
                 raise ValueError(f"{stack[-2].replace(' ', '.')} is called, as torch.save never does")
             if marked:
                 stack = below.pop()
-            del stack[len(stack) - taken:]
+            del stack[len(stack) - popped:]
             stack += [argument if name == "GLOBAL" else "EMPTY_TUPLE" if name == "EMPTY_TUPLE" else kind
-                      for kind in given]
+                      for kind in pushed]

@@ -1,13 +1,14 @@
-"""Meta's own layout: `params.json` and `consolidated.00.pth`, one file or a shard for each of several devices.
+"""Models in Meta's format: ``params.json`` and ``consolidated.00.pth``, ``consolidated.01.pth``, ...
 
-Its matrices are ours without the heads' axes; its RoPE pairs are interleaved, as ours are, so nothing is permuted.
-Shards are slices: of the rows of most matrices, of the columns of three, and whole copies of the norms.
-Quantized matrices are an addition of ours, in one file: `checkpoint/quantized.py` says how.
+Meta's matrices are ours without the axes of heads. Their RoPE pairs are interleaved like ours, so that no rows are
+permuted. A model for several devices has one file, a shard, for each device. A shard holds a slice of each matrix: a
+slice of the columns for the embedding, ``wo`` and ``w_down``, and a slice of the rows for the others. Norms are whole
+in every shard. Quantized matrices are our extension of the format; `checkpoint/quantized.py` describes them.
+
+Source: https://github.com/meta-llama/llama, ``llama/model.py`` and ``llama/generation.py``.
 """
 
-import dataclasses
 import functools
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -18,33 +19,32 @@ from torch import Tensor
 from llama_fn import tree
 from llama_fn.checkpoint import quantized
 from llama_fn.checkpoint.files import inside, read_json, read_tensors, write_json, write_tensors
+from llama_fn.checkpoint.meta_config import KNOWN, SETTINGS, read_config, write_config
 from llama_fn.checkpoint.weights import (
-    Report,
+    ReportBytes,
     Weights,
+    equal_numbers,
     flat_shape,
     layer_of,
     misfits,
-    same_numbers,
     stored,
     usual_dtype,
 )
-from llama_fn.config import Config, RopeScaling
+from llama_fn.config import Config
 from llama_fn.model.init import abstract_params
 from llama_fn.transforms.quantize import is_matrix
 
 FEED_FORWARD = {"w_gate": "w1", "w_down": "w2", "w_up": "w3"}
-COLUMNS = ("embedding", "wo", "w_down")  # split along axis 1, as by fairscale's layers
-SETTINGS = "params.json"
+SPLIT_BY_COLUMNS = ("embedding", "wo", "w_down")  # along axis 1, as in fairscale's layers
 FILES = (SETTINGS, "consolidated.[0-9][0-9].pth")
-KNOWN = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
-         "rope_theta", "max_seq_len", "max_batch_size", "use_scaled_rope"}
-LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)  # what `use_scaled_rope` means in Meta's llama-models
 
 
 def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
-    """The weights of a folder in Meta's layout, mapped into memory: of one file, nothing is copied.
+    """The weights of a folder in Meta's format.
 
-    Raises `FileNotFoundError` for a missing file, `ValueError` for damaged ones and for settings that make no model.
+    The files are mapped into memory. The weights of a single file are not copied when they are read, unless ``dtype``
+    asks for a cast. Raises `FileNotFoundError` for a missing file, and `ValueError` for damaged files and for settings
+    that do not describe a model.
     """
     settings = read_json(inside(folder, SETTINGS))
     files = _shards(folder)
@@ -57,37 +57,39 @@ def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
     found = [[stored(file.name, name, x) for name, x in state.items() if name != "rope.freqs"]
              for file, state in zip(files, states, strict=True)]
     entries = [entry for shard in found for entry in shard]
-    wanted = {meta_name(path): _slice(flat_shape(weight), path, len(files)) for path, weight in abstract.items()}
+    wanted = {meta_name(path): _shape_in_shard(flat_shape(weight), path, len(files))
+              for path, weight in abstract.items()}
     integers = {path: kind for path, weight in abstract.items() if len(files) == 1 and is_matrix(path, weight)
                 and (kind := getattr(states[0].get(meta_name(path)), "dtype", None)) in quantized.BITS}
     kinds = {}
     for path, kind in integers.items():
         for name, (part, shape) in quantized.expected(meta_name(path), abstract[path], kind).items():
             kinds[name], wanted[name] = part, shape
-    kept = usual_dtype(entry for entry in entries if entry.name not in kinds)
+    usual = usual_dtype(entry for entry in entries if entry.name not in kinds)
     problems = _shard_problems(config, found) or [
         line for file, shard in zip(files, found, strict=True)
-        for line in misfits(wanted, shard, kept if dtype is None else None, f" in {file.name}", kinds)]
+        for line in misfits(wanted, shard, usual if dtype is None else None, f" in {file.name}", kinds)]
     for name in [] if problems else [meta_name(path) for path in abstract if _axis(path) is None]:
         problems += [f"{name}: differs between {files[0].name} and {file.name}"
                      for file, state in list(zip(files, states, strict=True))[1:]
-                     if not same_numbers(state[name], states[0][name])]
-    copied = len(files) > 1 or dtype not in (None, kept)
+                     if not equal_numbers(state[name], states[0][name])]
+    copied = len(files) > 1 or dtype not in (None, usual)
 
     @functools.lru_cache(maxsize=1)
-    def mapped(layer: str | None) -> list[dict[str, Tensor]]:
+    def opened(layer: str | None) -> list[dict[str, Tensor]]:
         return states if layer is None else [read_tensors(file) for file in files]
 
     def read(path: str) -> Any:
         if path in integers:
             values, scale = (states[0][meta_name(path) + end].detach() for end in ("", quantized.SCALE))
             return quantized.leaf(abstract[path], values, scale)
-        # What is copied is mapped anew for every layer, so that the pages of those before leave the memory.
-        pieces = [state[meta_name(path)].detach() for state in mapped(layer_of(path) if copied else None)]
-        if len(pieces) == 1 or _axis(path) is None:
-            return pieces[0].reshape(abstract[path].shape).to(dtype or kept, copy=copied)  # a view would keep its layer
-        whole = torch.empty(flat_shape(abstract[path]), dtype=dtype or kept, device="cpu")
-        for place, piece in zip(whole.chunk(len(pieces), _axis(path)), pieces, strict=True):
+        # If weights are copied, map the files anew for each layer, so that the pages of earlier layers are released.
+        pieces = [state[meta_name(path)].detach() for state in opened(layer_of(path) if copied else None)]
+        axis = _axis(path)
+        if len(pieces) == 1 or axis is None:  # copy, because a view would keep the layer's pages in memory
+            return pieces[0].reshape(abstract[path].shape).to(dtype or usual, copy=copied)
+        whole = torch.empty(flat_shape(abstract[path]), dtype=dtype or usual, device="cpu")
+        for place, piece in zip(whole.chunk(len(pieces), axis), pieces, strict=True):
             place.copy_(piece)
         return whole.reshape(abstract[path].shape)
 
@@ -96,18 +98,19 @@ def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
     name = meta_name("blocks.0.attention.wq")
     notes += [f"{file} holds the numbers of {files[0].name}: is it a copy?"
               for file, state in list(zip(files, states, strict=True))[1:]
-              if not problems and same_numbers(state[name], states[0][name])]
-    return Weights(config, read, dtype or kept, entries, problems, notes, bits=quantized.bits(integers.values()))
+              if not problems and equal_numbers(state[name], states[0][name])]
+    return Weights(config, read, dtype or usual, entries, problems, notes, bits=quantized.bits(integers.values()))
 
 
-def write_meta(weights: Weights, folder: Path, shards: int | None, report: Report) -> None:
-    """Write `params.json` and the weights in as many shards as wanted, each held in memory while it is written.
+def write_meta(weights: Weights, folder: Path, shards: int | None, report: ReportBytes) -> None:
+    """Write ``params.json`` and the weights in ``shards`` files; None means one file.
 
-    Raises `ValueError` for what the layout has no word for, and for weights that cannot be split so.
+    One file at a time is held in memory. Raises `ValueError` for a config that ``params.json`` cannot express, and for
+    sizes that cannot be divided by ``shards``.
     """
     settings, count = write_config(weights.config), 1 if shards is None else shards
     if count > 1:
-        weights.plain(f"{count} shards")
+        weights.unquantized(f"{count} shards")
     if wrong := _indivisible(weights.config, count):
         raise ValueError(f"{count} shards cannot be made: {wrong}")
     abstract = tree.paths(abstract_params(weights.config))
@@ -118,8 +121,8 @@ def write_meta(weights: Weights, folder: Path, shards: int | None, report: Repor
             if not isinstance(leaf, Tensor):
                 state |= quantized.entries(meta_name(path), leaf)
                 continue
-            x = leaf.reshape(flat_shape(weight))
-            piece = x if _axis(path) is None else x.chunk(count, _axis(path))[i]
+            x, axis = leaf.reshape(flat_shape(weight)), _axis(path)
+            piece = x if axis is None else x.chunk(count, axis)[i]
             whole = piece.is_contiguous() and piece.untyped_storage().nbytes() == piece.nbytes
             state[meta_name(path)] = piece if whole else piece.clone(memory_format=torch.contiguous_format)
         write_tensors(state, folder / f"consolidated.{i:02d}.pth", report)
@@ -127,7 +130,10 @@ def write_meta(weights: Weights, folder: Path, shards: int | None, report: Repor
 
 
 def meta_name(path: str) -> str:
-    """`blocks.0.feed_forward.w_gate` -> `layers.0.feed_forward.w1.weight`."""
+    """Meta's name of a weight.
+
+    "blocks.0.feed_forward.w_gate" becomes "layers.0.feed_forward.w1.weight".
+    """
     if path == "embedding":
         return "tok_embeddings.weight"
     *parents, last = path.split(".")
@@ -135,73 +141,25 @@ def meta_name(path: str) -> str:
     return ".".join([*parents, FEED_FORWARD.get(last, last), "weight"])
 
 
-def read_config(settings: dict[str, Any], state: dict[str, Tensor], where: str) -> Config:
-    """The config of a `params.json`; what it leaves out is Meta's default, or is read off the weights."""
-    if missing := [name for name in ("dim", "n_layers", "n_heads") if name not in settings]:
-        raise ValueError(f"{where}: {', '.join(missing)} missing")
-    vocab_size = settings.get("vocab_size", -1)
-    if vocab_size == -1:  # as the released files say
-        embedding = state.get("tok_embeddings.weight")
-        vocab_size = len(embedding) if isinstance(embedding, Tensor) and embedding.ndim else 32000
-    kv_heads = settings.get("n_kv_heads")
-    try:
-        return Config(
-            dim=settings["dim"], n_layers=settings["n_layers"], n_heads=settings["n_heads"],
-            n_kv_heads=settings["n_heads"] if kv_heads is None else kv_heads, vocab_size=vocab_size,
-            hidden_dim=_hidden_dim(settings["dim"], settings.get("multiple_of", 256),
-                                   settings.get("ffn_dim_multiplier")),
-            norm_eps=settings.get("norm_eps", 1e-5), rope_theta=settings.get("rope_theta", 10000.0),
-            max_seq_len=settings.get("max_seq_len", 4096),
-            rope_scaling=LLAMA3 if settings.get("use_scaled_rope") else None)
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def write_config(config: Config) -> dict[str, Any]:
-    """A `params.json`, which tells the hidden width by `multiple_of` and `ffn_dim_multiplier` only."""
-    usual = 8 * config.dim // 3
-    settings = dataclasses.asdict(config)
-    settings["multiple_of"] = settings.pop("hidden_dim")
-    if usual > config.hidden_dim:  # so that rounding down gives hidden_dim itself
-        settings["ffn_dim_multiplier"] = (config.hidden_dim + 0.5) / usual
-    del settings["rope_scaling"]
-    if config.rope_scaling == LLAMA3:
-        settings["use_scaled_rope"] = True
-    elif config.rope_scaling is not None:
-        raise ValueError(f"{SETTINGS} has no word for {config.rope_scaling}; write the model in the format hf")
-    return settings
-
-
-def _hidden_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """Meta's rule: 2/3 of 4 d, times the multiplier, rounded up to a multiple."""
-    for name, value in (("dim", dim), ("multiple_of", multiple_of)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    if multiplier is not None and (type(multiplier) not in (int, float) or not 0 < multiplier < math.inf):
-        raise ValueError(f"ffn_dim_multiplier must be a number above 0, got {multiplier!r}")
-    hidden = 8 * dim // 3
-    if multiplier is not None:
-        hidden = int(multiplier * hidden)
-    return multiple_of * -(-hidden // multiple_of)
-
-
 def _shards(folder: Path) -> list[Path]:
-    """`consolidated.00.pth`, `consolidated.01.pth`, ..., all there."""
+    """The files ``consolidated.00.pth``, ``consolidated.01.pth``, ... Raises `FileNotFoundError` if one is missing."""
     count = sum(re.fullmatch(r"consolidated\.[0-9]{2,}\.pth", file.name) is not None for file in folder.iterdir())
     return [inside(folder, f"consolidated.{i:02d}.pth") for i in range(max(1, count))]
 
 
 def _axis(path: str) -> int | None:
-    """The axis along which a weight is split into shards; None for a norm, which every shard has whole."""
+    """The axis along which a weight is split into shards; None for a norm, which is whole in every shard."""
     last = path.split(".")[-1]
-    return None if last.endswith("norm") else int(last in COLUMNS)
+    return None if last.endswith("norm") else int(last in SPLIT_BY_COLUMNS)
 
 
-def _slice(shape: tuple[int, ...], path: str, count: int) -> tuple[int, ...]:
+def _shape_in_shard(shape: tuple[int, ...], path: str, count: int) -> tuple[int, ...]:
+    """The shape that a weight has in one of ``count`` shards."""
     return tuple(size // count if axis == _axis(path) else size for axis, size in enumerate(shape))
 
 
 def _indivisible(config: Config, count: int) -> str:
+    """Why a model cannot be split into ``count`` shards; an empty text if it can."""
     sizes = {"dim": config.dim, "n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads,
              "hidden_dim": config.hidden_dim, "vocab_size": config.vocab_size}
     if count < 1:
@@ -210,7 +168,7 @@ def _indivisible(config: Config, count: int) -> str:
 
 
 def _shard_problems(config: Config, found: list[list]) -> list[str]:
-    """What is wrong with the number of shards."""
+    """What is wrong with the number of shards, judging by the width of the embedding in them."""
     widths = {entry.shape[1] for entries in found for entry in entries
               if entry.name == "tok_embeddings.weight" and len(entry.shape) == 2}
     width = widths.pop() if len(widths) == 1 else 0

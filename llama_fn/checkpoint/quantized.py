@@ -1,4 +1,4 @@
-"""Quantized weights in a file: the integers, a flat matrix, under the weight's name, and their scale beside it."""
+"""Quantized weights in files: the integers under the weight's name, and their scale under that name plus ".scale"."""
 
 import math
 from collections.abc import Iterable
@@ -15,13 +15,13 @@ Entry = tuple[torch.dtype, tuple[int, ...]]
 
 
 def entries(name: str, leaf: Quantized | Grouped) -> dict[str, Tensor]:
-    """What is written of a weight."""
+    """The entries that are written for a quantized weight: its integers as a matrix, and its scale."""
     values, scale = leaf.flat()
     return {name: values, name + SCALE: scale}
 
 
 def expected(name: str, weight: Weight, kind: torch.dtype) -> dict[str, Entry]:
-    """Dtype and shape of a weight's entries, if its integers are of this kind."""
+    """The dtype and shape of each entry of a quantized weight, given the dtype of its integers."""
     o, d = math.prod(weight.outer), math.prod(weight.inner)
     if kind == torch.int8:
         return {name: (kind, (o, d)), name + SCALE: (torch.float32, (o,))}
@@ -29,21 +29,22 @@ def expected(name: str, weight: Weight, kind: torch.dtype) -> dict[str, Entry]:
 
 
 def leaf(weight: Weight, values: Tensor, scale: Tensor) -> Quantized | Grouped:
-    """The weight of its entries."""
+    """The quantized weight that its two entries describe."""
     if values.dtype == torch.int8:
         return Quantized(values.reshape(weight.shape), scale.reshape(weight.outer))
     return Grouped(values.reshape(*weight.shape[:-1], -1), scale.reshape(*weight.outer, -1, 2))
 
 
 def bits(kinds: Iterable[torch.dtype]) -> str:
-    """What weights of such integers are called: "int8", "int4", both, or nothing."""
+    """The names of the quantizations with these integers: "int8", "int4", "int4 and int8", or an empty text."""
     return " and ".join(sorted({BITS[kind] for kind in kinds}))
 
 
-def together(leaves: dict[str, Tensor]) -> dict[str, Tensor | Quantized | Grouped]:
-    """The leaves by their paths, those of a quantized weight as one."""
-    whole = dict(leaves)
+def joined(leaves: dict[str, Tensor]) -> dict[str, Tensor | Quantized | Grouped]:
+    """The weights by their paths. The two leaves of a quantized weight, its values and scale, are joined into one."""
+    weights: dict[str, Tensor | Quantized | Grouped] = dict(leaves)
     for path in [path.removesuffix(".values") for path in leaves if path.endswith(".values")]:
-        values, scale = whole.pop(f"{path}.values"), whole.pop(f"{path}.scale")
-        whole[path] = (Quantized if values.dtype == torch.int8 else Grouped)(values, scale)
-    return whole
+        values, scale = leaves[f"{path}.values"], leaves[f"{path}.scale"]
+        del weights[f"{path}.values"], weights[f"{path}.scale"]
+        weights[path] = (Quantized if values.dtype == torch.int8 else Grouped)(values, scale)
+    return weights

@@ -1,8 +1,8 @@
-"""The state of a training run in one file: any tree of tensors, with a checksum a leaf."""
+"""Snapshots: any tree of tensors, such as the state of a training run, in one file with a checksum for each leaf."""
 
 import os
 import zlib
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,14 @@ from llama_fn.checkpoint.weights import spelled, stored
 T = TypeVar("T")
 
 
-def save_snapshot(value: T, path: str | os.PathLike) -> None:
-    """Write a tree's leaves by their paths. The file is whole or not there: the one before stays until it is."""
+def save_snapshot(value: Any, path: str | os.PathLike) -> None:
+    """Write a tree of tensors to a file, each leaf under its path in the tree.
+
+    The write is atomic: until it is complete, the file that was there before stays. Raises `OSError` with the file's
+    name and a remedy.
+
+    Example: ``save_snapshot(state, "run/snapshot.pt")``.
+    """
     leaves = {name: x.detach().cpu() for name, x in tree.paths(value).items()}
     checksums = {name: _checksum(x) for name, x in leaves.items()}
     with replacing(path) as beside:
@@ -24,10 +30,14 @@ def save_snapshot(value: T, path: str | os.PathLike) -> None:
 
 
 def load_snapshot(like: T, path: str | os.PathLike) -> T:
-    """A tree as it was saved, bit for bit; `like` is a tree of the same structure, shapes and dtypes.
+    """Read the tree that `save_snapshot` wrote, bit for bit.
 
-    Raises `FileNotFoundError`, and `ValueError` for a damaged file (a flipped bit too, which torch itself does not
-    see) or for the state of another model or optimizer, naming every leaf that does not fit.
+    ``like`` is a tree of the same structure, shapes and dtypes; each leaf is put on the device of its counterpart
+    there. Raises `FileNotFoundError` for a missing file. Raises `ValueError` that names every leaf that does not fit,
+    for the state of another model or optimizer and for a damaged file. The checksums find a single flipped bit, which
+    ``torch.load`` does not notice.
+
+    Example: ``state = load_snapshot(init_state(params, optimizer), "run/snapshot.pt")``.
     """
     file = read_tensors(path)
     leaves, checksums = file.get("leaves"), file.get("checksums")
@@ -51,4 +61,4 @@ def _kind(x: Tensor) -> str:
 
 
 def _checksum(x: Tensor) -> int:
-    return zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -1,7 +1,8 @@
-"""A model's weights wherever they lie: names, shapes and dtypes first, numbers only when asked for.
+"""`Weights`: the names, shapes and dtypes of a model's weights, and a function that reads one weight.
 
-A format is two functions: one opens such a folder as `Weights`, one writes `Weights` to such a folder. To load is to
-open and to read every leaf; to convert is to open one and write the other, a leaf at a time and never a whole tree.
+Every format consists of two functions. One opens a folder and returns `Weights`; the other writes `Weights` to a
+folder. Loading opens a folder and reads every weight. Converting opens one format and writes another, one weight at a
+time, so that the model is never in memory as a whole.
 """
 
 import warnings
@@ -19,19 +20,19 @@ from llama_fn.config import Config
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.transformer import Params
 
-HEADS = ("k", "g", "h")
+HEAD_AXES = ("k", "g", "h")  # key/value heads, query heads of each, the width of a head
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-Report = Callable[[int], None]
+ReportBytes = Callable[[int], None]
 
 
 def check_dtype(dtype: Any) -> None:
-    """Raise `ValueError` for what weights cannot be cast to."""
+    """Raise `ValueError` for a dtype that weights cannot be cast to."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be None (as stored) or one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
 
 
 class Stored(NamedTuple):
-    """One entry of a file, as its header tells: `kind` is a tensor's dtype, or in words what else it is."""
+    """One entry of a file. ``kind`` is a tensor's dtype; for anything else it is a text that says what the entry is."""
 
     file: str
     name: str
@@ -40,30 +41,32 @@ class Stored(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What is known of weights before a number is read, and `read`, which gives the leaf at a path of the tree.
+    """What is known about a model's weights before any number is read, and how to read them.
 
-    `problems` are reasons not to load them, `notes` are worth a warning. `tied` weights have one matrix as embedding
-    and output. `dtype` is what `read` gives of tensors, `bits` ("int8", "int4") what matrices are quantized to.
+    ``read(path)`` returns the weight at a path of the tree `Params`, for example "blocks.0.attention.wq". ``dtype`` is
+    the dtype of the tensors that ``read`` returns. ``stored`` lists the entries of the files. ``problems`` are reasons
+    not to load the weights, and ``notes`` deserve a warning. If ``tied`` is true, the embedding and the output are one
+    matrix. ``bits`` names what the matrices are quantized to ("int8" or "int4"); it is empty for plain tensors.
     """
 
     config: Config
     read: Callable[[str], Any]
     dtype: torch.dtype
     stored: list[Stored]
-    problems: list[str] = []  # noqa: RUF012, nobody adds to it
+    problems: list[str] = []  # noqa: RUF012, it is never changed
     notes: list[str] = []  # noqa: RUF012
     tied: bool = False
     bits: str = ""
 
-    def plain(self, where: str) -> "Weights":
-        """These weights. Raises `ValueError` if they are quantized: `where` has no place for that."""
+    def unquantized(self, where: str) -> "Weights":
+        """These weights. Raises `ValueError` if they are quantized, which the format named ``where`` cannot hold."""
         if self.bits:
             raise ValueError(f"{where} cannot hold quantized weights ({self.bits}): write them in the format meta, in "
-                             "one file, or as the tensors that they stand for, lf.dequantize(params)")
+                             "one file, or turn them into plain tensors first: lf.dequantize(params)")
         return self
 
     def checked(self, where: Any) -> "Weights":
-        """These weights. Raises `ValueError` with every problem in it, and warns of the notes."""
+        """These weights, after a warning for each note. Raises `ValueError` that lists all problems, if any."""
         for note in self.notes:
             warnings.warn(note, stacklevel=3)
         if self.problems:
@@ -73,16 +76,17 @@ class Weights(NamedTuple):
 
 
 def weights_of(params: Params, dtype: torch.dtype | None = None) -> Weights:
-    """The weights of a tree, cast leaf by leaf to `dtype` (None leaves them, and so stay integers and their scales).
+    """The weights of a tree in memory. Each tensor is cast to ``dtype`` when it is read; None keeps its own dtype.
 
-    Raises `ValueError` for wrong shapes, and for adapters that are not merged.
+    Quantized weights are never cast. Raises `ValueError` for wrong shapes, and for adapters that are not merged.
     """
     check_dtype(dtype)
-    leaves, abstract = quantized.together(tree.paths(params)), tree.paths(abstract_params(params.config))
+    leaves, abstract = quantized.joined(tree.paths(params)), tree.paths(abstract_params(params.config))
     for path in [path for path in leaves if path not in abstract]:
         if other := next((name for name in abstract if path.startswith(f"{name}.")), None):
-            raise ValueError(f"{other} is no plain tensor, as files need them; an adapter must be merged first: say "
-                             "lora.merge in the place of lora.apply, of lf.dequantize(params) if it lies on integers")
+            raise ValueError(f"{other} is not a plain tensor, and files hold plain tensors only; merge an adapter "
+                             "first: use lora.merge in place of lora.apply (on lf.dequantize(params) if the weights "
+                             "are quantized)")
     shapes = [{path: list(x.shape) for path, x in weights.items()} for weights in (abstract, leaves)]
     wrong = [f"{path}: should be {shapes[0].get(path)}, is {shapes[1].get(path)}"
              for path in abstract | leaves if shapes[0].get(path) != shapes[1].get(path)]
@@ -90,38 +94,46 @@ def weights_of(params: Params, dtype: torch.dtype | None = None) -> Weights:
         raise ValueError("the parameters do not fit their config:\n  " + "\n  ".join(wrong))
 
     def read(path: str) -> Any:
-        return leaves[path].detach().to(dtype) if isinstance(leaves[path], Tensor) else leaves[path]
+        leaf = leaves[path]
+        return leaf.detach().to(dtype) if isinstance(leaf, Tensor) else leaf
 
     return Weights(params.config, read, dtype or params.embedding.dtype, [],
-                   tied=isinstance(params.output, Tensor) and is_same(params.embedding, params.output),
+                   tied=isinstance(params.output, Tensor) and share_memory(params.embedding, params.output),
                    bits=quantized.bits(x.values.dtype for x in leaves.values() if not isinstance(x, Tensor)))
 
 
 def params_of(weights: Weights, device: torch.device | str | None = None,
-              form: Callable[[str, Weight, Tensor], Any] = lambda path, weight, x: x) -> Params:
-    """The tree of all leaves, each in the `form` it is to have as soon as it is read."""
+              convert: Callable[[str, Weight, Tensor], Any] = lambda path, weight, x: x) -> Params:
+    """Read all weights into a tree, on ``device``.
+
+    ``convert(path, abstract weight, weight)`` is applied to each weight as soon as it is read, and its result is what
+    the tree holds. `load` quantizes in this way, so that only one unquantized weight is in memory at a time.
+    """
     def leaf(path: str, weight: Weight) -> Any:
-        return form(path, weight, tree.map(lambda x: x.to(device), weights.read(path)))
+        return convert(path, weight, tree.map(lambda x: x.to(device), weights.read(path)))
 
     params = tree.map_with_path(leaf, abstract_params(weights.config))
     return params._replace(output=params.embedding) if weights.tied and isinstance(params.output, Tensor) else params
 
 
-def is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one and the same memory."""
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape begin at the same address. Tensors on the meta device have no address."""
     return a is b or (a.device.type != "meta" and a.data_ptr() == b.data_ptr() and a.shape == b.shape)
 
 
-def same_numbers(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, whatever their dtypes; NaN is the same as NaN."""
+def equal_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same shape and equal numbers. Dtypes may differ, and NaN equals NaN here."""
     return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | a.isnan() & b.isnan()).all()))
 
 
 def flat_shape(weight: Weight) -> tuple[int, ...]:
-    """The shape without the heads' axes: "k g h d" becomes (kgh, d) and "d k g h" becomes (d, kgh)."""
+    """The shape of a weight as a matrix: neighboring axes of heads become one.
+
+    "k g h d" becomes (k * g * h, d), and "d k g h" becomes (d, k * g * h).
+    """
     sizes, last = [], ""
     for axis, size in zip(weight.axes.split(), weight.shape, strict=True):
-        if axis in HEADS and last in HEADS:
+        if axis in HEAD_AXES and last in HEAD_AXES:
             sizes[-1] *= size
         else:
             sizes.append(size)
@@ -130,12 +142,16 @@ def flat_shape(weight: Weight) -> tuple[int, ...]:
 
 
 def layer_of(path: str) -> str:
-    """`blocks.3` for all leaves of layer 3; what is in no layer stands for itself."""
+    """The layer of a weight: "blocks.3" for "blocks.3.attention.wq". A weight outside the layers is its own layer."""
     return ".".join(path.split(".")[:2])
 
 
 def stored(file: str, name: str, value: Any) -> Stored:
-    """What an entry of a torch file is. A tensor may claim to be larger than its file: such a one is no weight."""
+    """Describe one entry of a torch file.
+
+    A tensor that is sparse, nested, or larger than its storage gets a text as its ``kind``, and is therefore never
+    accepted as a weight.
+    """
     if not isinstance(value, Tensor):
         return Stored(file, name, type(value).__name__, ())
     if value.is_nested or value.layout is not torch.strided:
@@ -147,9 +163,11 @@ def stored(file: str, name: str, value: Any) -> Stored:
 
 def misfits(wanted: dict[str, tuple[int, ...]], found: Iterable[Stored], only: torch.dtype | None,
             where: str = "", kinds: Mapping[str, torch.dtype] = MappingProxyType({})) -> list[str]:
-    """A line for every weight that is missing, unknown, there twice, of another shape, of no dtype for weights, or of
-    another dtype than `only` (None takes all, to be cast); those in `kinds` are to be of the dtype there. `where` says
-    in which file a missing one should be.
+    """One line for every difference between the weights that are wanted and the entries that were found.
+
+    A weight may be missing, unknown, duplicate, or of a wrong shape or dtype. ``only`` is the dtype that all weights
+    must have; None accepts every dtype in `DTYPES`. ``kinds`` gives the dtype of single weights by their names.
+    ``where`` names the file in which a missing weight should be.
     """
     wrong, seen = [], {}
     for entry in found:
@@ -169,11 +187,11 @@ def misfits(wanted: dict[str, tuple[int, ...]], found: Iterable[Stored], only: t
 
 
 def usual_dtype(found: Iterable[Stored]) -> torch.dtype:
-    """The dtype of most tensors."""
+    """The dtype that most of the tensors have; float32 if there are none."""
     kinds = Counter(entry.kind for entry in found if entry.kind in DTYPES)
     return kinds.most_common(1)[0][0] if kinds else torch.float32
 
 
 def spelled(kind: torch.dtype | str) -> str:
-    """`bfloat16` for `torch.bfloat16`."""
+    """The name of a dtype without its module: "bfloat16" for ``torch.bfloat16``."""
     return str(kind).removeprefix("torch.")

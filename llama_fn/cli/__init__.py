@@ -1,1 +1,1 @@
-"""The command line, one file a subcommand, each thin over the library."""
+"""The command line. Each subcommand has a file, which parses options, calls the library and prints."""

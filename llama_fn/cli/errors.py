@@ -1,22 +1,26 @@
-"""An error as one line for people."""
+"""An error as one line that a user can act on."""
 
 import errno
 from collections.abc import Iterable
 
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # of torch's allocators
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # what torch's allocators say
 
 
-def is_for_people(error: Exception) -> bool:
-    """Whether it comes of the input, the files or the machine. Any other is a mistake in this program."""
+def is_for_the_user(error: Exception) -> bool:
+    """Whether the input, the files or the machine caused the error. Any other error is a mistake in this program."""
     return isinstance(error, ValueError | OSError | MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))
 
 
-def told(error: Exception) -> str:
-    """What is wrong with which file. Writers of files name them: what could not be written without a name is output."""
+def description(error: Exception) -> str:
+    """What is wrong, and with which file.
+
+    Functions that write a file name it in their errors. So an error of a full disk that names no file is about standard
+    output.
+    """
     if isinstance(error, MemoryError | RuntimeError):
         return one_line(["there is not enough memory for this", *str(error).splitlines()[:1]])
-    if not getattr(error, "strerror", None):
+    if not isinstance(error, OSError) or not error.strerror:
         return one_line(str(error).splitlines())
     place = error.filename
     if place is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
@@ -25,5 +29,5 @@ def told(error: Exception) -> str:
 
 
 def one_line(lines: Iterable[str]) -> str:
-    """The lines as one."""
+    """The lines that are not blank, joined by semicolons."""
     return "; ".join(line.strip() for line in lines if line.strip()).replace(":; ", ": ").replace(".; ", "; ")

@@ -15,20 +15,20 @@ NAMES = {"meta": "Meta's", "hf": "Hugging Face's", "llama2c": "llama2.c's"}
 
 
 def inspect(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = "stories") -> None:
-    """Tell a model's format, config, parameters, bytes and dtype, and all that is missing or odd.
+    """Print a model's format, config, parameters, bytes and dtype, and everything that is missing or odd.
 
-    Only headers are read. Exit status 1 if something is wrong with the weights or the tokenizer, and 2 if a file cannot
-    be read or its settings make no model.
+    Only headers are read. The exit status is 1 if something is wrong with the weights or the tokenizer, and 2 if a file
+    cannot be read or its settings describe no model.
 
     Args:
-        model: The embedded model "stories", or the folder (of llama2.c also the file) of a model.
+        model: The embedded model "stories", or the folder of a model. For llama2.c also its file.
     """
     format, place = find(model)
     weights = open_weights(format, place)
-    tensors = [entry for entry in weights.stored if not isinstance(entry.kind, str)]
+    tensors = [(entry.shape, entry.kind) for entry in weights.stored if not isinstance(entry.kind, str)]
     files = Counter(entry.file for entry in weights.stored)
-    kinds = Counter(entry.kind for entry in tensors)
-    size = sum(math.prod(entry.shape) * entry.kind.itemsize for entry in tensors)
+    dtypes = Counter(dtype for _, dtype in tensors)
+    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
     print(f"{'format':<16}{NAMES[format]}, {len(files)} file{'s' * (len(files) != 1)} of weights")
     config = weights.config
     for name, value in dataclasses.asdict(config).items():
@@ -37,7 +37,7 @@ def inspect(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[
     print(f"{'head_dim':<16}{config.head_dim}")
     print(f"{'parameters':<16}{config.n_params:,}" + (" (embedding and output are one matrix)" if weights.tied else ""))
     print(f"{'tensors':<16}{len(weights.stored)}, {size:,} bytes, "
-          + ", ".join(spelled(kind) for kind, _ in kinds.most_common()))
+          + ", ".join(spelled(dtype) for dtype, _ in dtypes.most_common()))
     if weights.bits:
         print(f"{'quantized':<16}{weights.bits}, all matrices but the embedding")
     problems = list(weights.problems)

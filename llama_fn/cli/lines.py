@@ -1,4 +1,4 @@
-"""Messages from a terminal or a pipe, none of them lost: a line, a pasted text, or the lines between two fences."""
+"""Messages from a terminal or a pipe: a line, a pasted text, or all lines between two fences."""
 
 import os
 import sys
@@ -7,50 +7,50 @@ from contextlib import contextmanager, suppress
 
 from llama_fn.text import other_encoding
 
-BRACKETED_PASTE = "\x1b[?2004h"  # asks the terminal to mark where a paste begins and ends
+BRACKETED_PASTE = "\x1b[?2004h"  # makes the terminal mark where a paste begins and ends
 
 
 def on_terminal() -> bool:
-    """Whether somebody types and reads here, and no pipe or file does."""
+    """Whether both standard input and standard output are a terminal."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def reader() -> Callable[[str], str]:
-    """A function that shows a prompt on a terminal, and gives the next line without its end. At the end of all lines it
-    raises `EOFError`.
+    """A function that shows a prompt on a terminal and returns the next line, without its newline.
 
-    On a terminal a line is edited, and GNU readline gives a pasted text as one line with newlines in it. In a pipe, a
-    byte that is not UTF-8 comes as a lone surrogate, which no tokenizer takes: it spoils its own message and no other.
-    A pipe whose byte-order mark is another encoding's is a `ValueError`, and at its end.
+    After the last line it raises `EOFError`. On a terminal the line can be edited, and GNU readline returns a pasted
+    text as one line with newlines in it. In a pipe, a byte that is not UTF-8 becomes a lone surrogate. The tokenizer
+    refuses that message and no other. For a pipe in another encoding, by its byte-order mark, the function skips
+    everything in it and raises `ValueError`.
     """
     if on_terminal():
-        with suppress(ImportError):  # Windows has line editing of its own
+        with suppress(ImportError):  # on Windows, the console edits lines itself
             import readline
 
-            readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off
+            readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off by default
         return input
-    begun = False
+    first = True
 
     def read(prompt: str) -> str:
-        nonlocal begun
+        nonlocal first
         data = b"" if sys.stdin is None else sys.stdin.buffer.readline()
-        if not data:
+        if sys.stdin is None or not data:
             raise EOFError
-        if not begun and (other := other_encoding(data)):
+        if first and (other := other_encoding(data)):
             sys.stdin.buffer.read()
             raise ValueError(f"standard input: {other}")
-        line = data.decode("utf-8" if begun else "utf-8-sig", "surrogateescape")
-        begun = True
+        line = data.decode("utf-8-sig" if first else "utf-8", "surrogateescape")
+        first = False
         return line.removesuffix("\n").removesuffix("\r")
 
     return read
 
 
 def message(read: Callable[[str], str]) -> tuple[str, bool]:
-    """The next message, and whether it may be a command, as a single line may.
+    """The next message, and whether it is a single line. Only a single line can be a command.
 
-    A line of three or more quotation marks alone is a fence: all lines up to the same fence, or to the end of the
-    input, are one message.
+    A line that consists of three or more quotation marks is a fence. All lines up to the same fence, or to the end of
+    the input, are one message.
     """
     line = read("> ")
     fence = line.strip()
@@ -64,17 +64,18 @@ def message(read: Callable[[str], str]) -> tuple[str, bool]:
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """What is typed or pasted meanwhile on a terminal is not shown. It waits, in its order, for the next `reader` line.
+def typing_waits() -> Iterator[None]:
+    """Do not show what is typed or pasted during the block; the next line that is read begins with it.
 
-    By itself a terminal cuts a line that nobody reads yet at 4095 bytes, tears a paste into lines, and throws away
-    what waits when Ctrl-C is typed.
+    Without this, the terminal cuts a line that no program reads yet after 4095 bytes, splits a paste into lines, and
+    discards what was typed when Ctrl-C is pressed.
     """
     try:
         import termios
     except ImportError:  # on Windows
-        termios = None
-    if termios is None or not on_terminal():
+        yield
+        return
+    if not on_terminal():
         yield
         return
     terminal = sys.stdin.fileno()

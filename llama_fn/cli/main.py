@@ -1,4 +1,4 @@
-"""`llama-fn`: the subcommands, and what becomes of their errors."""
+"""`llama-fn`: choose a subcommand, run it, and print its errors."""
 
 import contextlib
 import functools
@@ -12,10 +12,10 @@ from typing import Any
 import tyro
 
 from llama_fn import __version__
-from llama_fn.bench.bench import bench
+from llama_fn.cli.bench import bench
 from llama_fn.cli.chat import chat
 from llama_fn.cli.convert import convert
-from llama_fn.cli.errors import is_for_people, one_line, told
+from llama_fn.cli.errors import description, is_for_the_user, one_line
 from llama_fn.cli.evaluate import evaluate
 from llama_fn.cli.generate import generate
 from llama_fn.cli.inspect import inspect
@@ -28,7 +28,10 @@ COMMANDS = {"generate": generate, "chat": chat, "perplexity": perplexity, "choos
 
 
 def main() -> None:
-    """Run one subcommand, or tell the version. Bad input is one line on standard error and status 2; Ctrl-C is 130."""
+    """Run one subcommand, or print the version.
+
+    For bad input, one line goes to standard error and the exit status is 2. After Ctrl-C it is 130.
+    """
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # PowerShell's pipes begin with a byte-order mark
     try:
@@ -39,25 +42,28 @@ def main() -> None:
             else:
                 _parsed(sys.argv[1:])()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe has gone; nothing more is to be said
+    except BrokenPipeError:  # the program that reads our output has ended
         _give_up_output()
     except Exception as error:
-        if not is_for_people(error):
+        if not is_for_the_user(error):
             raise
         try:
             sys.stdout.flush()
         except OSError:
             _give_up_output()
-        print(f"llama-fn: {told(error)}", file=sys.stderr)
+        print(f"llama-fn: {description(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _parsed(args: Sequence[str]) -> Callable[[], None]:
-    """The command with its arguments. For arguments that are none it raises `ValueError`; tyro draws a box."""
+    """The subcommand with its arguments bound, to be called later.
 
-    def later(command: Callable) -> Callable:
+    Raises `ValueError` for wrong arguments. By itself tyro prints a box of several lines and exits.
+    """
+
+    def bind_only(command: Callable) -> Callable:
         @functools.wraps(command)  # tyro reads the command's signature
         def bound(*args: Any, **named: Any) -> Callable[[], None]:
             return functools.partial(command, *args, **named)
@@ -67,17 +73,17 @@ def _parsed(args: Sequence[str]) -> Callable[[], None]:
     try:
         with contextlib.redirect_stderr(box):
             return tyro.extras.subcommand_cli_from_dict(
-                {name: later(command) for name, command in COMMANDS.items()}, prog="llama-fn", args=args,
-                description="LLaMA 2 as pure functions (--version tells which).",
+                {name: bind_only(command) for name, command in COMMANDS.items()}, prog="llama-fn", args=args,
+                description="LLaMA 2 as pure functions. (--version prints the version.)",
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
     except SystemExit as stop:
         if stop.code != 2:
             raise
     _, *lines = (line.strip(" │|") for line in box.getvalue().splitlines() if line.strip())  # the first is a title
-    text = " ".join(line if line.strip("─-╰╯+") else "\n" for line in lines)  # a rule divides, a line goes on
+    text = " ".join(line if line.strip("─-╰╯+") else "\n" for line in lines)  # only a rule ends a message
     raise ValueError(one_line(text.splitlines()))
 
 
 def _give_up_output() -> None:
-    """Standard output takes no more; or Python tries again when it ends, and complains."""
+    """Discard what is still to be written. Otherwise Python tries to write it at its end and prints an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""What the options of several subcommands mean."""
+"""Options that several subcommands share."""
 
 import dataclasses
 from pathlib import Path
@@ -18,24 +18,28 @@ Context = Annotated[int | None, tyro.conf.arg(aliases=["-c"])]
 
 
 def dtype_of(name: Dtype) -> torch.dtype | None:
-    """A dtype by its name; None, which `load` understands, for the dtype of the file."""
+    """The dtype of a name. It is None for "stored": `load` then keeps the dtype of the file."""
     return None if name == "stored" else getattr(torch, name)
 
 
 def model_of(name: str, adapter: Path | None, dtype: Dtype, device: str, bits: Bits | None = None) -> Model:
-    """The model of a name or folder, with the LoRA adapter of another folder merged into it, if there is one, and
-    quantized then, if `bits` says so."""
-    first = None if adapter else bits
-    model = load(name, dtype=dtype_of(dtype), device=device_of(device), quantize=first)
+    """The model of a name or folder.
+
+    `adapter` is a folder with a LoRA adapter, which is merged into the weights. `bits` quantizes the matrices, after an
+    adapter was merged.
+    """
     if adapter is None:
-        return model
+        return load(name, dtype=dtype_of(dtype), device=device_of(device), quantize=bits)
+    model = load(name, dtype=dtype_of(dtype), device=device_of(device))
     params = lora.merge(model.params, lora.load(adapter, model.params))
     return model._replace(params=params if bits is None else quantize(params, bits))
 
 
-def within(model: Model, context: int | None) -> Model:
-    """The model with a shorter context: prompt and answer together have as many tokens at most, and the cache room for
-    no more.
+def with_context(model: Model, context: int | None) -> Model:
+    """The model with a shorter context: the most tokens of a prompt and its continuation together.
+
+    The cache then has no room for more. None leaves the context as it is. Raises `ValueError` for a context longer than
+    the one that the model was trained for.
     """
     longest = model.params.config.max_seq_len
     if context is None:

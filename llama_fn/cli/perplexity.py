@@ -1,4 +1,4 @@
-"""`llama-fn perplexity` and `llama-fn choose`: how likely a model finds a text, or one option beside others."""
+"""`llama-fn perplexity` and `llama-fn choose`: how likely a text is, or each of several options."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,13 +17,14 @@ def perplexity(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar
                window: Annotated[int | None, tyro.conf.arg(aliases=["-c", "--context"])] = None,
                stride: int | None = None, dtype: Dtype = "stored",
                device: str = "auto") -> None:
-    """Tell how well a model predicts a text, in a sliding window: perplexity a token, and bits a byte.
+    """Print how well a model predicts a text, in a sliding window: perplexity per token, and bits per byte.
 
     Args:
         file: A text file, a JSON or JSON-lines file (the "text" of each record), or a folder of such files.
         model: The embedded model "stories", or the folder of a model.
-        window: Tokens in a window; by default the model's context.
-        stride: How far it slides; by default half of it. A shorter stride gives more context and takes longer.
+        window: The number of tokens in the window; by default the model's context.
+        stride: How many tokens the window moves at a time; by default half a window. A shorter stride gives each token
+            more context and takes longer.
         dtype: Compute in this dtype, or as the weights are stored.
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
     """
@@ -43,14 +44,14 @@ def perplexity(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar
 def choose(prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")],
            options: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="OPTION ...")], *,
            model: str = "stories", dtype: Dtype = "stored", device: str = "auto") -> None:
-    """Score options against each other as continuations of a prompt, the likeliest first.
+    """Print how likely each option is as a continuation of a prompt, the likeliest first.
 
-    The share is an option's probability among the options. The bits a byte are those of the option alone, however many
-    others there are; they compare options of different lengths, and the lowest is the best.
+    The share is an option's probability among the given options. The bits a byte do not depend on the other options.
+    They compare options of different lengths: the option with the fewest is the best.
 
     Args:
-        prompt: What stands before each option; leave the space between them to the options.
-        options: One or more.
+        prompt: The text before each option. It should end without a space, and each option should begin with one.
+        options: One or more continuations.
         model: The embedded model "stories", or the folder of a model.
         dtype: Compute in this dtype, or as the weights are stored.
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.

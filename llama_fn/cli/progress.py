@@ -10,6 +10,6 @@ from tqdm import tqdm
 
 @contextmanager
 def late_bar(**settings: Any) -> Iterator[Callable[[], tqdm]]:
-    """A function that gives the bar, which is made when it is asked for and closed at the end."""
+    """A function that returns the bar. Its first call draws the bar, and the end of the block closes it."""
     with ExitStack() as stack:
         yield functools.cache(lambda: stack.enter_context(tqdm(dynamic_ncols=True, **settings)))

@@ -12,26 +12,29 @@ from llama_fn.cli.options import device_of
 from llama_fn.generation.completion import text_completion
 from llama_fn.memory import keep_memory
 from llama_fn.training.curve import plot_losses
+from llama_fn.training.manifest import MANIFEST
 from llama_fn.training.plan import Plan
-from llama_fn.training.record import RECORD
 from llama_fn.training.run import METRICS, SNAPSHOT, run
 
 
 def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[TEXTS]")] = None, *,
           plan: Plan = Plan(), out: Path = Path("run"),  # noqa: B008, frozen
           resume: bool = False, evaluate_every: int | None = None, device: str = "auto") -> None:
-    """Train a tokenizer and a model, on the embedded stories or on texts of yours, and let it write.
+    """Train a tokenizer and a model on the embedded stories or on your own texts, and print a sample.
 
-    The folder gets the model in Meta's layout (`llama-fn generate --model FOLDER`), metrics.jsonl with a line a step,
-    loss.png (if matplotlib is installed), and a snapshot at every evaluation. Ctrl-C writes a snapshot and stops.
+    The output folder then holds the model in Meta's layout (for "llama-fn generate --model FOLDER"), metrics.jsonl with
+    a line for each step, loss.png (if matplotlib is installed), and a snapshot, which each evaluation replaces. Ctrl-C
+    writes a snapshot and stops.
 
     Args:
         texts: A text file, a JSON or JSON-lines file (the "text" of each record), or a folder of such files; by default
-            stories.
+            the stories.
         out: The folder of the run.
-        resume: Go on with the run in that folder, with the same plan and texts (or no texts: the folder has their
-            tokens), to the same result as if it had not stopped. With more steps it goes on beyond its end.
-        evaluate_every: Steps between two evaluations on held-out texts; by default 500, or a quarter of fewer steps.
+        resume: Continue the run in that folder. The result is the same as without the interruption. The plan and the
+            texts must be the same; the texts may be left out, because the folder holds their tokens. A larger number of
+            steps makes a finished run longer.
+        evaluate_every: Steps between two evaluations on held-out texts; by default 500, or a quarter of all steps if
+            that is less.
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
     """
     keep_memory()
@@ -39,7 +42,7 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
 
     def report(record: dict) -> None:
         nonlocal bar
-        if bar is None:  # the first record comes when options and texts have been looked at
+        if bar is None:  # the first record comes after options and texts were checked
             bar = tqdm(total=record["steps"], initial=record["step"], unit="step", dynamic_ncols=True)
             size = f"{record['parameters']:,} parameters, {record['training_tokens']:,} tokens to learn from"
             if record["step"] == record["steps"]:
@@ -63,7 +66,7 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
         again = f"with --resume --out {out} and the same options"
         if (out / SNAPSHOT).is_file():
             stopped = f"stopped; go on {again}"
-        elif (out / RECORD).is_file():
+        elif (out / MANIFEST).is_file():
             stopped = f"stopped before the first snapshot; begin again {again}"
         else:
             stopped = "stopped before the first step; nothing was kept"

@@ -14,10 +14,10 @@ ROOM = 2**24  # bytes: the loops of a small model take 5 MB
 
 
 def obstacle() -> str | None:
-    """Why nothing can be compiled on this machine, and what to do about it; None where a trial succeeds (0.05 s).
+    """Why nothing can be compiled on this machine, and the remedy; None where a trial succeeds (0.05 s).
 
-    Without compiled code everything gives the same results, slower: whoever asks warns, and goes on. A terminal sends
-    Ctrl-C to the trial's compiler, too: one that it ended is no obstacle but a `KeyboardInterrupt`.
+    Without compiled code everything gives the same results, only slower, so the caller warns and goes on. A terminal
+    sends Ctrl-C to the trial's compiler, too: a compiler that ended so is no obstacle, and raises `KeyboardInterrupt`.
     """
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
@@ -29,7 +29,7 @@ def obstacle() -> str | None:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
             library = Path(place, "trial.so")
-            made = subprocess.run([compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", library], text=True,
+            made = subprocess.run([compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)], text=True,
                                   input='extern "C" int trial() { return 1; }', capture_output=True)
             if shutil.disk_usage(place).free < ROOM:
                 return f"the folder for compiled code, {folder}, has less than {ROOM >> 20} MiB of room; {remedy}"
@@ -39,15 +39,14 @@ def obstacle() -> str | None:
                 said = (made.stderr.strip() or f"exit status {made.returncode}").splitlines()[0]
                 return (f"the C++ compiler {compiler!r} does not work ({said}); install g++ or name another in the "
                         "environment variable CXX")
-            ctypes.CDLL(library)
+            ctypes.CDLL(str(library))
     except OSError as error:
         return f"the folder for compiled code, {folder}, cannot be used ({error}); {remedy}"
     return None
 
 
 def _folder() -> str:
-    """Where inductor keeps compiled code. (Its own function for this has a private name, and takes a second to import.)
-    """
+    """Where inductor keeps compiled code. Its own function for this is private, and takes a second to import."""
     if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         return os.path.abspath(folder)
     try:
@@ -58,5 +57,5 @@ def _folder() -> str:
 
 
 def uncompiled(name: str, obstacle: str) -> str:
-    """What a warning says of a function for which there is an obstacle."""
+    """The warning for a function that an obstacle keeps from being compiled."""
     return f"jit: {obstacle}. Until then {name} runs as it is, slower"

@@ -1,4 +1,4 @@
-"""What inductor is told, and what it asks of the machine before it compiles."""
+"""What inductor is told before it compiles: options, and answers to what it would ask the machine."""
 
 import contextlib
 import gc
@@ -11,33 +11,35 @@ from typing import Any
 from torch import Tensor
 
 from llama_fn import private
-from llama_fn.modes import far
-from llama_fn.ops.cpu import build as avx2
+from llama_fn.modes import on_gpu
+from llama_fn.ops.cpu import build
 
-OPTIONS = {"size_asserts": False}  # each call looks first whether its tensors fit
-CPU = {"cpp.enable_floating_point_contract_flag": "fast",  # inductor multiplies and adds apart
-       "cpp.min_chunk_size": 8192}  # a loop over a row is done sooner than a second thread has begun: 4 % of a step
-# Block sizes are measured; and a kernel begins to load while the one before it ends: 4 % of a step of 7B (H200).
+OPTIONS = {"size_asserts": False}  # each call checks first whether its tensors fit
+CPU = {"cpp.enable_floating_point_contract_flag": "fast",  # otherwise inductor multiplies and adds in two instructions
+       "cpp.min_chunk_size": 8192}  # a loop over one row ends sooner than a second thread starts: 4 % of a step
+# Block sizes are measured. Programmatic dependent launch (PDL) lets a kernel begin to load while the one before it
+# still runs: 4 % of a step of 7B (H200).
 CUDA = {"coordinate_descent_tuning": True, "triton.enable_pdl": True}
-# A sum of products is to be one loop: inductor breaks an expression of more than 30 operations or 4 reads in two.
+# Keeps a sum of products in one loop: by default inductor splits an expression of more than 30 operations or 4 reads.
 ONE_LOOP = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 1000}
-# The rounds of a random number are to be many: put into each other, they take inductor 14 seconds more, or forever.
+# Splits the rounds of a random number into many loops: as one expression they take inductor 14 s longer, or forever.
 MANY_ROUNDS = {"realize_opcount_threshold": 10}
 
 
 def prepared(x: Tensor, cpu: Mapping[str, Any]) -> dict[str, Any]:
-    """The options for where x is; `cpu` are those there, beside the ones that are always set.
+    """The options for the device of `x`; on a CPU, the options `cpu` are added to those that are always set.
 
-    What inductor asks once in a process it is told meanwhile: which sources torch has, and Triton, half a second of any
-    start; and whether g++ knows the processor's instructions, three of a first one. Of AVX2 there is no doubt.
+    Threads find out meanwhile what inductor asks once in a process: a hash of torch's and Triton's sources, which takes
+    half a second of every start, and whether g++ knows the processor's instructions, which takes 3 s of a first start.
+    With AVX2 that answer is known.
     """
     inductor = private.inductor()
     asked = [*inductor.questions]
-    if far(x):
+    if on_gpu(x):
         options = OPTIONS | CUDA
     else:
         options = {**OPTIONS, **CPU, **cpu, "cpp_cache_precompile_headers": _keeps_headers(inductor.headers)}
-        if avx2.level() == "AVX2":
+        if build.level() == "AVX2":
             options["cpp.vec_isa_ok"] = True
         else:
             asked.append(inductor.instructions)
@@ -47,8 +49,10 @@ def prepared(x: Tensor, cpu: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _keeps_headers(folder: str) -> bool:
-    """Whether inductor's headers may be compiled once, in this folder: a machine's first start takes 15 s and not 20,
-    and every loop from then on a half and not two and a half. For that torch calls openssl, and writes 154 MB.
+    """Whether inductor can keep its precompiled headers in this folder.
+
+    With them a machine's first start takes 15 s instead of 20, and each loop compiled later 0.5 s instead of 2.5. Torch
+    needs openssl for it, and writes 154 MB.
     """
     with contextlib.suppress(OSError):
         os.makedirs(folder, exist_ok=True)
@@ -60,8 +64,10 @@ _ALONE = threading.RLock()
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Within it, no other thread makes a graph, since torch traces one at a time; and Python looks for no garbage: what
-    is imported and traced is none, and to look at it takes 7 % of a cached start.
+    """Within it, no other thread compiles, and Python's garbage collector is off.
+
+    Torch traces one graph at a time. The collector would find nothing in what is imported and traced, and takes 7 % of
+    a start with a warm cache.
     """
     with _ALONE:
         before = gc.isenabled()

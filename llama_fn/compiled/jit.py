@@ -23,9 +23,9 @@ MOST_SHAPES = 64  # compilations of one function; torch gives up after 8
 def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
     """`f` compiled as one graph for every combination of shapes: the same signature and, up to rounding, same results.
 
-    The memory of an argument named in `donate` (JAX's `donate_argnames`) takes the part of the result that has its
-    structure, shapes and dtypes: a decode step that donates its cache writes one slot and copies nothing. A donated
-    value must not be used again: it holds the new one. No other part of the result may be a view of it.
+    An argument named in `donate` (JAX's `donate_argnames`) gives its memory to the part of the result that has the same
+    structure, shapes and dtypes. So a decode step that donates its cache writes one slot and copies nothing. A donated
+    value must not be used again: its memory holds the new one. No other part of the result may be a view of it.
 
     Transforms go inside: `jit(vmap(f))`, not `vmap(jit(f))`. Raises `ValueError` for a donated name that `f` does not
     have; a call raises torch's `Unsupported` for one that no part of the result can take. Where nothing can be
@@ -48,7 +48,7 @@ def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
         given = {name: arguments[name] for name in names if tree.leaves(arguments.get(name))}
         return donated(given, result) if given else result
 
-    # Dynamo counts compilations by code object: each jitted function needs one of its own.
+    # Dynamo limits the compilations of each code object, so every jitted function needs a code object of its own.
     own = types.FunctionType(body.__code__.replace(), body.__globals__, called, None, body.__closure__)
     allow_shapes(MOST_SHAPES)
     compiled = torch.compile(own, fullgraph=True, dynamic=False)
@@ -58,14 +58,14 @@ def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
         try:
             return compiled(*args, **kwargs)
         except Exception:
-            bind(f, signature, args, kwargs)  # of a wrong call dynamo says less than Python does
+            bind(f, signature, args, kwargs)  # Python's error for a wrong call says more than dynamo's
             raise
 
     return jitted
 
 
 def donated(given: dict[str, Any], result: Any) -> Any:
-    """`result` with each part that is like a donated argument moved into that argument's memory."""
+    """`result`, with each part that is like a donated argument moved into that argument's memory."""
     parts = list(result) if type(result) is tuple else [result]
     places: dict[str, int] = {}
     for name, old in given.items():
@@ -78,14 +78,14 @@ def donated(given: dict[str, Any], result: Any) -> Any:
     def handed_on(x: Any) -> bool:
         return any(x is memory for memory in memories)
 
-    # A donated leaf that comes back in its own place is there already. A part with one in another place is a copy and
-    # takes no memory: were it written to another donated leaf, that one would have to be saved first, and inductor
-    # takes such a copy for superfluous.
+    # A donated leaf that comes back in its own place stays. A part that holds one in another place is copied instead of
+    # moved: to move it into a second donated leaf, that leaf would have to be saved first, and inductor removes such a
+    # copy as superfluous.
     fresh = {}
     for i, part in enumerate(parts):
         old = next((given[name] for name, place in places.items() if place == i), None)
         own = [None] * len(tree.leaves(part)) if old is None else tree.leaves(old)
-        if any(handed_on(x) and x is not mine for x, mine in zip(tree.leaves(part), own, strict=True)):
+        if any(handed_on(x) and x is not memory for x, memory in zip(tree.leaves(part), own, strict=True)):
             parts[i] = tree.map(lambda x: x.clone() if handed_on(x) else x, part)
         elif old is not None:
             fresh[i] = old

@@ -1,136 +1,150 @@
-"""All layers of one token a row, beside the definition, `block` after `block`: on the CPU by a kernel in C++
-(`ops/cpu/step.cpp`), on a GPU by those that `gpu_step.py` calls.
+"""All layers of a decode step at once: in C++ on a CPU (`ops/cpu/step.cpp`), in Triton on a GPU (`gpu_step.py`).
 
-To call a layer's kernels one by one takes Python 0.2 ms a layer: what it knows of a tensor has left the processor's
-cache when the weights have gone through it.
+`block` after `block` is the definition. One call of the C++ kernel replaces hundreds from Python. Each layer's calls
+from Python take 0.2 ms, because the weights that were just read have pushed Python's own data out of the processor's
+cache.
 """
 
-import operator
-import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from llama_fn.compiled.angles import known_frequencies
+from llama_fn.compiled.trace import alike
+from llama_fn.config import Config
 from llama_fn.model.block import Block
-from llama_fn.model.cache import Cache, KeysValues
+from llama_fn.model.cache import Cache
+from llama_fn.model.rope import frequencies
 from llama_fn.model.transformer import Params
-from llama_fn.modes import traced, transforms
-from llama_fn.ops.cpu import build as avx2
+from llama_fn.modes import plain, recording, values_alone
+from llama_fn.ops.cpu import build
 from llama_fn.ops.linear import most_by_triton
 from llama_fn.ops.quantized import GROUP, Grouped, Quantized, as_made
-from llama_fn.private import autocast
+from llama_fn.ops.slots import Forked
 
-# What was found of weights and a cache, for as long as they live.
-_known: dict[Hashable, tuple[bool, list[weakref.ref]]] = {}
+MOST = 64  # kinds of arguments that a trunk remembers
 
 
-def one_token(params: Params, tokens: Tensor, cache: Cache, slots: int) -> Tensor | None:
-    """What the last layer says of one token a row; keys and values are written to the cache that is given, of which
-    `slots` may be in use. None where this is not for a kernel: those take numbers of which nothing is asked but values,
-    and few rows. On the CPU nothing is rounded to 16 bits between layers, but keys, values, and what products take.
+class Checked(NamedTuple):
+    """What was found of arguments of one kind: whether the kernels accept them, and RoPE's frequencies for them."""
+
+    alike: Callable[..., bool]  # whether other tensors have the types, dtypes, devices, sizes and strides of these
+    accepted: bool
+    frequencies: Tensor | None  # None for what is not accepted, and where they cannot be kept
+
+
+def fused_trunk() -> Callable[[Params, Tensor, Cache, int], Tensor | None]:
+    """A `trunk` for `forward`: all layers of one token a row, or None for arguments that the kernels do not accept.
+
+    The result is what the last layer gives. Keys and values are written to the cache that comes in, of which `slots`
+    may be in use. On the CPU only keys, values and the inputs of products are rounded to 16 bits.
+
+    To look at every weight takes 0.05 ms a layer, and to compute RoPE's frequencies as long as all norms. So the trunk
+    keeps what it found of each kind of arguments, and uses it for arguments whose every tensor is alike.
     """
-    if tokens.shape[-1] != 1 or not _values():
-        return None
-    matrices, norms = [], []
-    for weights in params.blocks:
-        matrices += *weights.attention, *weights.feed_forward
-        norms += weights.attention_norm, weights.ffn_norm
-    values, scales = avx2.parts(matrices)
-    leaves = [params.embedding, *values, *scales, *norms, *cache.k, *cache.v]
-    if not _numbers(leaves):
-        return None
+    known: dict[Hashable, Checked] = {}
 
-    def fit() -> bool:
-        kinds = {(type(weights.attention.wq), weights.attention_norm.dtype) for weights in params.blocks}
-        kept = {leaf.dtype for leaf in (*cache.k, *cache.v)}
-        return len(kinds) == len(kept) == 1 and all(
-            _fits(weights, params.embedding, tokens.shape[:-1], KeysValues(k, v))
-            for weights, k, v in zip(params.blocks, cache.k, cache.v, strict=True))
+    def trunk(params: Params, tokens: Tensor, cache: Cache, slots: int) -> Tensor | None:
+        if tokens.shape[-1] != 1 or not values_alone() or isinstance(cache.k[0], Forked):
+            return None
+        matrices, norms = [], []
+        for weights in params.blocks:
+            matrices += *weights.attention, *weights.feed_forward
+            norms += weights.attention_norm, weights.ffn_norm
+        values, scales = build.parts(matrices)
+        tensors = [tokens, cache.length, params.embedding, *values, *scales, *norms, *cache.k, *cache.v]
+        config = params.config
+        kind = (tokens.shape, cache.k[0].shape, cache.k[0].dtype, params.norm.dtype, config.head_dim,
+                config.rope_theta, config.rope_scaling, *map(type, matrices))
+        found = known.get(kind)
+        if found is None or not found.alike(*tensors):
+            if not plain(tensors):
+                return None
+            found = _checked(params, tokens, cache, tensors)
+            if len(known) >= MOST:
+                known.pop(next(iter(known)), None)
+            known[kind] = found
+        if not found.accepted:
+            return None
+        angles = found.frequencies
+        if angles is None:
+            angles = _frequencies(config, tokens.device)
+        if tokens.is_cuda:
+            from llama_fn.compiled import gpu_step  # it imports Triton, which is there only where a GPU is
 
-    here = tokens.device == cache.length.device == params.embedding.device
-    if not here or cache.length.dtype != torch.int64 or not _once(fit, leaves, tokens.shape):
+            with torch.cuda.device(tokens.device):  # Triton launches on the current device
+                return gpu_step.fused_trunk(params, tokens, cache, slots, angles)
+        build.load()
+        return torch.ops.llama_fn.one_token(
+            tokens.long().contiguous(), params.embedding, angles, norms, values, scales, cache.k, cache.v,
+            cache.length.contiguous(), config.norm_eps, torch.get_num_threads())
+
+    return trunk
+
+
+def fused_head(norm: Tensor, output: Any, x: Tensor, eps: float) -> Tensor | None:
+    """`transformer.head` of few rows in C++, or None for arguments that the kernel does not accept."""
+    values, scales = build.parts([output])
+    tensors = [*values, *scales, norm, x]
+    if not values_alone() or not plain(tensors) or not x.is_contiguous():
         return None
-    if tokens.is_cuda:
-        from llama_fn.compiled import gpu_step as gpu_token  # it imports triton, which is only where there is a GPU
-
-        with torch.cuda.device(tokens.device):  # where triton launches
-            return gpu_token.one_token(params, tokens, cache, slots)
-    config = params.config
-    turns = known_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, tokens.device)
-    avx2.load()
-    return torch.ops.llama_fn.one_token(
-        tokens.long().contiguous(), params.embedding, turns, norms, values, scales, cache.k, cache.v,
-        cache.length.contiguous(), config.norm_eps, torch.get_num_threads())
-
-
-def head(norm: Tensor, output: Any, x: Tensor, eps: float) -> Tensor | None:
-    """`transformer.head` of few rows, by the same kernels, or None."""
-    values, scales = avx2.parts([output])
-    leaves = [*values, *scales, norm, x]
-    if not _numbers(leaves) or not _values() or not x.is_contiguous():
+    made = _scales_as_made([output]) and norm.dtype in build.FLOATS and norm.is_contiguous()
+    made = made and output.shape[-1:] == norm.shape == x.shape[-1:] and x.device == norm.device == values[0].device
+    if not made or not build.takes(output, x):
         return None
-    made = _scaled([output]) and norm.dtype in avx2.FLOATS and norm.shape == x.shape[-1:] and norm.is_contiguous()
-    made = made and output.shape[-1:] == norm.shape and x.device == norm.device == values[0].device
-    if not made or not avx2.takes(output, x):
-        return None
-    avx2.load()
+    build.load()
     return torch.ops.llama_fn.head(x, norm, values, scales, eps, torch.get_num_threads())
 
 
-def _numbers(leaves: list[Any]) -> bool:
-    """Whether these are tensors, of which no gradient is asked."""
-    return set(map(type, leaves)) <= {Tensor, Parameter} and not (torch.is_grad_enabled() and any(
-        map(operator.attrgetter("requires_grad"), leaves)))
+def _checked(params: Params, tokens: Tensor, cache: Cache, tensors: list[Tensor]) -> Checked:
+    kinds = {(type(weights.attention.wq), weights.attention_norm.dtype) for weights in params.blocks}
+    leaves = cast(tuple[Tensor, ...], (*cache.k, *cache.v))
+    accepted = (
+        len(kinds) == 1 and len({leaf.dtype for leaf in leaves}) == 1
+        and tokens.device == cache.length.device == params.embedding.device and cache.length.dtype == torch.int64
+        and all(_accepted(weights, params.embedding, tokens.shape[:-1], k, v)
+                for weights, k, v in zip(params.blocks, cache.k, cache.v, strict=True)))
+    angles = _frequencies(params.config, tokens.device) if accepted else None
+    # Of a fake tensor, or of one that a CUDA graph will only compute when it is replayed, nothing can be kept.
+    if angles is not None and (type(angles) is not Tensor or recording(angles)):
+        angles = None
+    return Checked(alike(tensors), accepted, angles)
 
 
-def _values() -> bool:
-    """Whether values alone are asked for, by nobody who writes down what is computed."""
-    return not traced() and not transforms() and not autocast()
+def _frequencies(config: Config, device: torch.device) -> Tensor:
+    return frequencies(config.head_dim, config.rope_theta, config.rope_scaling, device)
 
 
-def _once(found: Callable[[], bool], leaves: list[Tensor], *rest: Hashable) -> bool:
-    """What is found of these leaves, looked for once for as long as they live."""
-    key = (*rest, *map(id, leaves))
-    if (known := _known.get(key)) is None:
-        def forget(_: Any) -> None:
-            _known.pop(key, None)  # another may come to have its identity
-
-        known = _known[key] = found(), [weakref.ref(leaf, forget) for leaf in leaves]
-    return known[0]
-
-
-def _scaled(weights: list[Any]) -> bool:
-    """Whether the scales of 8-bit weights are as they were made: of a tree that was cast they may not be."""
+def _scales_as_made(weights: list[Any]) -> bool:
+    """Whether the scales of 8-bit weights are as they were made; those of a tree that was cast may not be."""
     return all(weight.scale.dtype == torch.float32 and weight.scale.is_contiguous()
                for weight in weights if isinstance(weight, Quantized))
 
 
-def _fits(params: Block, embedding: Tensor, batch: torch.Size, cache: KeysValues) -> bool:
-    """Whether a layer's weights and cache are as all of these kernels read them, and as those of their device do."""
+def _accepted(params: Block, embedding: Tensor, batch: torch.Size, keys: Any, values: Any) -> bool:
+    """Whether the kernels accept one layer's weights and cache: those for every device, and those of this one."""
     matrices, norms = [*params.attention, *params.feed_forward], (params.attention_norm, params.ffn_norm)
     d, dtype, kind, numbers = embedding.shape[-1], embedding.dtype, type(matrices[0]), matrices
     if isinstance(matrices[0], Quantized | Grouped):
         numbers = [part for matrix in matrices for part in matrix]
-        made = all(type(m) is kind and as_made(m) for m in matrices) and _scaled(matrices) and dtype.itemsize == 2
+        made = all(type(m) is kind and as_made(cast(Quantized, m)) for m in matrices) and _scales_as_made(matrices)
+        made = made and dtype.itemsize == 2
     else:
         made = all(isinstance(matrix, Tensor) and matrix.dtype == dtype for matrix in matrices)
-    leaves = (embedding, *numbers, *norms, *cache)
+    leaves = (embedding, *numbers, *norms, keys, values)
     if not made or not all(leaf.is_contiguous() and leaf.device == embedding.device for leaf in leaves):
         return False
-    (k, g, h, _), f, room = matrices[0].shape, matrices[4].shape[0], cache.k.shape[-2]
+    (k, g, h, _), f, room = matrices[0].shape, matrices[4].shape[0], keys.shape[-2]
     shapes = [(k, g, h, d), (k, h, d), (k, h, d), (d, k, g, h), (f, d), (f, d), (d, f), (d,), (d,)]
     if ([leaf.shape for leaf in (*matrices, *norms)] != shapes or norms[0].dtype != norms[1].dtype
-            or any(leaf.shape != (*batch, k, room, h) or leaf.dtype != cache.k.dtype for leaf in cache)):
+            or any(leaf.shape != (*batch, k, room, h) or leaf.dtype != keys.dtype for leaf in (keys, values))):
         return False
     if embedding.is_cuda:
         return (kind is not Grouped and 0 < batch.numel() <= most_by_triton(matrices[0])
-                and norms[0].dtype == cache.k.dtype == dtype in (torch.bfloat16, torch.float16))
+                and norms[0].dtype == keys.dtype == dtype in (torch.bfloat16, torch.float16))
     whole = GROUP if numbers is not matrices else 8
-    return (embedding.device.type == "cpu" and bool(avx2.level())
+    return (embedding.device.type == "cpu" and bool(build.level())
             and not (d % whole or k * g * h % whole or f % whole or h % 8)
-            and all(each in avx2.FLOATS for each in (dtype, norms[0].dtype, cache.k.dtype))
-            and 0 < batch.numel() <= avx2.most(matrices[0]))
+            and all(each in build.FLOATS for each in (dtype, norms[0].dtype, keys.dtype))
+            and 0 < batch.numel() <= build.most(matrices[0]))

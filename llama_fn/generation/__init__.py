@@ -1,1 +1,1 @@
-"""From logits to tokens to text."""
+"""Generation: from logits to tokens to text, chat, scores, and speculative decoding."""

@@ -1,8 +1,8 @@
-"""Chat: whole dialogs, as Meta's `chat_completion` takes them, and their tokens.
+"""Chat: answers to whole dialogs, as in Meta's `chat_completion`, and the tokens of dialogs.
 
-In LLaMA 2's format an exchange is `<s>[INST] question [/INST] answer </s>`; the system's words stand in the first
-question, between `<<SYS>>` and `<</SYS>>` (Touvron et al. 2023, appendix A.3.3; `chat_completion` in Meta's
-llama/generation.py). A model that came with a chat template for another format has it in its tokenizer.
+In LLaMA 2's format an exchange is ``<s>[INST] question [/INST] answer </s>``. The system message stands in the first
+question, between ``<<SYS>>`` and ``<</SYS>>`` (Touvron et al. 2023, appendix A.3.3; `chat_completion` in Meta's
+llama/generation.py). If a model came with a chat template for another format, its tokenizer holds that template.
 """
 
 import dataclasses
@@ -26,8 +26,10 @@ TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
 class Message(TypedDict):
-    """One turn of a dialog. `tokens` are those of an answer that was drawn, where its content's own are others; only a
-    saved conversation has them.
+    """One message of a dialog, as in ``{"role": "user", "content": "Who was it?"}``.
+
+    ``tokens`` is only present in a saved conversation, at an answer for which the model drew other tokens than the
+    tokenizer gives for the same text.
     """
 
     role: Literal["system", "user", "assistant"]
@@ -39,13 +41,17 @@ class Message(TypedDict):
 def chat_completion(model: Model, dialogs: Sequence[Sequence[Message]], *, key: Int[Tensor, "2"] | Int[Tensor, "n 2"],
                     max_new_tokens: int | None = None, sampler: Sampler | None = None,
                     logprobs: bool = False, adapters: Lora | None = None) -> list[Completion]:
-    """The assistant's answer to every dialog. A dialog may begin with the system's message; then user and assistant
-    take turns, and the user has the last word.
+    """The assistant's answer to every dialog (``chat_completion`` in Meta's llama/generation.py).
 
-    Keys, rows, limits and adapters are those of `text_completion`. Raises `ValueError` for a dialog in another order,
-    for one that leaves no room for an answer, and for a message with one of LLaMA 2's own tags in it, which Meta
-    refuses. With a chat template of another format, names of special tokens in a message are plain text; it raises
-    `ValueError`, too, if the template cannot be rendered or refuses the dialog, or if jinja2 is missing.
+    A dialog may begin with a system message. Then user and assistant take turns, and the last message is the user's.
+    All arguments but `dialogs` mean the same as in `text_completion`. If the model has a chat template of another
+    format, the name of a special token in a message is plain text.
+
+    Raises `ValueError` for roles in another order, for a dialog that leaves no room for an answer, and for a message
+    that contains one of LLaMA 2's own tags (Meta refuses those, too). With a chat template it also does so if the
+    template cannot be rendered or refuses the dialog, and if jinja2 is missing.
+
+    Example: ``lf.chat_completion(model, [[{"role": "user", "content": "Who?"}]], key=lf.random.key(0))``.
     """
     check_tokenizer(model)
     if not dialogs:
@@ -58,8 +64,9 @@ def chat_completion(model: Model, dialogs: Sequence[Sequence[Message]], *, key: 
 
 
 def dialog_ids(tokenizer: Tokenizer, dialog: Sequence[Message]) -> list[int]:
-    """The ids of a dialog that an answer is to follow: those of Meta's `chat_completion`, or of the model's own chat
-    template (see `by_meta`).
+    """The token ids of a dialog that ends with a question.
+
+    They are those of Meta's `chat_completion`, or those of the model's own chat template (see `by_meta`).
     """
     split_dialog(dialog)
     if not by_meta(tokenizer):
@@ -70,11 +77,12 @@ def dialog_ids(tokenizer: Tokenizer, dialog: Sequence[Message]) -> list[int]:
 
 
 def segments(tokenizer: Tokenizer, dialog: Sequence[Message]) -> list[tuple[list[int], bool]]:
-    """The ids of a dialog in pieces, and of each whether it is the assistant's: its words and the end token.
+    """The token ids of a dialog in pieces, and for each piece whether it is an answer with its end token.
 
-    The pieces take turns. What follows the last answer comes as a piece only if it is not empty. Joined they are
-    `dialog_ids`, but the assistant may have the last word, and its messages may hold tags, as what a model writes
-    may. Raises `ValueError` for a dialog in another order, and for a tag of LLaMA 2's format in another message.
+    Pieces that are answers and pieces that are not take turns. If nothing follows the last answer, it is the last
+    piece. The joined pieces are `dialog_ids`. Here the dialog may also end with an answer, and answers may contain
+    tags, as a model may write anything. Raises `ValueError` for roles in another order, and for a tag of LLaMA 2's
+    format in any other message.
     """
     system, turns = split_dialog(dialog, open=False)
     if not turns:
@@ -87,11 +95,11 @@ def segments(tokenizer: Tokenizer, dialog: Sequence[Message]) -> list[tuple[list
     for i, message in enumerate(dialog):
         if message["role"] != "assistant":
             check_tags(message["content"], f"message {i}")
-    return _metas(tokenizer, system, turns)
+    return _meta_segments(tokenizer, system, turns)
 
 
-def _metas(tokenizer: Tokenizer, system: str | None, turns: Sequence[str]) -> list[tuple[list[int], bool]]:
-    """`segments` by Meta's rules."""
+def _meta_segments(tokenizer: Tokenizer, system: str | None, turns: Sequence[str]) -> list[tuple[list[int], bool]]:
+    """The pieces of `segments` in Meta's format."""
     pieces = []
     for i in range(0, len(turns), 2):
         question = request(turns[i], system if i == 0 else None)
@@ -105,27 +113,27 @@ def _metas(tokenizer: Tokenizer, system: str | None, turns: Sequence[str]) -> li
 
 
 def closing(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens that end an answer in a dialog. Meta's rules put a space before the end token, if there is one."""
+    """The tokens that end an answer. In Meta's format they are a space, if it is a token, and the end token."""
     if not by_meta(tokenizer):
         return template.closing(tokenizer)
     space = tokenizer.processor.piece_to_id("\u2581")
     return (*[space] * (not tokenizer.processor.is_unknown(space)), tokenizer.eos_id)
 
 
-def check_said(tokenizer: Tokenizer, system: str | None, question: str) -> None:
-    """Raise `ValueError` for a tag of LLaMA 2's format, where that is the format."""
+def check_messages(tokenizer: Tokenizer, system: str | None, question: str) -> None:
+    """Raise `ValueError` for a tag of LLaMA 2's format in a message, if the dialogs of this model have that format."""
     if by_meta(tokenizer):
         check_tags(system or "", "the system's message")
         check_tags(question, "the message")
 
 
 def by_meta(tokenizer: Tokenizer) -> bool:
-    """Whether dialogs follow Meta's rules: there is no chat template, or it is LLaMA 2's.
+    """Whether dialogs have Meta's format: the model has no chat template, or it has LLaMA 2's.
 
-    LLaMA 2's is one that gives Meta's tokens for two dialogs, whether or not the folder's tokenizer puts a space after
-    the begin token (`legacy`): transformers' versions differ in that. Where jinja2 is missing, and nothing can be
-    rendered, it is one with LLaMA 2's four tags in it: a guess, which is wrong of a format with the same tags and other
-    spaces.
+    A template counts as LLaMA 2's if it gives Meta's tokens for two sample dialogs. Versions of transformers differ in
+    whether the tokenizer puts a space after the begin token (``legacy``), so either way is accepted. If jinja2 is
+    missing, nothing can be rendered, and a template counts as LLaMA 2's if it contains its four tags. That guess is
+    wrong for a format with the same tags and other spaces.
     """
     if not tokenizer.chat_template:
         return True
@@ -133,24 +141,25 @@ def by_meta(tokenizer: Tokenizer) -> bool:
         return False
     if importlib.util.find_spec("jinja2") is None:
         return True
-    said, systems = ["Who was it?", "A fox.", "And then?"], (None, "Be brief.")
-    metas = [[id for ids, _ in _metas(tokenizer, system, said) for id in ids] for system in systems]
+    turns, systems = ["Who was it?", "A fox.", "And then?"], (None, "Be brief.")
+    expected = [[id for ids, _ in _meta_segments(tokenizer, system, turns) for id in ids] for system in systems]
     try:
-        return any([template.tokens(spaced, dialog_with(system, said)) for system in systems] == metas
+        return any([template.tokens(spaced, dialog_with(system, turns)) for system in systems] == expected
                    for spaced in (tokenizer, dataclasses.replace(tokenizer, legacy=not tokenizer.legacy)))
     except ValueError:
         return False
 
 
 def dialog_with(system: str | None, turns: Sequence[str]) -> list[Message]:
-    """The inverse of `split_dialog`."""
+    """The messages of a dialog: the inverse of `split_dialog`."""
     begin: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     return [*begin, *({"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns))]
 
 
 def split_dialog(dialog: Sequence[Message], open: bool = True) -> tuple[str | None, list[str]]:
-    """The system's words, if there are any, and what user and assistant said in turns, the user first and, if it is
-    `open` for an answer, last.
+    """The system message (or None) and the contents of all other messages, which alternate, the user's first.
+
+    If the dialog is `open` for an answer, the last message must be the user's. Raises `ValueError` for anything else.
     """
     for i, message in enumerate(dialog):
         if not (isinstance(message, Mapping) and all(isinstance(message.get(x), str) for x in ("role", "content"))):
@@ -172,14 +181,14 @@ def _encode(tokenizer: Tokenizer, i: int, dialog: Sequence[Message]) -> list[int
 
 
 def request(question: str, system: str | None = None) -> str:
-    """A question in Meta's format; `system` in the first one only."""
+    """A question in Meta's format. The first one of a dialog includes the system message."""
     if system is not None:
         question = f"<<SYS>>\n{system}\n<</SYS>>\n\n{question}"
     return f"[INST] {question.strip()} [/INST]"
 
 
 def check_tags(text: str, where: str) -> None:
-    """Raise `ValueError` for a text that could pass for another part of the dialog."""
+    """Raise `ValueError` for a text with a tag, which the model would read as the beginning of another message."""
     if found := [tag for tag in TAGS if tag in text]:
         raise ValueError(f"{where} contains {found[0]!r}, a tag of the chat format itself, which is not allowed; "
-                         "write it in another way")
+                         "spell it differently")

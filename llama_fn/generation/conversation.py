@@ -1,4 +1,4 @@
-"""A conversation as a value: what was said, as tokens, and a cache of them that goes on from turn to turn."""
+"""A conversation as a value: the tokens of all messages, and a cache that each turn continues."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from llama_fn.checkpoint.load import Model, check_tokenizer
 from llama_fn.generation import decode
-from llama_fn.generation.chat import Message, check_said, closing, dialog_with, segments, split_dialog
-from llama_fn.generation.completion import room
+from llama_fn.generation.chat import Message, check_messages, closing, dialog_with, segments, split_dialog
+from llama_fn.generation.completion import token_limit
 from llama_fn.generation.sampling import Sampler
 from llama_fn.generation.sampling import sampler as make_sampler
 from llama_fn.generation.template import common
@@ -20,7 +20,7 @@ from llama_fn.tokenizer import Tokenizer
 
 
 class Exchange(NamedTuple):
-    """A question as it was asked, its tokens, and the tokens of the answer so far."""
+    """A question as the user wrote it, its tokens in the chat format, and the tokens of the answer so far."""
 
     question: str
     prompt: tuple[int, ...]
@@ -28,9 +28,10 @@ class Exchange(NamedTuple):
 
 
 class Chat(NamedTuple):
-    """A conversation: the system's words, the exchanges, and the cache of a beginning of their tokens.
+    """A conversation: the system message, the exchanges, and a cache of the first of their tokens.
 
-    An old value can be gone on with again, otherwise. What was answered keeps the tokens that were drawn.
+    It is a value: an old conversation can be continued again, in another way. Answers keep the tokens that were drawn.
+    `ask` and `answer` return conversations. ``lf.Chat(system="Be brief.")`` is a new one.
     """
 
     system: str | None = None
@@ -39,57 +40,61 @@ class Chat(NamedTuple):
 
     @property
     def tokens(self) -> list[int]:
-        """All tokens so far: those of the same dialog, wherever the answers' tokens are the tokenizer's own."""
+        """All tokens so far. Those of an answer may differ from those that the tokenizer gives for its text."""
         return [id for exchange in self.exchanges for id in (*exchange.prompt, *exchange.answer)]
 
 
 class ContextFull(ValueError):
-    """A conversation is longer than the model's context."""
+    """The conversation leaves no room in the model's context for an answer."""
 
 
 @typed
 def ask(model: Model, chat: Chat, question: str) -> Chat:
-    """The conversation with a question more, for `answer` to go on with.
+    """The conversation with one more question, which `answer` then answers.
 
-    Raises `ContextFull` if nothing could be answered, and `ValueError` as `chat_completion` does, for a tag in the
-    question or in the system's words.
+    Raises `ValueError` if the context has no room for an answer, and for a tag of the chat format in the question or in
+    the system message. The first of them is a ``ContextFull``.
+
+    Example: ``chat = lf.ask(model, lf.Chat(), "Who was it?")``.
     """
     check_tokenizer(model)
-    check_said(model.tokenizer, chat.system, question)
+    check_messages(model.tokenizer, chat.system, question)
     end = closing(model.tokenizer)
     exchanges = (*(_closed(end, exchange) for exchange in chat.exchanges), Exchange(question, (), ()))
     asked = _prompted(model.tokenizer, chat._replace(exchanges=exchanges))
-    known = common(chat.tokens, asked.tokens)  # all, but for a template that writes what was said anew in every turn
-    if chat.cache and int(chat.cache.length) > known:
-        asked = asked._replace(cache=chat.cache._replace(length=chat.cache.length.clamp(max=known)))
+    # A chat template may write earlier messages in another way once a question follows. The cache keeps only tokens
+    # that are still the same.
+    asked = asked._replace(cache=_shortened(chat.cache, common(chat.tokens, asked.tokens)))
     count, context = len(asked.tokens), model.params.config.max_seq_len
     new = len(asked.exchanges[-1].prompt)
     if count >= context:
-        raise ContextFull(f"the context of {context} tokens is full: the conversation has "
-                          f"{count - new}, this message {new}, and an answer needs some")
+        raise ContextFull(f"the context of {context} tokens is full: the conversation has {count - new} tokens and "
+                          f"this message {new}, which leaves no room for an answer")
     return asked
 
 
 @typed
 def answer(model: Model, chat: Chat, *, key: Int[Tensor, "2"], max_new_tokens: int | None = None,
            sampler: Sampler | None = None) -> Iterator[tuple[str, Chat]]:
-    """The answer in pieces of text as they come, each with the conversation up to it; the last piece is "".
+    """The answer to the last question, in pieces as it is written, each with the conversation up to it.
 
-    Only what the cache does not hold yet goes through the model. The answer ends at the model's end token, after
-    `max_new_tokens`, or at the context's end; any but the first can be gone on with. Draws fold the position into the
-    key, as `text_completion` does.
+    The last piece is the empty string. Only tokens that the cache does not hold yet go through the model. The answer
+    ends at the model's end token, after `max_new_tokens` tokens, or at the end of the context. Unless it ended at the
+    end token, a second call of `answer` continues it. `key` and `sampler` mean the same as in `text_completion`.
 
-    Raises at once `ContextFull`, and `ValueError` for a conversation with nothing to answer.
+    Raises `ValueError`, when it is called, if the context is full and if there is no question to answer.
+
+    Example: ``for piece, chat in lf.answer(model, chat, key=lf.random.key(0)): print(piece, end="")``.
     """
     check_tokenizer(model)
     tokens, latest, context = chat.tokens, chat, model.params.config.max_seq_len
     end = closing(model.tokenizer)
-    ended = ((model.tokenizer.eos_id,), end[-1:] or None)  # the answer: a question may end with that token, too
-    if not tokens or chat.exchanges[-1].answer[-1:] in ended:
+    complete = ((model.tokenizer.eos_id,), end[-1:] or None)  # how a complete answer ends
+    if not tokens or chat.exchanges[-1].answer[-1:] in complete:
         raise ValueError("there is nothing to answer: ask first")
     if len(tokens) >= context:
-        raise ContextFull(f"the context of {context} tokens is full: the conversation has {len(tokens)}")
-    limit = room(model.params, len(tokens), max_new_tokens)
+        raise ContextFull(f"the context of {context} tokens is full: the conversation has {len(tokens)} tokens")
+    limit = token_limit(model.params, len(tokens), max_new_tokens)
     *before, last = chat.exchanges
     drawn: list[int] = []
 
@@ -100,7 +105,7 @@ def answer(model: Model, chat: Chat, *, key: Int[Tensor, "2"], max_new_tokens: i
         keys = key[None].to(model.params.embedding.device)
         sample = sampler or make_sampler()
         for step in decode.steps(model.params, state, keys, sample, model.tokenizer.ends, [limit],
-                                 run=decode.fast(model.params, 1, sample)):
+                                 run=decode.step_for(model.params, 1, sample)):
             drawn.append(step.token)
             so_far = last._replace(answer=(*last.answer, *drawn))
             latest = chat._replace(exchanges=(*before, so_far), cache=step.state.cache)
@@ -108,7 +113,7 @@ def answer(model: Model, chat: Chat, *, key: Int[Tensor, "2"], max_new_tokens: i
 
     def pieces() -> Iterator[tuple[str, Chat]]:
         for piece in model.tokenizer.decode_stream(itertools.chain(last.answer, ids())):
-            if drawn:  # what comes before is told already
+            if drawn:  # an earlier call has returned the pieces before the first drawn token
                 yield piece, latest
         ended = latest.exchanges[-1] if len(drawn) == limit else _closed(end, latest.exchanges[-1])
         yield "", latest._replace(exchanges=(*before, ended))
@@ -117,48 +122,47 @@ def answer(model: Model, chat: Chat, *, key: Int[Tensor, "2"], max_new_tokens: i
 
 
 def unanswered(chat: Chat) -> Chat:
-    """The conversation with its last answer taken back, for `answer` to give another one.
+    """The conversation without its last answer, so that `answer` gives another one.
 
-    Raises `ValueError` if nothing was asked.
+    Raises `ValueError` for a conversation without a question.
     """
     if not chat.exchanges:
-        raise ValueError("nothing was asked yet")
+        raise ValueError("there is no question yet")
     *before, last = chat.exchanges
     asked = chat._replace(exchanges=(*before, last._replace(answer=())))
-    if not chat.cache:
-        return asked
-    return asked._replace(cache=chat.cache._replace(length=chat.cache.length.clamp(max=len(asked.tokens))))
+    return asked._replace(cache=_shortened(chat.cache, len(asked.tokens)))
 
 
 def drop(model: Model, chat: Chat, count: int) -> Chat:
-    """The conversation without its `count` oldest exchanges; the system's words move to the first that stays.
+    """The conversation without its `count` oldest exchanges.
 
-    Positions change with it, so all that stays goes through the model again. Raises `ValueError` for more exchanges
-    than there are.
+    The system message moves to the first exchange that remains. All positions change, so the whole conversation goes
+    through the model again. Raises `ValueError` for a `count` below 0 or above the number of exchanges.
     """
     check_tokenizer(model)
     if not 0 <= count <= len(chat.exchanges):
-        raise ValueError(f"of {len(chat.exchanges)} exchanges {count} cannot be dropped")
+        raise ValueError(f"cannot drop {count} of {len(chat.exchanges)} exchanges")
     return chat if count == 0 else _prompted(model.tokenizer, Chat(chat.system, chat.exchanges[count:]))
 
 
 def with_system(model: Model, chat: Chat, system: str | None) -> Chat:
-    """The conversation as it would stand under other words of the system. Raises `ValueError` for a tag in them."""
+    """The conversation with another system message. Raises `ValueError` for a tag of the chat format in it."""
     check_tokenizer(model)
-    check_said(model.tokenizer, system, "")
-    _prompted(model.tokenizer, Chat(system, (Exchange("", (), ()),)))  # refused at once, if nothing was asked yet, too
+    check_messages(model.tokenizer, system, "")
+    _prompted(model.tokenizer, Chat(system, (Exchange("", (), ()),)))  # a template may refuse any system message
     return _prompted(model.tokenizer, Chat(system, chat.exchanges))
 
 
 def dialog_of(tokenizer: Tokenizer, chat: Chat) -> list[Message]:
-    """The conversation as messages, as `chat_completion` takes them (with a question as the last). An answer's tokens
-    come with it where they are not those that its content has.
+    """The conversation as messages, in the form that `chat_completion` takes.
+
+    An answer comes with its tokens if they differ from those that the tokenizer gives for its text.
     """
-    said = [tokenizer.decode(exchange.answer).strip() for exchange in chat.exchanges]
-    turns = [text for exchange, answer in zip(chat.exchanges, said, strict=True)
+    answers = [tokenizer.decode(exchange.answer).strip() for exchange in chat.exchanges]
+    turns = [text for exchange, answer in zip(chat.exchanges, answers, strict=True)
              for text in (exchange.question, answer)]
-    opened = bool(chat.exchanges) and not chat.exchanges[-1].answer
-    dialog = dialog_with(chat.system, turns[:len(turns) - opened])
+    unanswered = bool(chat.exchanges) and not chat.exchanges[-1].answer
+    dialog = dialog_with(chat.system, turns[:len(turns) - unanswered])
     own = chat_of(tokenizer, dialog).exchanges
     for message, exchange, other in zip(dialog[chat.system is not None:][1::2], chat.exchanges, own, strict=False):
         if exchange.answer != other.answer:
@@ -167,10 +171,11 @@ def dialog_of(tokenizer: Tokenizer, chat: Chat) -> list[Message]:
 
 
 def chat_of(tokenizer: Tokenizer, dialog: Sequence[Message]) -> Chat:
-    """The inverse of `dialog_of`. The assistant may have the last word.
+    """The conversation of a list of messages: the inverse of `dialog_of`. The last message may be an answer.
 
-    Answers get the tokens that come with them, and their content's own where there are none or where those do not spell
-    it, as after an edit or with another tokenizer. Raises `ValueError` as `segments` does, and for what is no tokens.
+    An answer gets the tokens that come with it. If there are none, or if they do not spell its content (after an edit,
+    or with another tokenizer), it gets the tokens that the tokenizer gives for its content. Raises `ValueError` as
+    `segments` does, and for ``tokens`` that are not a list of integers.
     """
     system, turns = split_dialog(dialog, open=False)
     bare = [text.strip() if i % 2 else text for i, text in enumerate(turns)]
@@ -182,12 +187,14 @@ def chat_of(tokenizer: Tokenizer, dialog: Sequence[Message]) -> Chat:
         known = bool(tokens) and all(0 <= id < size for id in tokens)
         if known and tokenizer.decode(tokens).strip() == message["content"].strip():
             answers[i] = tuple(tokens)
-    exchanges = itertools.zip_longest(turns[::2], answers, fillvalue=())
-    return _prompted(tokenizer, Chat(system, tuple(Exchange(question, (), answer) for question, answer in exchanges)))
+    questions = turns[::2]
+    answers += [()] * (len(questions) - len(answers))
+    exchanges = tuple(Exchange(question, (), answer) for question, answer in zip(questions, answers, strict=True))
+    return _prompted(tokenizer, Chat(system, exchanges))
 
 
 def _prompted(tokenizer: Tokenizer, chat: Chat) -> Chat:
-    """The conversation with the prompts of its questions, which do not depend on what was answered."""
+    """The conversation with the tokens of its questions, which do not depend on the answers."""
     turns = [text for exchange in chat.exchanges for text in (exchange.question, "a")]
     prompts = [tuple(ids) for ids, is_answer in segments(tokenizer, dialog_with(chat.system, turns[:-1]))
                if not is_answer]
@@ -196,9 +203,16 @@ def _prompted(tokenizer: Tokenizer, chat: Chat) -> Chat:
 
 
 def _closed(end: tuple[int, ...], exchange: Exchange) -> Exchange:
-    """The exchange with the end of its answer, of which the model may have written a part."""
+    """The exchange with its answer ended by the tokens `end`, of which the model may have drawn the first ones."""
     answer = exchange.answer
     if answer[-1:] == end[-1:]:
         return exchange
-    there = next(n for n in range(len(end), -1, -1) if answer[len(answer) - n:] == end[:n])
-    return exchange._replace(answer=(*answer, *end[there:]))
+    count = next(n for n in range(len(end), -1, -1) if answer[len(answer) - n:] == end[:n])
+    return exchange._replace(answer=(*answer, *end[count:]))
+
+
+def _shortened(cache: Cache | NoCache | None, length: int) -> Cache | NoCache | None:
+    """The cache with at most `length` tokens in it."""
+    if not isinstance(cache, Cache) or int(cache.length) <= length:
+        return cache
+    return cache._replace(length=cache.length.clamp(max=length))

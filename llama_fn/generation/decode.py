@@ -1,39 +1,36 @@
-"""Decoding: prompts of any lengths go in at once, then a token a row comes out of every step."""
+"""Decoding: prompts of any lengths are prefilled as one batch, then every step draws a token for each row."""
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama_fn import random, tree
-from llama_fn.compiled.compiler import obstacle
-from llama_fn.compiled.inductor import MANY_ROUNDS
-from llama_fn.compiled.layers import by_shape, jit_layers
-from llama_fn.generation.sampling import DAMAGED, Sampler, drawable, is_pure
+from llama_fn.compiled.decoding import decoder
+from llama_fn.generation.sampling import DAMAGED, Sampler, Sampling, drawable
 from llama_fn.model.block import block
 from llama_fn.model.cache import Cache, NoCache, init_cache
 from llama_fn.model.fork import select as select_rows
-from llama_fn.model.room import ample
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.model.transformer import head as plain_head
-from llama_fn.ops.aten.inductor_sums import FEW
-from llama_fn.ops.cpu import build as avx2
 from llama_fn.ops.inside import check
-from llama_fn.private import lacking
+from llama_fn.ops.room import slots_for
 from llama_fn.shapes import typed
 from llama_fn.transforms import lora
 from llama_fn.transforms.lora import Lora
 
-CHUNK = 512  # tokens of a prompt that go through the model at once: what a token may see is a mask "t s" in memory
-LARGE = 2**28  # bytes of weights: a step that reads so many takes longer than what compiling saves, after some tokens
+CHUNK = 512  # tokens of a prompt that go through the model at once, since attention's mask "t s" is held in memory
 
 
 class State(NamedTuple):
-    """Rows in the middle of decoding: their cache, the logits of the next token, the tokens so far (-1 for none), and
-    a stack of adapters, one a row, if they have their own.
+    """Rows in the middle of decoding.
+
+    Their cache, the logits of the next token, the tokens so far (-1 for none), and a stack of adapters, one a row, if
+    the rows have adapters of their own.
     """
 
     cache: Cache
@@ -45,13 +42,13 @@ class State(NamedTuple):
 @typed
 def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int, adapters: Lora | None = None,
             run: Callable = forward) -> tuple[State, Float[Tensor, "b t v"]]:
-    """The state after `prompts`, with room for rows of `max_len` tokens and a few more; and the logits after every
-    prompt token.
+    """The state after `prompts`, and the logits after every prompt token.
 
-    Shorter prompts are filled up on the right. What a cache holds beyond a row's length is never read, and is written
-    over by the row's next tokens: a row is what it would be alone. `adapters` is a stack of one a row, or None; `run`
-    is `forward` or its like. Raises `ValueError` for an empty prompt, for one that does not fit, and for another number
-    of adapters than of prompts.
+    The state has room for rows of `max_len` tokens and a few more. Shorter prompts are padded on the right. What a
+    cache holds beyond a row's length is never read, and the row's next tokens overwrite it, so a row is what it would
+    be alone. `adapters` is a stack of adapters, one a row, or None; `run` is `forward`, or has its signature. Raises
+    `ValueError` for an empty prompt, for one that does not fit, and for a number of adapters that is not that of the
+    prompts.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not all(lengths):
@@ -65,7 +62,7 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int, adap
                          f"{', '.join(map(str, sorted(counts)))}")
     for prompt in prompts:  # a tensor holds no integer of more than 64 bits
         check("token", min(prompt), max(prompt), 0, params.config.vocab_size)
-    device, slots = params.embedding.device, ample(max_len)
+    device, slots = params.embedding.device, slots_for(max_len)
     padded = torch.tensor([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts], device=device)
     cache = init_cache(params.config, (len(prompts),), max_len=slots, dtype=params.embedding.dtype, device=device)
     pieces = []
@@ -76,40 +73,45 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int, adap
 
     length = torch.tensor(lengths, device=device)
     there = torch.arange(slots, device=device) < length[:, None]
-    tokens = torch.nn.functional.pad(padded, (0, slots - padded.shape[1])).where(there, -1)
+    tokens = F.pad(padded, (0, slots - padded.shape[1])).where(there, -1)
     last = logits[torch.arange(len(prompts), device=device), length - 1]
     return State(cache._replace(length=length), last, tokens, adapters), logits
 
 
 def resume(params: Params, tokens: Sequence[int], cache: Cache | NoCache | None, max_len: int,
            layer: Callable = block, head: Callable = head) -> State:
-    """The state of one row after `tokens`, of which the cache holds the first `length` already; the rest goes through
-    the model, and at least the last. The cache grows to `max_len` slots and a few more if it has fewer (so its axis s
-    has two sizes here, and this function is not `typed`).
+    """The state of one row after `tokens`, the first `length` of which are in the cache already.
+
+    The others go through the model, and at least the last one does. The cache grows to `max_len` slots and a few more
+    if it has fewer. (Its axis s has two sizes here, so this function is not `typed`.)
     """
     check("token", min(tokens), max(tokens), 0, params.config.vocab_size)
-    device, dtype, slots = params.embedding.device, params.embedding.dtype, ample(max_len)
-    if not cache:
+    device, dtype, slots = params.embedding.device, params.embedding.dtype, slots_for(max_len)
+    if not isinstance(cache, Cache):
         cache = init_cache(params.config, (1,), max_len=slots, dtype=dtype, device=device)
     known = min(int(cache.length), len(tokens) - 1)
     slots = max(slots, cache.k[0].shape[-2])
-    cache = tree.map(lambda x: x if x.ndim == 1 else torch.nn.functional.pad(x, (0, 0, 0, slots - x.shape[-2])),
-                     cache._replace(length=torch.full_like(cache.length, known)))
+    longer: Cache = tree.map(lambda x: x if x.ndim == 1 else F.pad(x, (0, 0, 0, slots - x.shape[-2])),
+                             cache._replace(length=torch.full_like(cache.length, known)))
     row = torch.tensor([list(tokens)], device=device)
-    for chunk in row[:, known:].split(CHUNK, 1):
-        x, cache = trunk(params, chunk, cache, layer=layer)
+    *chunks, last = row[:, known:].split(CHUNK, 1)
+    for chunk in chunks:
+        _, longer = trunk(params, chunk, longer, layer=layer)
+    x, longer = trunk(params, last, longer, layer=layer)
     logits = head(params.norm, params.output, x[:, -1:], params.config.norm_eps)  # of the last alone: 6 % less work
-    return State(cache, logits[:, -1], torch.nn.functional.pad(row, (0, slots - len(tokens)), value=-1))
+    return State(longer, logits[:, -1], F.pad(row, (0, slots - len(tokens)), value=-1))
 
 
 def drawn(logits: Tensor, lengths: Tensor, tokens: Tensor, keys: Tensor, sample: Sampler) -> Tensor:
-    """The next token of every row, -1 where its logits are not `drawable`. At position i it is drawn with the row's key
-    folded in with i: the draw depends on the row alone, whatever the batch and however the row came to its length.
+    """The next token of every row, -1 where its logits are not `drawable`.
+
+    At position i, the key is the row's key folded in with i. So a draw depends on the row alone, and neither on the
+    batch nor on how the row came to its length.
     """
     def one(key: Tensor, position: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
         return sample(random.fold_in(key, position), logits, tokens)
 
-    # A sampler cannot look at its logits while it is mapped over rows.
+    # A sampler that is mapped over rows cannot look at its logits, so they are looked at here.
     return torch.vmap(one)(keys, lengths, logits, tokens).where(drawable(logits), -1)
 
 
@@ -121,7 +123,7 @@ def draw(state: State, keys: Int[Tensor, "b 2"], sample: Sampler) -> Int[Tensor,
 
 @typed
 def advance(params: Params, state: State, token: Int[Tensor, "b"], run: Callable = forward) -> State:
-    """The state after one more token a row, which `run`, that is `forward` or its like, takes through the model."""
+    """The state after one more token a row; `run` is `forward`, or has its signature."""
     logits, cache, tokens = _advanced(params, state.adapters, state.cache, state.tokens, token, run)
     return State(cache, logits, tokens, state.adapters)
 
@@ -133,43 +135,39 @@ def step(params: Params, state: State, token: Tensor, keys: Tensor, sample: Samp
     return state, draw(state, keys, sample)
 
 
-def fast(params: Params, rows: int, sample: Sampler, layer: Callable = block, head: Callable = head) -> Callable:
-    """`step` for a few rows after their prompts: compiled by its layers for weights of `LARGE` bytes and more, and as
-    it is for all else. Its state's cache is donated: the old one, of a smaller length, stays what it was until somebody
-    else goes on from it.
+def step_for(params: Params, rows: int, sample: Sampler, layer: Callable = block, head: Callable = head) -> Callable:
+    """`step`, or its compiled form where that is faster for such parameters and so many rows after their prompts.
 
-    Of the samplers, those of `sampler` are compiled; another may look at what changes from draw to draw. So may a layer
-    or a head of one's own, and they run as they are.
+    A compiled step donates the cache of its state: the old state, of a smaller length, stays valid until somebody else
+    continues it. A sampler is compiled if it is a `Sampling`: another one may depend on more than its arguments, and
+    runs as it is. So do a `layer` and a `head` of the caller's own.
     """
     if layer is not block or head is not plain_head:
         return functools.partial(step, run=functools.partial(forward, layer=layer, head=head))
-    large = sum(x.nbytes for x in tree.leaves(params)) >= LARGE
-    if not large or (rows > max(FEW, avx2.most(params.output)) and not params.norm.is_cuda):
+    compiled = _compiled(params, rows)
+    if compiled is None:
         return step
-    return _compiled(is_pure(sample))
+    if compiled.step is None or not isinstance(sample, Sampling):
+        return functools.partial(step, run=compiled.forward)
+    return functools.partial(_step_by, compiled.step)
 
 
-@functools.cache  # compiled once in a process
-def _compiled(pure: bool) -> Callable:
-    if not pure or obstacle() or lacking():
-        return functools.partial(step, run=jit_layers())
-    own = by_shape(drawn, dynamic={"tokens": -1}, cpu=MANY_ROUNDS)
+def _step_by(compiled: Callable, params: Params, state: State, token: Tensor, keys: Tensor,
+             sample: Sampler) -> tuple[State, Tensor]:
+    if state.adapters is not None:
+        return step(params, state, token, keys, sample)
+    logits, cache, tokens, token = compiled(params, state.cache, state.tokens, token, keys, sample)
+    return State(cache, logits, tokens), token
 
-    def forward_and_draw(params: Params, cache: Cache, tokens: Tensor, token: Tensor, keys: Tensor, sample: Sampler,
-                         **parts: Callable) -> tuple[Tensor, Cache, Tensor, Tensor]:
-        run = functools.partial(forward, **parts)
-        logits, cache, tokens = _advanced(params, None, cache, tokens, token, run)
-        return logits, cache, tokens, own(logits, cache.length, tokens, keys, sample)
 
-    run = jit_layers(forward_and_draw)
+def _forward_and_draw(params: Params, cache: Cache, tokens: Tensor, token: Tensor, keys: Tensor, sample: Sampler, *,
+                      draw: Callable, **parts: Callable) -> tuple[Tensor, Cache, Tensor, Tensor]:
+    """`step` on the parts of a state: what is recorded for a GPU takes the cache as an argument of its own."""
+    logits, cache, tokens = _advanced(params, None, cache, tokens, token, functools.partial(forward, **parts))
+    return logits, cache, tokens, draw(logits, cache.length, tokens, keys, sample)
 
-    def called(params: Params, state: State, token: Tensor, keys: Tensor, sample: Sampler) -> tuple[State, Tensor]:
-        if state.adapters is not None:
-            return step(params, state, token, keys, sample)
-        logits, cache, tokens, token = run(params, state.cache, state.tokens, token, keys, sample)
-        return State(cache, logits, tokens), token
 
-    return called
+_compiled = decoder(_forward_and_draw, drawn)  # it owns the compiled step, which all of a process's texts share
 
 
 class Step(NamedTuple):

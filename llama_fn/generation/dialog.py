@@ -1,4 +1,4 @@
-"""A dialog as what a model learns from: its tokens, and which of them are the assistant's."""
+"""A dialog as training data: its tokens, and which of them the model is to learn."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from llama_fn.tokenizer import Tokenizer
 
 
 class DialogTokens(NamedTuple):
-    """The tokens of a dialog, and a mask of those to learn."""
+    """The tokens of a dialog, and a mask that is true at the tokens to learn."""
 
     tokens: Int[Tensor, "t"]
     mask: Bool[Tensor, "t"]
@@ -21,20 +21,21 @@ class DialogTokens(NamedTuple):
 
 @typed
 def dialog_tokens(tokenizer: Tokenizer, dialog: Sequence[Message]) -> DialogTokens:
-    """The tokens of a dialog, those that `chat_completion` gives the model, and a mask for `loss`.
+    """The tokens of a dialog, as `chat_completion` gives them to the model, and a mask for `loss`.
 
-    The mask is true at each token of the assistant's answers and at the token that ends each of them; it is false at
-    the system's and the user's words and at all that the format adds. `loss` counts a token where the mask is true at
-    that token itself (not at the one before it), so `loss(params, tokens, mask)` trains the model to write the answers
-    and to end them. Dialogs of different lengths become one batch by
-    `torch.nn.utils.rnn.pad_sequence(..., batch_first=True)` of the tokens and of the masks: what is added is masked.
+    The mask is true at the tokens of the assistant's answers and at the token that ends each answer. It is false at the
+    system message, at the user's messages and at everything that the chat format adds. The mask belongs to the tokens
+    that are predicted: ``loss(params, tokens, mask)`` trains the model to write the answers and to end them. To batch
+    dialogs of different lengths, pad both with ``torch.nn.utils.rnn.pad_sequence(..., batch_first=True)``; the padding
+    is then masked.
 
-    The dialog may end with an answer, as one to learn from does, or with a question. Raises `ValueError` as
-    `chat_completion` does for a dialog in another order, for a tag of the format in what the system or the user says,
-    and for no message.
+    The dialog may end with an answer or with a question. Raises `ValueError` for an empty dialog, for roles in another
+    order, and for a tag of the chat format in a message of the system or the user.
+
+    Example: ``lf.loss(params, *lf.dialog_tokens(tokenizer, dialog))``.
     """
     parts = segments(tokenizer, dialog)
     if not parts:
-        raise ValueError("the dialog has no question and no answer: it goes (system,) user, assistant, user, ...")
+        raise ValueError("the dialog has no question and no answer; it goes (system,) user, assistant, user, ...")
     return DialogTokens(torch.tensor([id for ids, _ in parts for id in ids]),
                         torch.tensor([is_answer for ids, is_answer in parts for _ in ids]))

@@ -1,4 +1,4 @@
-"""Generation from tokens to tokens, without a tokenizer."""
+"""Generate tokens after tokens, without a tokenizer."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,11 @@ from llama_fn.transforms.lora import Lora
 
 
 class Generation(NamedTuple):
-    """The tokens that follow a row (no stop token), and if asked for, the natural log-probability of each."""
+    """What `generate` wrote after one row.
+
+    ``tokens`` does not include a stop token. ``logprobs`` has the natural log-probability of each token, or is None if
+    it was not asked for.
+    """
 
     tokens: list[int]
     logprobs: list[float] | None
@@ -28,14 +32,17 @@ def generate(params: Params, prompts: Int[Tensor, "b t"] | Sequence[Sequence[int
              sampler: Sampler | None = None, stop_ids: Collection[int] = (), logprobs: bool = False,
              adapters: Lora | None = None, layer: Callable[..., Any] = block,
              head: Callable[..., Any] = plain_head) -> list[Generation]:
-    """Continue every row of tokens, up to a token of `stop_ids` (not part of the result), `max_new_tokens`, or the end
-    of the context, whichever comes first. Nothing is added to a row: begin a text with the tokenizer's `bos_id`.
+    """Continue every row of tokens.
 
-    Rows may differ in length. Keys, log-probabilities and adapters are those of `text_completion`, which does the same
-    with the tokens of texts; `layer` and `head` are those of `forward`.
+    A row ends before a token of `stop_ids`, after `max_new_tokens` tokens, or at the end of the context, whichever
+    comes first. Rows may differ in length. Nothing is added to a row, so begin a text with the tokenizer's ``bos_id``.
+    The arguments `key`, `sampler`, `logprobs`, `adapters`, `layer` and `head` mean the same as in `text_completion`,
+    which encodes texts and then does the same.
 
-    Raises `ValueError` for an empty row, for one as long as the context, for a token outside the vocabulary, for one
-    row that is not in a list, and for as many keys as there are neither one nor rows.
+    Raises `ValueError` for an empty row, for a row as long as the context, for a token outside the vocabulary, for a
+    row that is not in a list, and for a number of keys that is neither one nor the number of rows.
+
+    Example: ``lf.generate(model.params, [[1, 317]], key=lf.random.key(0), max_new_tokens=9)``.
     """
     rows = prompts.tolist() if isinstance(prompts, Tensor) else [
         row.tolist() if isinstance(row, Tensor) else list(row) for row in prompts]

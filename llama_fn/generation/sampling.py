@@ -1,8 +1,8 @@
 """Choosing the next token: a pure function of a key, the logits and the tokens so far."""
 
-import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -22,76 +22,83 @@ DAMAGED = ("logits are NaN or infinite (+inf, or -inf for every token): the weig
            "numbers overflowed in a 16-bit dtype; load the model in bfloat16 or float32")
 
 
+class Sampling(NamedTuple):
+    """The settings of `sampler`, as a value that can be called: it draws the next token by them.
+
+    What it draws depends on the settings and on the arguments alone. So a compiled step may contain it, and serves
+    every sampler of equal settings.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    @typed
+    def __call__(self, key: Key, logits: Float[Tensor, "*b v"],
+                 tokens: Int[Tensor, "*b s"] | None = None) -> Int[Tensor, "*b"]:
+        """The next token after `tokens` (where a negative one stands for none)."""
+        narrowed = _narrowed(self, logits, tokens)
+        drawn = narrowed.argmax(-1) if self.temperature == 0 else random.categorical(key, narrowed)
+        return drawn.where(drawable(logits), -1)
+
+
 def sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
             repetition_penalty: float | None = None) -> Sampler:
-    """A function `sample(key, logits, tokens=None)` that draws from the model's distribution, narrowed by `narrowing`
-    with the same settings. Equal settings give the same function, so that a step compiled with it is found again.
+    """A function `sample(key, logits, tokens=None)` that draws the next token.
+
+    It draws from the model's distribution, narrowed as `narrowing` with the same settings narrows it. Samplers of equal
+    settings are equal.
 
     Raises `ValueError` for a setting outside its range; `sample` does for logits that are not `drawable`. Compiled or
     mapped, it cannot look at them, and draws -1, which is no token.
     """
-    return _sampler(*_in_range(temperature, top_k, top_p, min_p, repetition_penalty))
-
-
-@functools.lru_cache(256)  # beneath `sampler`, since it would hide the signature from type checkers
-def _sampler(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None,
-             repetition_penalty: float | None) -> Sampler:
-    narrow = narrowing(temperature, top_k, top_p, min_p, repetition_penalty)
-
-    @typed
-    def sample(key: Key, logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b s"] | None = None) -> Int[Tensor, "*b"]:
-        """The next token after `tokens` (where a negative one stands for none)."""
-        narrowed = narrow(logits, tokens)
-        drawn = narrowed.argmax(-1) if temperature == 0 else random.categorical(key, narrowed)
-        return drawn.where(drawable(logits), -1)
-
-    sample.pure = True
-    return sample
-
-
-def is_pure(sample: Sampler) -> bool:
-    """Whether it is known that the function depends on its arguments alone: it was made by `sampler`."""
-    return getattr(sample, "pure", False)
+    return _in_range(temperature, top_k, top_p, min_p, repetition_penalty)
 
 
 def narrowing(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
               min_p: float | None = None, repetition_penalty: float | None = None) -> Narrowing:
-    """A function `narrow(logits, tokens=None)` to the logits, in float32 at least, that a sampler draws by. In order:
+    """A function `narrow(logits, tokens=None)` to the logits, in float32 at least, that a sampler draws by.
 
-    `repetition_penalty` r (Keskar et al. 2019, "CTRL", 4.1) divides a positive logit of a token that is there already
-    by r, and multiplies a negative one; `temperature` divides all logits, and 0 leaves the likeliest token alone;
-    `top_k` (Fan et al. 2018) keeps the k likeliest, `top_p` (Holtzman et al. 2020) the fewest likeliest whose
-    probabilities sum to p, `min_p` (Nguyen et al. 2024) those of at least p times the highest probability.
+    In this order: `repetition_penalty` r (Keskar et al. 2019, "CTRL", 4.1) divides a positive logit of a token that is
+    there already by r, and multiplies a negative one; `temperature` divides all logits, and 0 leaves the likeliest
+    token alone; `top_k` (Fan et al. 2018) keeps the k likeliest, `top_p` (Holtzman et al. 2020) the fewest likeliest
+    whose probabilities sum to p, `min_p` (Nguyen et al. 2024) those of at least p times the highest probability.
 
     Raises `ValueError` for a setting outside its range; `narrow` does for logits that are not `drawable`, unless it is
     compiled or mapped and cannot look at them.
     """
-    temperature, top_k, top_p, min_p, repetition_penalty = _in_range(temperature, top_k, top_p, min_p,
-                                                                     repetition_penalty)
+    settings = _in_range(temperature, top_k, top_p, min_p, repetition_penalty)
 
     @typed
     def narrow(logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b s"] | None = None) -> Float[Tensor, "*b v"]:
         """The logits after `tokens` (where a negative one stands for none); -inf for what is never drawn."""
-        check_drawable(logits, "sample: the")
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if repetition_penalty is not None:
-            if tokens is None:
-                raise ValueError("sample: a repetition penalty needs the tokens so far")
-            logits = penalize(logits, tokens, repetition_penalty)
-        if temperature == 0:
-            return keep_likeliest(logits)
-        if temperature != 1:  # measured from the likeliest, nothing overflows however low the temperature
-            least = torch.finfo(logits.dtype).tiny  # a smaller number may be 0 there, and 0 / 0 is NaN
-            logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, least)
-        if top_k is not None:
-            logits = keep_top_k(logits, top_k)
-        if top_p is not None and top_p < 1:  # all of them sum to 1 only up to rounding
-            logits = keep_top_p(logits, top_p)
-        if min_p is not None:
-            logits = keep_min_p(logits, min_p)
-        return logits
+        return _narrowed(settings, logits, tokens)
 
     return narrow
+
+
+def _narrowed(settings: Sampling, logits: Tensor, tokens: Tensor | None) -> Tensor:
+    temperature, top_k, top_p, min_p, repetition_penalty = settings
+    check_drawable(logits, "sample: the")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if repetition_penalty is not None:
+        if tokens is None:
+            raise ValueError("sample: a repetition penalty needs the tokens so far")
+        logits = penalize(logits, tokens, repetition_penalty)
+    if temperature == 0:
+        return keep_likeliest(logits)
+    if temperature != 1:  # the likeliest becomes 0 first, so that nothing overflows however low the temperature
+        least = torch.finfo(logits.dtype).tiny  # a smaller number may be 0 there, and 0 / 0 is NaN
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, least)
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+    if top_p is not None and top_p < 1:  # all probabilities sum to 1 only up to rounding
+        logits = keep_top_p(logits, top_p)
+    if min_p is not None:
+        logits = keep_min_p(logits, min_p)
+    return logits
 
 
 def drawable(logits: Tensor) -> Tensor:
@@ -158,11 +165,11 @@ def _keep_down_to(logits: Tensor, lowest: Tensor, count: Tensor | int) -> Tensor
 
 
 def _in_range(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None,
-              repetition_penalty: float | None) -> tuple[float, int | None, float | None, float | None, float | None]:
+              repetition_penalty: float | None) -> Sampling:
     """The settings as plain numbers, each in its range."""
-    return (number("sampler: temperature", temperature),
-            None if top_k is None else integer("sampler: top_k", top_k, 1),
-            None if top_p is None else number("sampler: top_p", top_p, 0, 1, above=True),
-            None if min_p is None else number("sampler: min_p", min_p, 0, 1),
-            None if repetition_penalty is None else number("sampler: repetition_penalty", repetition_penalty,
-                                                           above=True))
+    return Sampling(
+        number("sampler: temperature", temperature),
+        None if top_k is None else integer("sampler: top_k", top_k, 1),
+        None if top_p is None else number("sampler: top_p", top_p, 0, 1, above=True),
+        None if min_p is None else number("sampler: min_p", min_p, 0, 1),
+        None if repetition_penalty is None else number("sampler: repetition_penalty", repetition_penalty, above=True))

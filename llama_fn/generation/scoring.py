@@ -1,4 +1,4 @@
-"""Scoring: how likely a model finds a text, an option among others, a file."""
+"""Scoring: how likely a text is to a model, or each of several options, or a long file."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,10 +16,12 @@ from llama_fn.shapes import typed
 
 
 class Score(NamedTuple):
-    """Tokens, the natural log-probability of each after all before it, and the bytes of UTF-8 that they stand for.
+    """The scored tokens of a text, the natural log-probability of each, and the UTF-8 bytes that they stand for.
 
-    `replaced` is 0 unless a text's first letters merge with the last ones of its prefix: then it is the log-probability
-    of the prefix's own tokens whose place the merged tokens take (see `score`).
+    A log-probability is that of a token given all tokens before it.
+
+    ``replaced`` is 0 unless the first letters of the text merge with the last letters of its prefix into one token.
+    Then it is the log-probability of the prefix's own tokens that the merged token replaces (see `score`).
     """
 
     tokens: list[int]
@@ -29,36 +31,41 @@ class Score(NamedTuple):
 
     @property
     def total(self) -> float:
-        """The log-probability of all of them."""
+        """The log-probability of all scored tokens together."""
         return math.fsum(self.logprobs)
 
     @property
     def log_ratio(self) -> float:
-        """log p(prefix and text) - log p(prefix): options after one prefix are compared by it.
+        """The number by which to compare options after one prefix: log p(prefix and text) - log p(prefix).
 
-        It is `total`, but where tokens of the prefix were replaced, which it takes off.
+        It is ``total - replaced``.
         """
         return self.total - self.replaced
 
     @property
     def bits_per_byte(self) -> float:
-        """-total / (ln 2 * bytes), by which texts of different lengths can be compared. Without any byte it is 0."""
+        """The number by which to compare texts of different lengths: -total / (ln 2 * bytes). It is 0 for no bytes."""
         return (0 - self.total) / math.log(2) / max(self.bytes, 1)
 
 
 @typed
 def score(model: Model, texts: Sequence[str], batch_size: int = 8, *,
           prefixes: Sequence[str] | None = None) -> list[Score]:
-    """The log-probability of every token of every text, its begin included, which has 0; no end is scored.
+    """The log-probability of every token of every text.
 
-    With `prefixes`, one a text, it is how likely each text goes on from its prefix, and only the text's own tokens are
-    scored: those of prefix and text, encoded together, after the longest beginning that they share with those of the
-    prefix alone. Where the prefix ends within a word, its last letters may become part of another token: of
-    "In the end s" and "he", the token " she" is scored, and with it the letter that it takes over, in `tokens`, `total`
-    and `bytes` alike; `replaced` is what the token " s" had.
+    The begin token is included and has the log-probability 0. No end token is scored. `batch_size` texts go through the
+    model at a time.
 
-    Raises `ValueError` for a text longer than the context (`perplexity` takes those), for an empty text after a prefix,
-    for as many prefixes as there are not texts, and for logits that are NaN or infinite.
+    With `prefixes`, one for each text, only the continuation is scored. Prefix and text are encoded together, and the
+    scored tokens are those after the longest beginning that they share with the tokens of the prefix alone. If the
+    prefix ends within a word, its last letters may become part of another token: for the prefix "In the end s" and the
+    text "he", the token " she" is scored. ``tokens``, ``total`` and ``bytes`` then include the letter "s", and
+    ``replaced`` is the log-probability of the token " s".
+
+    Raises `ValueError` for a text longer than the context (`perplexity` accepts those), for an empty text after a
+    prefix, if there is not one prefix for each text, and for logits that are NaN or infinite.
+
+    Example: ``lf.score(model, [" blue"], prefixes=["The sky is"])[0].total``.
     """
     if isinstance(texts, str) or isinstance(prefixes, str):
         raise ValueError(f"score: {'texts' if isinstance(texts, str) else 'prefixes'} is one text; put it in a list")
@@ -87,14 +94,17 @@ def score(model: Model, texts: Sequence[str], batch_size: int = 8, *,
 
 @typed
 def score_options(model: Model, prompt: str, options: Sequence[str]) -> list[Score]:
-    """How likely each option goes on from the prompt: of multiple choices, the one with the highest `log_ratio`.
+    """How likely each option is as a continuation of the prompt.
 
-    Each option's numbers are those of `score` with the prompt as its prefix, whatever the other options are; only the
-    work is less, since the prompt goes through the model once and the options continue copies of its cache. Long
-    options are unlikely as such: compare `bits_per_byte`, of which the lowest is the best, where that should not count.
+    The option with the highest ``log_ratio`` is the likeliest. A long option is less likely than a short one for its
+    length alone; to leave the length out of account, compare ``bits_per_byte``, of which the lowest is the best. The
+    scores are those of `score` with the prompt as prefix, and do not depend on the other options. The prompt goes
+    through the model only once, and the options continue copies of its cache.
 
     Raises `ValueError` for no option, for an empty one, for one that does not fit into the context, and for logits that
     are NaN or infinite.
+
+    Example: ``max(lf.score_options(model, "The sky is", [" blue", " red"]), key=lambda x: x.log_ratio)``.
     """
     check_tokenizer(model)
     if isinstance(options, str) or not options:
@@ -120,7 +130,7 @@ def score_options(model: Model, prompt: str, options: Sequence[str]) -> list[Sco
 
 
 class _Joint(NamedTuple):
-    """The tokens of a prefix, those of prefix and text together, where they part, and the bytes from there on."""
+    """The tokens of a prefix, the tokens of prefix and text together, where they differ, and the bytes after that."""
 
     prefix: list[int]
     whole: list[int]
@@ -129,10 +139,11 @@ class _Joint(NamedTuple):
 
     @property
     def replaces(self) -> bool:
-        """Whether tokens of the prefix are none of the whole."""
+        """Whether the encoding of the whole replaces tokens of the prefix."""
         return self.start < len(self.prefix)
 
     def score(self, nats: list[float], replaced: list[float]) -> Score:
+        """The score of the text, from the log-probabilities of its tokens and of the replaced ones."""
         return Score(self.whole[self.start:], nats, self.bytes, math.fsum(replaced))
 
 
@@ -141,12 +152,12 @@ def _joint(model: Model, prefix: str, text: str, what: str) -> _Joint:
         raise ValueError(f"{what} is empty: there is nothing to score")
     alone, whole = model.tokenizer.encode(prefix), model.tokenizer.encode(prefix + text)
     start = next((i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), min(len(alone), len(whole)))
-    taken = model.tokenizer.decode(alone[start:], continued=start > 1)  # the letters that the first tokens take over
-    return _Joint(alone, whole, start, len(text.encode()) + len(taken.encode()))
+    merged = model.tokenizer.decode(alone[start:], continued=start > 1)  # letters of the prefix that are scored, too
+    return _Joint(alone, whole, start, len(text.encode()) + len(merged.encode()))
 
 
 class Perplexity(NamedTuple):
-    """A text's negative log-probability in nats, and over how many tokens and bytes of UTF-8 it goes."""
+    """The negative log-probability of a text in nats, and its number of tokens and of UTF-8 bytes."""
 
     nats: float
     tokens: int
@@ -154,24 +165,28 @@ class Perplexity(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp of the nats a token: it depends on the tokenizer."""
+        """The exponential of the nats per token. It depends on the tokenizer."""
         return math.exp(self.nats / self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
-        """It does not: models with other tokenizers can be compared by it."""
+        """The bits per byte of UTF-8. Models with different tokenizers can be compared by it."""
         return self.nats / math.log(2) / self.bytes
 
 
 @typed
 def perplexity(model: Model, text: str, window: int | None = None, stride: int | None = None,
-               report: Callable[[int], None] = lambda tokens: None) -> Perplexity:
-    """Every token of a text of any length, predicted from the tokens before it in a sliding window.
+               report: Callable[[int], object] = lambda tokens: None) -> Perplexity:
+    """How well a model predicts a text of any length, in a sliding window.
 
-    A window holds the begin token and up to `window` tokens (None: the model's context); it slides on by `stride`
-    (None: half of it), so that every token but the first ones is predicted from at least `window - stride` before it.
-    `report` is told of tokens as they are done. Raises `ValueError` for an empty text, for numbers out of range,
-    and for logits that are NaN or infinite.
+    The window holds the begin token and up to `window` tokens (None: the model's context). It moves by `stride` tokens
+    at a time (None: half a window), so that every token after the first window is predicted from at least
+    ``window - stride`` tokens before it. `report` is called with the number of tokens that were predicted since its
+    last call.
+
+    Raises `ValueError` for an empty text, for numbers out of range, and for logits that are NaN or infinite.
+
+    Example: ``lf.perplexity(model, "Once upon a time").bits_per_byte``.
     """
     check_tokenizer(model)
     context = model.params.config.max_seq_len

@@ -1,1 +1,1 @@
-"""The mathematics of LLaMA 2, one concept a file, standing on `shapes`, `tree`, `random` and `config` alone."""
+"""The mathematics of LLaMA 2, one concept a file. Read norm, rope, attention, block, transformer and cache in turn."""

@@ -1,4 +1,4 @@
-"""One layer of the transformer: attention, then feed-forward, each on a norm and added to what came in."""
+"""One layer of the transformer: attention, then the feed-forward, each of a norm and each added to its input."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,10 @@ from llama_fn.shapes import typed
 
 
 class Block(NamedTuple):
-    """The parameters of one layer."""
+    """The parameters of one layer; the layers of a model are ``params.blocks``.
+
+    >>> first: lf.Block = params.blocks[0]
+    """
 
     attention_norm: Float[Vector, "d"]
     attention: Attention
@@ -27,8 +30,15 @@ class Block(NamedTuple):
 def block(params: Block, x: Float[Tensor, "*b t d"], rotation: Rotation, cache: AnyKeysValues | None,
           positions: Int[Tensor, "*b t"] | None, slots: Int[Tensor, "_"] | None,
           eps: float) -> tuple[Float[Tensor, "*b t d"], AnyKeysValues]:
-    """x + attention(norm x), then x + feed_forward(norm x). The other arguments are those of `attention`."""
-    seen, cache = attention(params.attention, rms_norm(params.attention_norm, x, eps), rotation, cache,
-                            positions, slots)
-    x = x + seen
-    return x + feed_forward(params.feed_forward, rms_norm(params.ffn_norm, x, eps)), cache
+    """One layer: x + attention(norm x), then x + feed_forward(norm x) (Touvron et al. 2023, section 2.2).
+
+    ``rotation`` is RoPE's, ``eps`` the norms' epsilon. With a cache, ``cache`` is this layer's part of it,
+    ``positions`` are the slots of the tokens, and ``slots`` are the slots that are read; without one, all three are
+    None. The second result is the layer's new cache, or `NoCache`. Raises `AxesError` for other axes.
+
+    >>> logits, _ = lf.forward(params, tokens, layer=lf.remat(lf.block))
+    """
+    attended, new_cache = attention(params.attention, rms_norm(params.attention_norm, x, eps), rotation, cache,
+                                    positions, slots)
+    x = x + attended
+    return x + feed_forward(params.feed_forward, rms_norm(params.ffn_norm, x, eps)), new_cache

@@ -1,4 +1,4 @@
-"""The key/value cache: a value that goes in and comes out, never a state."""
+"""The key/value cache: a value that goes into `forward` and comes out of it, never a hidden state."""
 
 from typing import NamedTuple
 
@@ -14,10 +14,13 @@ from llama_fn.shapes import typed
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far: one leaf a layer, so that a compiled step can update each in place.
+    """The keys and values of all tokens so far; every layer has one tensor of keys and one of values.
 
-    `length` counts each row's tokens; the next token goes to slot `length`. To rewind or to fork a sequence,
-    or to let rows differ, choose another length: `cache._replace(length=...)`. What lies beyond is never read.
+    ``length`` counts the tokens of each row, and the next token goes to slot ``length``. Slots from ``length`` on are
+    never read. So another ``length`` rewinds a row, and rows may have different lengths.
+
+    >>> longer: lf.Cache = lf.forward(params, tokens, cache)[1]
+    >>> rewound = longer._replace(length=longer.length - 3)
     """
 
     k: tuple[Float[Tensor, "*b k s h"] | Forked, ...]
@@ -26,19 +29,23 @@ class Cache(NamedTuple):
 
 
 class NoCache(NamedTuple):
-    """No cache, as a value: a tree without leaves, false like `None`. Other than `None`, it passes through every
-    transform as a result, and it may be given wherever a cache is optional.
+    """The absence of a cache, as a tree without leaves; like None it is false, and may be passed as a cache.
+
+    `forward` returns it where no cache was given: every transform accepts it as a result, and `torch.vmap` does not
+    accept None.
+
+    >>> assert lf.forward(params, tokens)[1] == lf.NoCache()
     """
 
 
 class KeysValues(NamedTuple):
-    """One layer's share of the cache."""
+    """The keys and values of one layer."""
 
     k: Float[Tensor, "*b k s h"] | Forked
     v: Float[Tensor, "*b k s h"] | Forked
 
 
-# A cache, or none. In a signature: what comes out is of the kind that went in.
+# A cache or `NoCache`. Used twice in a signature, they say that the result is of the same kind as the argument.
 AnyCache = TypeVar("AnyCache", bound=Cache | NoCache, default=NoCache)
 AnyKeysValues = TypeVar("AnyKeysValues", bound=KeysValues | NoCache, default=NoCache)
 
@@ -46,10 +53,13 @@ AnyKeysValues = TypeVar("AnyKeysValues", bound=KeysValues | NoCache, default=NoC
 @typed
 def init_cache(config: Config, batch: tuple[int, ...] = (), *, max_len: int, dtype: torch.dtype = torch.float32,
                device: torch.device | str = "cpu") -> Cache:
-    """An empty cache of `max_len` slots, for a batch of sequences, or (with `batch` left out) for one.
+    """An empty cache of ``max_len`` slots, one token each, for every row of ``batch``; by default for one sequence.
 
-    `max_len` may exceed `config.max_seq_len`: see `forward`. Raises `ValueError` for fewer slots than one, for a batch
-    axis below 0, and for a dtype that is no floating one.
+    Keys and values have the axes ``*b k s h``, where ``*b`` is ``batch`` and s is ``max_len``, which may exceed
+    ``config.max_seq_len`` (see `forward`). Raises `ValueError` for ``max_len`` below 1, for a negative size in
+    ``batch``, and for a dtype that is not floating.
+
+    >>> cache = lf.init_cache(config, (2,), max_len=256)
     """
     max_len = integer("init_cache: max_len", max_len, 1)
     batch = tuple(integer("init_cache: an axis of batch", n, 0) for n in batch)
@@ -63,10 +73,10 @@ def init_cache(config: Config, batch: tuple[int, ...] = (), *, max_len: int, dty
 @typed
 def write(cache: KeysValues, keys: Float[Tensor, "*b k t h"], values: Float[Tensor, "*b k t h"],
           positions: Int[Tensor, "*b t"]) -> KeysValues:
-    """A layer's cache with new keys and values at the slots `positions`; the old one stays valid."""
+    """A layer's cache with these keys and values in the slots `positions`. The old cache stays valid."""
     return KeysValues(put(cache.k, keys, positions), put(cache.v, values, positions))
 
 
 def read(cache: KeysValues, slots: Tensor) -> KeysValues:
-    """The first `slots`. Its axis s is shorter than the cache's, so this function is not `typed`."""
-    return KeysValues(*(first(leaf, slots.shape[0]) for leaf in cache))
+    """The first slots of a layer's cache, as many as `slots` has."""  # not `typed`: the axis s has two sizes here
+    return KeysValues(first(cache.k, slots.shape[0]), first(cache.v, slots.shape[0]))

@@ -1,4 +1,4 @@
-"""What is checked before the first layer: that tokens are tokens, and that config, weights and cache fit together."""
+"""What `forward` checks before the first layer: the tokens, and that config, weights and cache fit together."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check_sizes(params: "Params", cache: Cache | NoCache | None) -> None:
-    """Raise `ValueError` where the config or the cache is not that of the weights."""
+    """Raise `ValueError` where the sizes of the config or of the cache are not those of the weights."""
     v, d = params.embedding.shape
     if (v, d) != (params.config.vocab_size, params.config.dim):
         raise ValueError(f"the config says {params.config.vocab_size} tokens and width {params.config.dim}, "
@@ -22,13 +22,13 @@ def check_sizes(params: "Params", cache: Cache | NoCache | None) -> None:
         if (k, g, h) != (params.config.n_kv_heads, params.config.group_size, params.config.head_dim):
             raise ValueError(f"the config says {params.config.n_heads} heads on {params.config.n_kv_heads} key/value "
                              f"heads of width {params.config.head_dim}, the weights {k * g} on {k} of width {h}")
-    if cache and not len(cache.k) == len(cache.v) == len(params.blocks):
+    if isinstance(cache, Cache) and not len(cache.k) == len(cache.v) == len(params.blocks):
         raise ValueError(f"the cache has keys of {len(cache.k)} layers and values of {len(cache.v)}, the weights "
                          f"have {len(params.blocks)}; make it with init_cache from the same config")
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
-    """The tokens. Raises `ValueError` for none at all, and for one outside the vocabulary (see `ops/inside.py`)."""
+    """Return the tokens. Raise `ValueError` for no tokens, and for one outside the vocabulary (see `ops/inside.py`)."""
     if tokens.shape[-1] == 0:
         raise ValueError("there are no tokens (an empty prompt): begin a text with the tokenizer's bos_id")
     return inside(tokens, "token", 0, vocab_size)

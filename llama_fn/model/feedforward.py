@@ -12,7 +12,7 @@ from llama_fn.shapes import typed
 
 
 class FeedForward(NamedTuple):
-    """Meta's w1, w3 and w2."""
+    """The three matrices, which Meta names w1, w3 and w2."""
 
     w_gate: Float[Matrix, "f d"]
     w_up: Float[Matrix, "f d"]
@@ -21,6 +21,6 @@ class FeedForward(NamedTuple):
 
 @typed
 def feed_forward(params: FeedForward, x: Float[Tensor, "*b t d"]) -> Float[Tensor, "*b t d"]:
-    """w_down (silu(w_gate x) * w_up x), for each token by itself."""
+    """Each token by itself: w_down (silu(w_gate x) * w_up x)."""
     gate, up = linears((params.w_gate, params.w_up), x)
     return linear(params.w_down, F.silu(gate) * up)

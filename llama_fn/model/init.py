@@ -1,7 +1,8 @@
-"""The abstract tree, every weight's shape, axes and scale without a number in it, and the parameters drawn from it."""
+"""The abstract tree, which has each weight's shape and no numbers, and the random parameters that are drawn by it."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from llama_fn.shapes import typed
 
 @dataclass(frozen=True)
 class Weight:
-    """One leaf of the abstract tree: `axes` name the `shape`; `std` is the initial deviation, None for all ones."""
+    """One leaf of the abstract tree: `axes` name the axes of `shape`; `std` is the initial deviation, None for ones."""
 
     axes: str
     shape: tuple[int, ...]
@@ -25,26 +26,29 @@ class Weight:
 
     @property
     def inner(self) -> tuple[int, ...]:
-        """Of a matrix, the axes that it sums over: the last, or all heads of `wo`."""
+        """The sizes of the axes that a matrix sums over: its last axis, and of `wo` all axes of its heads."""
         return self.shape[-1:] if self.axes.endswith("d") else self.shape[1:]
 
     @property
     def outer(self) -> tuple[int, ...]:
-        """Of a matrix, the axes of what it makes."""
+        """The sizes of the axes of a matrix that its result has."""
         return self.shape[:-len(self.inner)]
 
 
 def abstract_params(config: Config) -> Params:
-    """The tree of `Weight`s of a config: it drives the drawing, checking, loading and saving of parameters.
+    """A tree like `Params` whose leaves are the weights' shapes, axes and initial deviations, without numbers.
 
-    The deviations are sqrt(2 / 5d), and 2 / (l sqrt(d)) for the two matrices that write to the residual stream, so that
-    its variance does not grow with depth (Nguyen and Salazar 2019; Wang and Komatsuzaki 2021, as in GPT-NeoX).
+    Parameters are drawn, checked, loaded and saved by it. The deviations are sqrt(2 / 5d) (Nguyen and Salazar 2019),
+    and 2 / (l sqrt(d)) for ``wo`` and ``w_down``, whose results are added up over the layers, so that the sum does not
+    grow with depth (Wang and Komatsuzaki 2021, as in GPT-NeoX).
+
+    >>> shapes = lf.tree.map(lambda weight: weight.shape, lf.abstract_params(lf.LLAMA2_7B))
     """
     sizes = {"k": config.n_kv_heads, "g": config.group_size, "h": config.head_dim, "d": config.dim,
              "f": config.hidden_dim, "v": config.vocab_size}
     inner, outer = math.sqrt(2 / (5 * config.dim)), 2 / (config.n_layers * math.sqrt(config.dim))
 
-    def weight(axes: str, std: float | None) -> Weight:
+    def weight(axes: str, std: float | None) -> Any:  # a `Weight` stands where `Params` has a tensor
         return Weight(axes, tuple(sizes[axis] for axis in axes.split()), std)
 
     layer = Block(
@@ -62,11 +66,13 @@ def abstract_params(config: Config) -> Params:
 @typed
 def init_params(key: Key, config: Config, dtype: torch.dtype = torch.float32,
                 device: torch.device | str | None = None) -> Params:
-    """Random parameters: normal weights of the abstract tree's deviations, norms of one. The same on every device.
+    """Random parameters: weights are normal with the deviations of `abstract_params`, and norms are ones.
 
-    `device` None is that of the key. On "meta" they are shapes and dtypes without numbers, in no memory. What is made
-    of them is, too: that is JAX's `eval_shape`. `forward(params, tokens.to("meta"), init_cache(..., device="meta"))`,
-    `loss` and its gradients tell their shapes and dtypes without computing anything.
+    The same ``key`` (of `lf.random.key`) gives the same numbers on every device. ``device`` None is the key's device.
+    On ``"meta"`` the parameters have shapes and dtypes but no numbers, and so has all that is computed from them, as
+    with JAX's ``eval_shape``. Raises `AxesError` for what is not a key.
+
+    >>> params = lf.init_params(lf.random.key(0), config, dtype=torch.bfloat16)
     """
     abstract, device = abstract_params(config), key.device if device is None else device
     keys = iter(random.split(key, len(tree.leaves(abstract))).to(device))

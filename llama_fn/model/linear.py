@@ -13,13 +13,17 @@ from llama_fn.shapes import typed
 
 
 def written_out(weight: Float[Tensor, "o d"], x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
-    """y[o] = sum over d of weight[o, d] x[d]."""
+    """The definition: y[o] = sum over d of weight[o, d] x[d]."""
     return einsum(weight, x, "o d, ... d -> ... o")
 
 
 @typed
 def linear(weight: Float[Matrix, "..."], x: Float[Tensor, "..."], inputs: int = 1) -> Float[Tensor, "..."]:
-    """`written_out`, where the last `inputs` axes of the weight and of x together are d, and the weight's others o."""
+    """The linear map of a weight with any number of axes: the last `inputs` axes of weight and of x are summed over.
+
+    `wo`, for example, is "d k g h" and sums over three. To the definition, these axes together are d, and the weight's
+    other axes together are o.
+    """
     if not isinstance(weight, Tensor):
         return weight.linear(x, inputs)
     matrix, x = weight.reshape(-1, math.prod(weight.shape[-inputs:])), x.flatten(-inputs)
@@ -27,6 +31,6 @@ def linear(weight: Float[Matrix, "..."], x: Float[Tensor, "..."], inputs: int = 
 
 
 def linears(weights: Sequence[Matrix], x: Float[Tensor, "..."]) -> list[Float[Tensor, "..."]]:
-    """`linear` of each weight, at once where a kernel can."""
+    """`linear` of each weight with the same x: in one kernel where there is one, else one after the other."""
     ys = together(weights, x)
     return [linear(weight, x) for weight in weights] if ys is None else ys

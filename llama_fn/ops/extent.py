@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from llama_fn.modes import concrete, far, traced, transforms
+from llama_fn.modes import concrete, on_gpu, traced, transforms
 from llama_fn.ops.inside import ends
 from llama_fn.private import version
 
@@ -46,7 +46,7 @@ def remembered(length: Tensor) -> Extent | None:
 
 def noted(length: Tensor, known: Extent) -> Extent:
     """Remember what is known of a tensor on a GPU; not of an inference tensor, which does not count its writes."""
-    if far(length) and not transforms() and not length.is_inference():
+    if on_gpu(length) and not transforms() and not length.is_inference():
         place = id(length)
         end = weakref.ref(length, lambda _: _known.pop(place, None))
         _known[place] = end, version(length), length.data_ptr(), known
@@ -56,6 +56,6 @@ def noted(length: Tensor, known: Extent) -> Extent:
 def grown(length: Tensor, count: int) -> Tensor:
     """`length` + `count`."""
     longer = length + count
-    if far(length) and (known := extent(length)) is not None:
+    if on_gpu(length) and (known := extent(length)) is not None:
         noted(longer, Extent(*(n + count for n in known)))
     return longer

@@ -5,7 +5,7 @@ against it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class Implementation(NamedTuple):
     accepts: Callable[[Flat, Tensor], bool]
 
 
-def chosen(matrix: Flat, x: Tensor, definition: Callable[[Flat, Tensor], Tensor]) -> Callable[[Flat, Tensor], Tensor]:
+def chosen(matrix: Flat, x: Tensor, definition: Callable[[Any, Tensor], Tensor]) -> Callable[[Flat, Tensor], Tensor]:
     """The first implementation of `TABLE` that accepts these; the definition, which computes everything, if none does.
 
     Under a transform an axis may be hidden, and few rows be many: there, and where gradients are recorded, torch's own

@@ -1,13 +1,13 @@
-"""Stories from keys, and back: the tale's choices drawn at random, or found again in a text.
+"""Stories from random keys, and the way back: the choices of a story are drawn at random, or found again in its text.
 
-A tale made of choices among n1, n2, ... equally likely options carries log2 n1 + log2 n2 + ... bits, no more and no
-less, since every text has one chain of choices. The mean over many stories is the grammar's entropy: the loss that a
-perfect model of them would have, and a floor that no training run can go below.
+Every story is made by a chain of choices, each among equally likely options, and no two chains make the same text. So a
+story with choices among n1, n2, ... options has log2 n1 + log2 n2 + ... bits of information. The mean over many stories
+is the entropy of the grammar, which is the loss of a perfect model of it: no training run can go below.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,11 +17,14 @@ from llama_fn.ranges import integer
 from llama_fn.shapes import typed
 from llama_fn.stories.tale import Voice, tell
 
-MOST_CHOICES = 64  # a tale makes at most 39
+MOST_CHOICES = 64  # a story needs at most 39
 
 
 class Story(NamedTuple):
-    """A text and its information content in bits: -log2 of the probability that the grammar tells it."""
+    """A text and its information content in bits, -log2 of the probability that the grammar makes it.
+
+    >>> story: lf.stories.Story = next(lf.stories.stories(key, 1))
+    """
 
     text: str
     bits: float
@@ -29,15 +32,20 @@ class Story(NamedTuple):
 
 @typed
 def story(key: Key) -> str:
-    """The story of a key: the same key tells the same story, everywhere."""
+    """The story of a key; the same key makes the same story on every device.
+
+    >>> text = lf.stories.story(lf.random.key(0))
+    """
     return _tell(random.bits(key, (MOST_CHOICES,)).tolist()).text
 
 
 @typed
 def stories(key: Key, count: int) -> Iterator[Story]:
-    """`count` independent stories with their information content; the i-th is `story(fold_in(key, i))`.
+    """Independent stories with their information content; number i is ``story(fold_in(key, i))``.
 
-    Raises `ValueError` for a count that is no integer from 0 on.
+    Raises `ValueError` for a ``count`` that is not an integer of at least 0.
+
+    >>> texts = [text for text, bits in lf.stories.stories(key, 10)]
     """
     return _stories(key, integer("stories: count", count, 0))
 
@@ -50,20 +58,30 @@ def _stories(key: Key, count: int) -> Iterator[Story]:
 
 
 def bits(text: str) -> float:
-    """The information content of a text in bits; infinite where the grammar could not have told it."""
+    """The information content of a text in bits, or infinity for a text that the grammar does not make.
+
+    >>> information = lf.stories.bits(lf.stories.story(key))
+    """
     return next(_readings(text), math.inf)
 
 
 def derivable(text: str) -> bool:
-    """Whether the grammar could have told exactly this text."""
+    """Whether the grammar makes exactly this text.
+
+    >>> assert lf.stories.derivable(lf.stories.story(key))
+    """
     return bits(text) < math.inf
 
 
 def _tell(words: Sequence[int]) -> Story:
-    """Each choice takes the next 32-bit word: option floor(word * n / 2**32), even to within n / 2**32."""
+    """The story of a list of 32-bit words.
+
+    Each choice uses the next word w: of n options it takes number floor(w n / 2**32). The probabilities of the options
+    are equal to within n / 2**32.
+    """
     remaining, parts, content = iter(words), [], 0.0
 
-    def choose(options: Sequence) -> object:
+    def choose(options: Sequence) -> Any:
         nonlocal content
         content += math.log2(len(options))
         return options[next(remaining) * len(options) >> 32]
@@ -72,21 +90,22 @@ def _tell(words: Sequence[int]) -> Story:
     return Story("".join(parts), content)
 
 
-class _Astray(Exception):
-    """The choices made so far say something else than the text."""
+class _Mismatch(Exception):
+    """The choices made so far make another text."""
 
 
 def _readings(text: str) -> Iterator[float]:
-    """The information content of every chain of choices that tells `text`: depth first, telling it again and again.
+    """The information content of every chain of choices that makes `text`, found by a depth-first search.
 
-    `path` holds the option taken and the number of options at each choice; after a tale that goes astray, the last
-    choice with options left takes its next one, and those after it start anew.
+    `path` holds, for each choice, the option taken and the number of options. Where the story differs from the text,
+    the last choice with an option left takes its next option, the choices after it are dropped, and the story is told
+    again.
     """
     path: list[list[int]] = []
     while True:
         position, depth = 0, 0
 
-        def choose(options: Sequence) -> object:
+        def choose(options: Sequence) -> Any:
             nonlocal depth
             if depth == len(path):
                 path.append([0, len(options)])
@@ -96,14 +115,14 @@ def _readings(text: str) -> Iterator[float]:
         def say(part: str) -> None:
             nonlocal position
             if not text.startswith(part, position):
-                raise _Astray
+                raise _Mismatch
             position += len(part)
 
         try:
             tell(Voice(choose, say))
             if position == len(text):
                 yield sum(math.log2(count) for _, count in path)
-        except _Astray:
+        except _Mismatch:
             pass
         while path and path[-1][0] + 1 == path[-1][1]:
             path.pop()

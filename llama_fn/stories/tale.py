@@ -1,12 +1,12 @@
-"""A tale for children, told by a chain of choices: the probabilistic grammar of the embedded corpus.
+"""A story for children, told by a chain of choices: the probabilistic grammar of the embedded corpus.
 
-`tell(voice)` is the grammar. What was chosen stays true to the end: names, pronouns, colors, things, homes, places
-and deeds come back many sentences later, so that to tell such a tale one must attend to all of it. A choice is
-spoken soon after it is made, and no two chains of choices speak alike: `grammar.py` reads a tale back into them.
+`tell` is the grammar. What was chosen stays true to the end: names, pronouns, colors, things, homes, places and deeds
+come back many sentences later, so a model has to attend to all of the story. The text shows each choice soon after it
+is made, and different choices make different texts, so `grammar.py` can find the choices in a text.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 GIRLS = ("Lily", "Mia", "Anna", "Rosa", "Nora", "Ella", "Ruby", "Zoe")
 BOYS = ("Tom", "Ben", "Max", "Sam", "Leo", "Jack", "Finn", "Omar")
@@ -36,9 +36,9 @@ INSIDE = ("a shiny key", "a silver bell", "a tiny book", "a bright stone")
 
 
 class Voice(NamedTuple):
-    """How a tale is told: `choose` picks one of its options, all equally likely; `say` appends to the text."""
+    """How a story is told: `choose` picks one of equally likely options, and `say` appends to the text."""
 
-    choose: Callable[[Sequence], object]
+    choose: Callable[[Sequence], Any]
     say: Callable[[str], None]
 
     def either(self, *options: str) -> None:
@@ -47,7 +47,7 @@ class Voice(NamedTuple):
 
 
 class Person(NamedTuple):
-    """Somebody in the tale, with the words that must agree: she, her (bed), her (to her)."""
+    """A person in the story, with the pronouns for them: "she", "her" (her bed), and "her" (to her)."""
 
     name: str
     kind: str
@@ -57,7 +57,7 @@ class Person(NamedTuple):
 
 
 def tell(voice: Voice) -> None:
-    """One tale: who and where, a dear thing, a friend met on the way, one of three adventures, and home again."""
+    """Tell one story: the hero, a dear thing, a friend met on the way, one of three adventures, and the way home."""
     hero = introduce(voice)
     home = settle(voice, hero)
     thing = treasure(voice, hero)
@@ -70,6 +70,7 @@ def tell(voice: Voice) -> None:
 
 
 def introduce(voice: Voice) -> Person:
+    """Say who the hero is."""
     voice.either("Once upon a time", "Long ago", "Many years ago")
     voice.say(f" there was a {voice.choose(TRAITS)}")
     kind, names, words = voice.choose((("girl", GIRLS, ("she", "her", "her")), ("boy", BOYS, ("he", "his", "him"))))
@@ -80,12 +81,14 @@ def introduce(voice: Voice) -> Person:
 
 
 def settle(voice: Voice, hero: Person) -> str:
+    """Say where the hero lives; returns a short name of the home."""
     home, land = voice.choose(HOMES), voice.choose(LANDS)
     voice.say(f" {hero.she.title()} lived in {home} {land} with {hero.her} {voice.choose(FAMILY)}.")
     return f"{home.split()[-1]} {land}"
 
 
 def treasure(voice: Voice, hero: Person) -> str:
+    """Say which thing the hero loves; returns the thing."""
     thing = f"{voice.choose(COLORS)} {voice.choose(THINGS)}"
     voice.either(f" {hero.name} had a {thing} and took it everywhere.",
                  f" {hero.she.title()} loved {hero.her} {thing} very much.",
@@ -94,6 +97,7 @@ def treasure(voice: Voice, hero: Person) -> str:
 
 
 def go_out(voice: Voice, hero: Person, thing: str) -> str:
+    """Say where the hero takes the thing; returns the place."""
     voice.say(f" One {voice.choose(SKIES)} {voice.choose(TIMES)},")
     place = voice.choose(PLACES)
     voice.either(f" {hero.name} went to {place} with the {thing}.", f" {hero.she} took the {thing} to {place}.",
@@ -102,6 +106,7 @@ def go_out(voice: Voice, hero: Person, thing: str) -> str:
 
 
 def meet(voice: Voice, hero: Person) -> Person:
+    """Say which friend the hero meets there; returns the friend."""
     voice.either(f" There {hero.she} met", f" There {hero.name} saw", f" On the way {hero.she} found")
     kind = voice.choose(ANIMALS)
     voice.say(f" a {voice.choose(TRAITS)} {kind}")
@@ -115,6 +120,7 @@ def meet(voice: Voice, hero: Person) -> Person:
 
 
 def lose(voice: Voice, hero: Person, friend: Person, thing: str) -> str:
+    """Tell how the thing is lost and how the friend brings it back; returns this deed."""
     voice.either(" Suddenly", " But then", " All at once")
     where, rescue = voice.choose(LOST)
     voice.either(f" the wind blew the {thing} {where}.", f" the {thing} fell {where}.")
@@ -127,6 +133,7 @@ def lose(voice: Voice, hero: Person, friend: Person, thing: str) -> str:
 
 
 def give(voice: Voice, hero: Person, friend: Person, thing: str) -> str:
+    """Tell what the friend needs and what the hero gives; returns this deed."""
     need, gift = voice.choose(NEEDS)
     voice.either(f" The {friend.kind} was very {need}.", f' "I am so {need}," said {friend.name}.')
     voice.either(f" {hero.name} wanted to help.", f" {hero.name} thought for a while.",
@@ -139,6 +146,7 @@ def give(voice: Voice, hero: Person, friend: Person, thing: str) -> str:
 
 
 def find(voice: Voice, hero: Person, friend: Person, thing: str) -> str:
+    """Tell what the two find and who keeps it; returns this deed."""
     found, inside = voice.choose(FOUND), voice.choose(INSIDE)
     noun = found.split()[-1]
     voice.either(f" Together they found {found}.", f" Behind a rock they saw {found}.", f" Under a bush lay {found}.")
@@ -151,6 +159,7 @@ def find(voice: Voice, hero: Person, friend: Person, thing: str) -> str:
 
 
 def play(voice: Voice, hero: Person, friend: Person, thing: str, place: str) -> None:
+    """Tell how the two play with the thing."""
     voice.either(" After that,", " Then", " Soon")
     voice.either(f" {hero.name} and {friend.name} played with the {thing} near {place}",
                  f" the {friend.kind} and the {hero.kind} sat in the grass near {place}",
@@ -159,6 +168,7 @@ def play(voice: Voice, hero: Person, friend: Person, thing: str, place: str) -> 
 
 
 def go_home(voice: Voice, hero: Person, home: str, deed: str) -> None:
+    """Tell how the hero comes home and reports the deed."""
     voice.either(" When it was dark,", " At last", " In the end")
     voice.either(f" {hero.name} went back to the {home}.", f" {hero.she} walked home to the {home}.")
     voice.say(f" At dinner there was {voice.choose(FOODS)},")
@@ -166,6 +176,7 @@ def go_home(voice: Voice, hero: Person, home: str, deed: str) -> None:
 
 
 def end(voice: Voice, hero: Person, friend: Person, thing: str) -> None:
+    """Tell what becomes of the friendship or the thing, and say the last words."""
     voice.either(f" That night {hero.name} dreamed of {friend.name} the {friend.kind}.",
                  f" {hero.name} put the {thing} next to {hero.her} bed and fell asleep.",
                  f" {hero.name} and {friend.name} stayed friends forever.",

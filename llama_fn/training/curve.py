@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""A picture of a training run's losses."""
 
 import os
 
@@ -7,7 +7,13 @@ from llama_fn.text import json_lines
 
 
 def plot_losses(metrics: str | os.PathLike, png: str | os.PathLike) -> bool:
-    """Draw the losses of a `metrics.jsonl`, and the floor if it holds one; False if matplotlib is not installed."""
+    """Draw the losses in a ``metrics.jsonl`` over the steps, and the lowest possible loss if the file has it.
+
+    Returns False, and draws nothing, if matplotlib is not installed. Raises `ValueError` for a file that is not JSON,
+    and `OSError` that names the picture's file if it cannot be written.
+
+    Example: ``plot_losses("run/metrics.jsonl", "run/loss.png")``.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -25,7 +31,7 @@ def plot_losses(metrics: str | os.PathLike, png: str | os.PathLike) -> bool:
                   label=f"validation, {validation[-1][1]:.4f} at the end")
     if floors:
         axes.axhline(floors[-1], color="black", linestyle="--", label=f"the grammar's entropy, {floors[-1]:.4f}")
-    if axes.lines:  # a run that goes on at its end, without its metrics, has none
+    if axes.lines:  # a finished run that is resumed without its metrics has no lines
         axes.legend()
     axes.grid(True, which="both", alpha=0.2)
     with replacing(png) as beside:

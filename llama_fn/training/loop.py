@@ -1,4 +1,8 @@
-"""The loop: steps over batches that are a function of key and step, so that a run can stop and go on bit for bit."""
+"""The training loop and the evaluation.
+
+The batch of a step depends on the key and the step's number alone. Therefore a run that stops and continues later
+gives the same bits as a run that never stopped.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -20,7 +24,7 @@ from llama_fn.training.step import Metrics, make_step
 
 
 class TrainState(NamedTuple):
-    """All that a run needs to go on: a tree like any other."""
+    """All that a run needs to continue: parameters, the optimizer's state, and the number of steps taken."""
 
     params: Params
     opt_state: Any
@@ -28,17 +32,23 @@ class TrainState(NamedTuple):
 
 
 def init_state(params: Params, optimizer: Optimizer) -> TrainState:
-    """The state before the first step, with a copy of the parameters (training updates its state in place)."""
+    """The state before the first step.
+
+    It holds a copy of the parameters, because training updates its state in place.
+    """
     step = torch.zeros((), dtype=torch.int64, device="cpu")
     return TrainState(tree.map(torch.clone, params), optimizer.init(params), step)
 
 
 def train(state: TrainState, optimizer: Optimizer, corpus: Corpus, key: Key, steps: int,
           shape: tuple[int, int]) -> Iterator[tuple[TrainState, Metrics]]:
-    """The states after each step up to number `steps`, with their metrics; `shape` is (micro-batches, rows of each).
+    """Train up to step number ``steps``, and yield the state and the metrics after each step.
 
-    A step is compiled once (with the first state, which takes a while) and donates the state: each one that comes out
-    takes the memory of the one before. Raises `ValueError` at the first loss that is not a number.
+    ``shape`` is (micro-batches, rows of each). The step is compiled when it first runs, which takes a while. It
+    donates the state: each new state takes over the memory of the one before, which is no longer valid. Raises
+    `ValueError` at the first loss or gradient norm that is infinite or NaN.
+
+    Example: ``for state, metrics in train(state, optimizer, corpus, lf.random.key(0), 100, (1, 32)): ...``.
     """
     step: Callable = jit(make_step(optimizer), donate=("params", "opt_state"))
     for number in range(int(state.step), steps):
@@ -55,25 +65,30 @@ def train(state: TrainState, optimizer: Optimizer, corpus: Corpus, key: Key, ste
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Torch's deterministic kernels: the same arguments give the same bits.
+    """A context manager in which torch uses deterministic kernels: the same arguments give the same bits.
 
-    Without them the embedding's gradient is added up by several threads in the order in which they happen to come.
+    Without it, several threads add up the embedding's gradient in an order that changes from run to run.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on CUDA
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires this on CUDA
+    memory: Any = torch.utils.deterministic  # torch sets the attribute below in a way that type checkers do not see
     before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
-              torch.utils.deterministic.fill_uninitialized_memory)
+              memory.fill_uninitialized_memory)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, which costs a pass over memory
+    memory.fill_uninitialized_memory = False  # filling helps to find bugs, but costs a pass over memory
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+        memory.fill_uninitialized_memory = before[2]
 
 
 @torch.no_grad()
 def evaluate(params: Params, corpus: Corpus, size: int = 32) -> float:
-    """The mean loss over every token of a corpus, each in the context of its own row, `size` rows at a time."""
+    """The mean loss over all tokens of a corpus, in nats per token.
+
+    Each token is predicted from the tokens before it in its row. ``size`` is the number of rows in each call of the
+    model; the result does not depend on it, up to rounding.
+    """
     device = params.embedding.device
-    sums = [loss_sum(params, tokens.to(device), mask.to(device)) for tokens, mask in rows(corpus, size)]
-    return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
+    losses = [loss_sum(params, tokens.to(device), mask.to(device)) for tokens, mask in rows(corpus, size)]
+    return float(sum(total for total, _ in losses) / sum(count for _, count in losses))

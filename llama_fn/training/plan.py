@@ -1,4 +1,4 @@
-"""The plan of a training run: the numbers that it depends on."""
+"""`Plan`: all numbers that a training run depends on."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,48 +6,48 @@ from typing import Any
 
 from llama_fn.config import Config
 from llama_fn.ranges import integer, number
-from llama_fn.tokenizer import VOCABULARY
+from llama_fn.tokenizer_training import VOCABULARY
 from llama_fn.training import optim
 from llama_fn.training.schedule import warmup_cosine
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run goes, from the first random number to the last step. None leaves a number to follow from the others."""
+    """All numbers that a training run depends on. A number that is None is derived from the others."""
 
     dim: int = 144
     """The model's width."""
     n_layers: int = 4
     n_heads: int | None = None
-    """By default 6, or the largest smaller number that divides the width into heads of an even width."""
+    """By default 6, or the next smaller number that divides the width into heads of an even width."""
     n_kv_heads: int | None = None
     """By default 2, or 1 for an odd number of heads."""
     hidden_dim: int | None = None
-    """The feed-forward's hidden width; by default 16/9 of the width, up to a multiple of 8."""
+    """The feed-forward's hidden width; by default 16/9 of the width, rounded up to a multiple of 8."""
     vocab_size: int | None = None
-    """By default 1024: fewer for a text that cannot fill them, more for one of many characters."""
+    """By default 1024; fewer if the texts are too short for that, more if they have many different characters."""
     context: int = 256
-    """Tokens a row."""
+    """Tokens that a row predicts."""
     steps: int | None = None
-    """By default 4000; a resumed run has as many as it had, or goes on to this number."""
+    """By default 4000. A resumed run keeps its number, or continues to this one."""
     batch: int = 32
-    """Rows a micro-batch."""
+    """Rows in each micro-batch."""
     micro_batches: int = 1
-    """Micro-batches a step, gone through one after another to save memory."""
+    """Micro-batches in each step. They are computed one after another to save memory."""
     learning_rate: float = 2e-3
-    """The highest, after the warmup."""
+    """The highest learning rate, which is reached after the warmup."""
     final_learning_rate: float = 0.0
     warmup: int | None = None
-    """Steps up to the highest learning rate; by default 100, or a quarter of fewer than 400 steps."""
+    """Steps until the highest learning rate; by default 100, or a quarter of all steps if that is less."""
     weight_decay: float = 0.01
     clip: float = 1.0
-    """The largest norm of the gradient."""
+    """The largest norm of the gradient; a larger one is scaled down to it."""
     stories: int = 200_000
-    """How many stories to train on, if no text is given."""
+    """The number of stories to train on if no texts are given."""
     seed: int = 0
 
     def filled(self) -> "Plan":
-        """The plan with a number for each None, but for `vocab_size`, which depends on the texts."""
+        """The plan with every None replaced by its default, except `vocab_size`, which depends on the texts."""
         kv = self.n_kv_heads or 1
         fits = (n for n in range(max(6, kv), 0, -1) if n % kv == 0 and self.dim % n == 0 and self.dim // n % 2 == 0)
         heads = next(fits, 6) if self.n_heads is None else self.n_heads
@@ -59,13 +59,13 @@ class Plan:
             warmup=min(100, steps // 4) if self.warmup is None else self.warmup)
 
     def continued(self, before: dict[str, Any]) -> "Plan":
-        """The plan with the numbers of a run before in the place of each None."""
+        """The plan with every None replaced by the number in ``before``, the manifest of a run that is resumed."""
         return dataclasses.replace(self, **{name: before[name] for name, value in vars(self).items()
                                             if value is None and name in before})
 
     def check(self) -> None:
-        """Raise `ValueError` for a setting out of its range."""
-        least = dict.fromkeys(("dim", "context", "steps", "batch", "micro_batches", "stories"), 1)
+        """Raise `ValueError` that names the first number out of its range."""
+        least: dict[str, int] = dict.fromkeys(("dim", "context", "steps", "batch", "micro_batches", "stories"), 1)
         for field in dataclasses.fields(self):
             if (value := getattr(self, field.name)) is not None and field.type is not float:
                 integer(field.name, value, least.get(field.name))
@@ -75,12 +75,16 @@ class Plan:
             number(name, getattr(self, name))
 
     def config(self) -> Config:
+        """The model's `Config`. Raises `ValueError` for sizes that do not make a model."""
         plan, size = self.filled(), VOCABULARY if self.vocab_size is None else self.vocab_size
+        assert plan.n_heads is not None and plan.n_kv_heads is not None and plan.hidden_dim is not None
         return Config(plan.dim, plan.n_layers, plan.n_heads, plan.n_kv_heads, size, plan.hidden_dim,
                       max_seq_len=plan.context)
 
     def optimizer(self) -> optim.Optimizer:
+        """AdamW with weight decay on matrices, gradient clipping, and a learning rate with warmup and cosine decay."""
         plan = self.filled()
+        assert plan.warmup is not None and plan.steps is not None
         rate = warmup_cosine(plan.learning_rate, plan.warmup, plan.steps, plan.final_learning_rate)
         return optim.chain(optim.clip_by_global_norm(self.clip),
                            optim.adamw(rate, 0.9, 0.99, weight_decay=self.weight_decay, mask=optim.matrices))

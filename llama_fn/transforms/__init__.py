@@ -1,1 +1,1 @@
-"""Functions of functions and of parameters: compiled, recomputed, a sample at a time, adapted, quantized."""
+"""Functions that take a function or parameters: recomputation, one gradient per sample, adapters, quantization."""

@@ -1,84 +1,37 @@
-"""LoRA (Hu et al. 2021): W + alpha/r B A, where only the thin A and B are trained. An adapter is a tree of its own.
+"""LoRA (Hu et al. 2021): W + alpha/r B A, where only the thin matrices A and B are trained. An adapter is its own tree.
 
-So the gradient with respect to it leaves the model frozen, and `vmap` over a stack of adapters trains many in one step,
-or serves each row of a batch with its own.
+So a gradient with respect to the adapter leaves the model as it is. `torch.vmap` over a stack of adapters trains many
+of them in one step, or gives each row of a batch its own adapter.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from llama_fn import random, tree
 from llama_fn.config import Config
 from llama_fn.model.init import Weight, abstract_params
-from llama_fn.model.linear import linear
 from llama_fn.model.transformer import Params
-from llama_fn.ops.weight import Matrix
 from llama_fn.random import Key
 from llama_fn.ranges import integer, number
 from llama_fn.shapes import typed
-
-LINEAR = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")  # all matrices of the layers; PEFT's "all-linear"
-
-
-class LowRank(NamedTuple):
-    """A: from the axes that go into the weight to r. B: from r to those that come out of it."""
-
-    a: Float[Tensor, "r ..."]
-    b: Float[Tensor, "... r"]
-
-
-@tree.constant
-@dataclass(frozen=True)
-class Scale:
-    """An adapter of rank r counts alpha / r times. A constant: part of the tree's structure, and not trained."""
-
-    alpha: float
-
-
-class Lora(NamedTuple):
-    """An adapter: thin matrices by the paths of the weights that they stand beside, as in `blocks.0.attention.wq`."""
-
-    matrices: dict[str, LowRank]
-    scale: Scale
-
-
-class Adapted(NamedTuple):
-    """W + B A, where B and A are thin: x goes through W and, beside it, through A, then B (Hu et al. 2021, eq. 3)."""
-
-    weight: Any  # a weight of any kind
-    a: Float[Matrix, "_ ..."]
-    b: Float[Matrix, "... _"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of W, if B A has it. If not, B's, 0 and A's: no weight has an axis of 0, so the check of axes tells."""
-        fits = self.b.shape[-1] == self.a.shape[0]
-        fits = fits and (*self.b.shape[:-1], *self.a.shape[1:]) == tuple(self.weight.shape)
-        return self.weight.shape if fits else (*self.b.shape, 0, *self.a.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    def linear(self, x: Tensor, inputs: int) -> Tensor:
-        """W x + B (A x)."""
-        return linear(self.weight, x, inputs) + linear(self.b, linear(self.a, x, inputs))
+from llama_fn.transforms.adapter import LINEAR, Adapted, Lora, LowRank, Scale, adaptable, check_fit
 
 
 @typed
 def init(key: Key, params: Params, rank: int, targets: Sequence[str] = ("wq", "wv"), *,
          alpha: float | None = None, dtype: torch.dtype | None = None) -> Lora:
-    """An adapter that changes nothing yet: A uniform within 1/sqrt(inputs), as in PEFT, and B zero.
+    """A new adapter, which changes nothing yet: A is uniform within 1/sqrt(inputs), as in PEFT, and B is zero.
 
-    A target is a weight's path or the end of one: "wq" is in every layer, "blocks.0.attention.wq" in the first, and
-    `LINEAR` are all matrices of the layers. `alpha` None is `rank`. `dtype` None is float32 at least: beside bfloat16
-    weights, too, small updates count. Raises `ValueError` for a target that is no such weight.
+    A target is the path of a weight, as "blocks.0.attention.wq", or the end of one: "wq" is the matrix in every layer.
+    All matrices of the layers are ``lf.lora.LINEAR``. ``alpha`` None stands for ``rank``. ``dtype`` None stands for
+    float32, or a wider dtype of the weights, so that small updates are not rounded away beside bfloat16 weights. Raises
+    `ValueError` for a target that is not such a weight, and for numbers outside their range.
+
+    >>> adapter = lf.lora.init(key, params, rank=8)
     """
     found = _targets(params.config, targets)
     rank = integer("lora.init: rank", rank, 1)
@@ -96,16 +49,19 @@ def init(key: Key, params: Params, rank: int, targets: Sequence[str] = ("wq", "w
 
 @typed
 def apply(params: Params, adapter: Lora) -> Params:
-    """The parameters with the adapter beside its weights, which are not copied: `forward` and all else takes them.
+    """The parameters with the adapter beside its weights, which are not copied.
 
-    They compute what `merge` does, up to rounding, in the dtype of the model. An adapter applied to the result adds up.
-    Raises `ValueError` for an adapter that does not fit.
+    `lf.forward` and all other functions take them. They compute what the parameters of `lf.lora.merge` do, up to
+    rounding, in the dtype of the model. An adapter that is applied to the result is added to the first. Raises
+    `ValueError` for an adapter that does not fit.
+
+    >>> grads = torch.func.grad(lambda a: lf.loss(lf.lora.apply(params, a), tokens))(adapter)
     """
     def beside(path: str, _: Any, weight: Any) -> Any:
         if path not in adapter.matrices:
             return weight
         a, b = adapter.matrices[path]
-        return Adapted(weight, a.to(dtype), (b * _share(adapter, b)).to(dtype))
+        return Adapted(weight, a.to(dtype), (b * _factor(adapter, b)).to(dtype))
 
     dtype = params.embedding.dtype
     check_fit(params, adapter)
@@ -114,23 +70,32 @@ def apply(params: Params, adapter: Lora) -> Params:
 
 @typed
 def merge(params: Params, adapter: Lora) -> Params:
-    """The parameters with W + alpha/r B A in the place of W: as fast as without, and a model like any other to save.
+    """The parameters with W + alpha/r B A in the place of W: plain tensors, as fast as those of the model.
 
-    Raises `ValueError` for an adapter that does not fit, and for a weight that has one applied.
+    Raises `ValueError` for an adapter that does not fit, and for a weight that is not a tensor.
+
+    >>> merged = lf.lora.merge(params, adapter)
     """
     return _merged(params, adapter, 1)
 
 
 @typed
 def unmerge(params: Params, adapter: Lora) -> Params:
-    """The inverse of `merge`, up to rounding: in bfloat16, better keep the parameters from before."""
+    """The inverse of `lf.lora.merge`, up to rounding; in bfloat16, better keep the parameters from before.
+
+    Raises `ValueError` as `lf.lora.merge` does.
+
+    >>> params = lf.lora.unmerge(lf.lora.merge(params, adapter), adapter)
+    """
     return _merged(params, adapter, -1)
 
 
 def stack(adapters: Sequence[Lora]) -> Lora:
-    """Adapters as one, whose leaves have a first axis to `vmap` over: `vmap(f, (None, 0))(params, stack(adapters))`.
+    """Many adapters as one tree, whose leaves have a new first axis that `torch.vmap` can map.
 
     Raises `ValueError` for adapters that differ in weights, ranks or alpha.
+
+    >>> both = lf.lora.stack([adapter, adapter])
     """
     if not adapters:
         raise ValueError("lora.stack: there are no adapters")
@@ -144,7 +109,12 @@ def stack(adapters: Sequence[Lora]) -> Lora:
 
 
 def unstack(adapter: Lora) -> list[Lora]:
-    """The inverse of `stack`; the adapters share its memory. Raises `ValueError` for what is no stack."""
+    """The adapters of a stack, whose memory they share; the inverse of `lf.lora.stack`.
+
+    Raises `ValueError` for an adapter that is not a stack.
+
+    >>> first, second = lf.lora.unstack(lf.lora.stack([adapter, adapter]))
+    """
     counts = {len(x) for x in tree.leaves(adapter)}
     if len(counts) != 1 or any(a.shape[1] != b.shape[-1] for a, b in adapter.matrices.values()):
         raise ValueError("lora.unstack: this is no stack of adapters, whose leaves have a first axis of one size, "
@@ -153,38 +123,19 @@ def unstack(adapter: Lora) -> list[Lora]:
 
 
 def added(adapter: Lora, path: str, weight: Tensor, times: float = 1) -> Tensor:
-    """The weight of a path plus `times` its share of the adapter, computed in float32 at least, and cast back."""
+    """A weight plus `times` alpha/r B A, computed in float32 at least, and cast back.
+
+    A weight that the adapter does not have is returned as it is.
+    """
     if path not in adapter.matrices:
         return weight
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    a, b = (x.to(exact) for x in adapter.matrices[path])
-    return (weight.to(exact) + times * _share(adapter, b) * torch.tensordot(b, a, 1)).to(weight.dtype)
-
-
-def adaptable(config: Config) -> dict[str, Weight]:
-    """The matrices that an adapter may stand beside: all but the embedding."""
-    return {path: weight for path, weight in tree.paths(abstract_params(config)).items()
-            if len(weight.shape) > 1 and path != "embedding"}
-
-
-def check_fit(params: Params, adapter: Lora) -> None:
-    """Raise `ValueError` for an adapter of other weights than these, with all that is wrong."""
-    weights, wrong = adaptable(params.config), []
-    for path, (a, b) in adapter.matrices.items():
-        if path not in weights:
-            wrong.append(f"{path}: the model has no such weight, or none that can be adapted")
-            continue
-        inner, outer = weights[path].inner, weights[path].outer
-        if a.shape[1:] != inner or b.shape[:-1] != outer or a.shape[0] != b.shape[-1]:
-            stacked = a.shape[2:] == inner and b.shape[1:-1] == outer
-            wrong.append(f"{path}: A {list(a.shape)} and B {list(b.shape)} should be {_listed('r', *inner)} and "
-                         f"{_listed(*outer, 'r')}" + "; `vmap` over a stack, or `unstack` it" * stacked)
-    if wrong:
-        raise ValueError("the adapter does not fit the parameters:\n  " + "\n  ".join(wrong))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    a, b = (x.to(dtype) for x in adapter.matrices[path])
+    return (weight.to(dtype) + times * _factor(adapter, b) * torch.tensordot(b, a, 1)).to(weight.dtype)
 
 
 def _targets(config: Config, targets: Sequence[str]) -> dict[str, Weight]:
-    """The weights with these names."""
+    """The weights with these names, by their paths."""
     able = adaptable(config)
     if isinstance(targets, str) or not targets:
         raise ValueError(f"lora.init: targets is a list of names of weights, got {targets!r}")
@@ -209,9 +160,5 @@ def _merged(params: Params, adapter: Lora, times: float) -> Params:
     return tree.map_with_path(one, abstract_params(params.config), params)
 
 
-def _share(adapter: Lora, b: Tensor) -> float:
+def _factor(adapter: Lora, b: Tensor) -> float:
     return adapter.scale.alpha / b.shape[-1]
-
-
-def _listed(*axes: int | str) -> str:
-    return f"[{', '.join(map(str, axes))}]"

@@ -1,4 +1,4 @@
-"""A model in eight or four bits: parameters like any others to `forward` and to generation, and smaller ones."""
+"""Parameters with 8-bit or 4-bit weights, which `forward` and generation take like any others."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,19 +16,24 @@ Bits = Literal["int8", "int4"]
 
 @typed
 def quantize(params: Params, bits: Bits = "int8") -> Params:
-    """The parameters with every matrix in integers: "int8" with a scale an output (symmetric), "int4" with a scale and
-    a minimum for each 64 inputs of each output; rounded to nearest.
+    """The parameters with every matrix in integers, rounded to nearest; the embedding and the norms stay as they are.
 
-    The embedding, of which a row is read at a time, and the norms stay as they are. Nothing trains integers: take
-    gradients by an adapter on top of them (`lora.apply`), or by activations. Raises `ValueError` for other bits, for
-    what is quantized already, and for weights that are not finite, each by its path.
+    "int8" has a scale for each output (symmetric). "int4" has a scale and a minimum for each group of 64 inputs of each
+    output. Integers are not trained: take gradients by an adapter (`lf.lora.apply`) or by activations. Raises
+    `ValueError`, with the path of the weight, for other ``bits``, for what is quantized already, and for weights that
+    are not finite.
+
+    >>> small = lf.quantize(params, "int8")
     """
     return tree.map_with_path(quantized_leaf(bits), abstract_params(params.config), params)
 
 
 @typed
 def dequantize(params: Params) -> Params:
-    """The parameters that quantized ones stand for, as tensors of the embedding's dtype."""
+    """The parameters with the rounded values of quantized weights as tensors, in the dtype of the embedding.
+
+    >>> tensors = lf.dequantize(lf.quantize(params, "int8"))
+    """
     def plain(weight: Weight, x: Any) -> Tensor:
         return dequantized(x, params.embedding.dtype) if isinstance(x, Quantized | Grouped) else x
 
@@ -36,14 +41,14 @@ def dequantize(params: Params) -> Params:
 
 
 def is_matrix(path: str, weight: Weight) -> bool:
-    """Whether `quantize` changes a weight: all but the embedding and the norms."""
+    """Whether `quantize` changes a weight: it does not change the embedding and the norms."""
     return path != "embedding" and weight.std is not None
 
 
 def quantized_leaf(bits: Bits) -> Callable[[str, Weight, Any], Any]:
-    """What `quantize` does with one weight, which it leaves as it is or quantizes: a function of path, weight, tensor.
+    """The function of path, abstract weight and tensor that `quantize` maps over the parameters.
 
-    Raises `ValueError` for a kind of numbers that weights are not kept in.
+    Raises `ValueError` for other bits than "int8" and "int4".
     """
     if bits not in ("int8", "int4"):
         raise ValueError(f"weights are quantized to 'int8' or 'int4', got {bits!r}")

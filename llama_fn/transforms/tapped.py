@@ -1,9 +1,9 @@
-"""A weight in whose place the squared norm of its gradient is measured, and the gradient itself is never made.
+"""A value in a weight's place that measures the squared norm of the weight's gradient, and never computes the gradient.
 
-The gradient of a linear map's weight is g^T x, of what came in, x "t d", and the cotangents of what went out, g "t o".
-Its squared norm is the sum over all pairs of tokens of (x x^T)(g g^T), two matrices "t t" (Goodfellow 2015, "Efficient
-per-example gradient computations"; Li et al. 2022, "Large language models can be strong differentially private
-learners", section 4).
+The gradient of a linear map's weight is g^T x, where x "t d" is the input and g "t o" the cotangent of the output. Its
+squared norm is the sum of the products of two matrices "t t" of pairs of tokens, (x x^T) * (g g^T) (Goodfellow 2015,
+"Efficient per-example gradient computations"; Li et al. 2022, "Large language models can be strong differentially
+private learners", section 4).
 """
 
 from collections.abc import Callable
@@ -25,21 +25,22 @@ REMEDY = ("for such a loss, have whole gradients measured, one weight at a time,
 
 
 if TYPE_CHECKING:
-    Base = Tensor  # in whose place it stands: `params.norm + 1` is right, which for nearly all parameters it is
+    Base = Tensor  # as in `ops/weight.py`: to a type checker, a parameter is a tensor
 else:
     Base = object
 
 
 class TappedError(AttributeError, ValueError):
-    """A weight is used in a way in which the norm of its gradient cannot be measured."""
+    """A loss uses a weight in a way in which the norm of its gradient cannot be measured."""
 
 
 class Tapped(Base):
-    """In a weight's place: everything is computed as ever, and the gradient of `tap`, a zero, is the squared norm.
+    """A weight that computes as ever, and whose squared gradient norm becomes the gradient of `tap`, a zero.
 
-    A leaf, and no tree of tensors: what does not know it fails on it, where a weight that is changed on its way would
-    have another gradient than the one measured. It may be used once: the norm of a sum does not follow from the norms.
-    What a `vmap` or `grad` inside of the loss makes of its use is such a sum: it may be used only where it was made.
+    It is a leaf and not a tree of tensors. So code that does not know it fails: if it changed the weight before the
+    use, the measured gradient would be that of another tensor. It may be used once, since the norm of a sum of
+    gradients does not follow from their norms. It may be used only at the level of transforms where it was made, since
+    a `vmap` or `grad` inside the loss makes such a sum of its use.
     """
 
     def __init__(self, weight: Tensor, tap: Tensor, path: str) -> None:
@@ -47,12 +48,12 @@ class Tapped(Base):
         self._tensors, self._depth = (weight, tap), transforms()
 
     def linear(self, x: Tensor, inputs: int) -> Tensor:
-        """W x."""
+        """The linear map W x."""
         plain, tap = self.use()
         return linear_observed(linear(plain, x, inputs), x.flatten(-inputs), tap, len(plain.shape) - inputs)
 
     def scale(self, x: Tensor) -> Tensor:
-        """W * x."""
+        """The product W * x, element by element."""
         plain, tap = self.use()
         return scale_observed(x * plain, x, tap)
 
@@ -62,7 +63,7 @@ class Tapped(Base):
         return embedding_observed(embed(plain, numbers), held(numbers, 0, len(plain))[0], tap, len(plain))
 
     def use(self) -> tuple[Tensor, Tensor]:
-        """The weight and its tap. Raises `TappedError` the second time, and inside of any further transform."""
+        """The weight and its tap. Raises `TappedError` at the second use, and inside any further transform."""
         if transforms() != self._depth:
             raise TappedError(f"the loss uses the weight {self.path} inside of a transform of its own (vmap, grad, "
                               f"jvp, remat), and the norm of its gradient is measured outside of them; {REMEDY}")
@@ -89,28 +90,31 @@ class Tapped(Base):
 
 
 def linear_observed(y: Tensor, x: Tensor, tap: Tensor, axes: int) -> Tensor:
-    """y = W x, unchanged, where the last `axes` axes of y are those of W: backwards, the tap gets |dW|^2."""
+    """The output y of a linear map, unchanged; its backward adds the squared norm of dW to the gradient of the tap.
+
+    The last `axes` axes of y are those of the outputs of W.
+    """
     return _Observed.apply(y, x, tap, lambda x, g: linear_square(_rows(x), _rows(g.flatten(-axes))))
 
 
 def embedding_observed(y: Tensor, tokens: Tensor, tap: Tensor, v: int) -> Tensor:
-    """The same for y = W[tokens], of a vocabulary of v."""
+    """The same for y = W[tokens], with a vocabulary of v."""
     return _Observed.apply(y, tokens, tap, lambda tokens, g: embedding_square(tokens.flatten(), _rows(g), v))
 
 
 def whole_observed(weight: Tensor, tap: Tensor) -> Tensor:
-    """The weight as it is; backwards, its gradient is made, and the tap gets the square, whatever it was used for."""
-    return _Observed.apply(weight, weight, tap, lambda _, g: _exact(g).square().sum())
+    """The weight itself, for any use: its backward adds the square of the weight's gradient to that of the tap."""
+    return _Observed.apply(weight, weight, tap, lambda _, g: _upcast(g).square().sum())
 
 
 def scale_observed(y: Tensor, x: Tensor, tap: Tensor) -> Tensor:
-    """The same for y = W * x, of a vector W."""
+    """The same for y = W * x, with a vector W."""
     return _Observed.apply(y, x, tap, lambda x, g: (_rows(g) * _rows(x)).sum(0).square().sum())
 
 
 @typed
 def linear_square(x: Float[Tensor, "t d"], g: Float[Tensor, "t o"]) -> Float[Tensor, ""]:
-    """|g^T x|^2, by whichever is smaller: two matrices of pairs of tokens, or the gradient."""
+    """The squared norm |g^T x|^2, by the smaller way: the matrices of pairs of tokens, or the gradient itself."""
     if 2 * len(x) ** 2 <= x.shape[-1] * g.shape[-1]:
         return ((x @ x.mT) * (g @ g.mT)).sum()
     return (g.mT @ x).square().sum()
@@ -118,14 +122,14 @@ def linear_square(x: Float[Tensor, "t d"], g: Float[Tensor, "t o"]) -> Float[Ten
 
 @typed
 def embedding_square(tokens: Int[Tensor, "t"], g: Float[Tensor, "t d"], v: int) -> Float[Tensor, ""]:
-    """The same for one-hot x, where x x^T says which tokens are equal: their cotangents add up."""
+    """The same for one-hot x: x x^T says which tokens are equal, and the cotangents of equal tokens are added."""
     if 2 * len(tokens) ** 2 <= v * g.shape[-1]:
         return ((g @ g.mT) * (tokens[:, None] == tokens)).sum()
     return g.new_zeros((v, g.shape[-1])).index_add(0, tokens, g).square().sum()
 
 
 class _Observed(torch.autograd.Function):
-    """y as it came; backwards its cotangents go on, and `square` of x and of them goes to the tap."""
+    """The identity of y. Its backward passes the cotangent g on, and gives the tap `square(x, g)`."""
 
     generate_vmap_rule = True
 
@@ -139,23 +143,24 @@ class _Observed(torch.autograd.Function):
         ctx.save_for_backward(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = cotangents
         return g, None, ctx.square(*ctx.saved_tensors, g), None
 
 
 def _rows(x: Tensor) -> Tensor:
-    return _exact(x.flatten(0, -2))
+    return _upcast(x.flatten(0, -2))
 
 
-def _exact(x: Tensor) -> Tensor:
+def _upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @known_while_tracing
 def _keep_backward() -> None:
-    """Dynamo traces the forward of an `autograd.Function` under `torch.func` and leaves out its backward, in silence
-    (2.13); what is allowed in the graph it hands on as it is."""
+    """Have dynamo put these functions into its graph without tracing them.
+
+    When dynamo traces an `autograd.Function` under `torch.func`, it drops the backward without a word (torch 2.13).
+    """
     for f in (linear_observed, embedding_observed, scale_observed, whole_observed):
         torch.compiler.allow_in_graph(f)
-
-

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from program import cli
 
-from llama_fn.bench import speed as bench_speed
+from llama_fn.bench import ceiling
+from llama_fn.bench.startup import seconds_to_first_token
 from llama_fn.bench.timing import Ratio, interleave, quartiles, ratio
 from llama_fn.bench.transforms import peak_bytes
+from llama_fn.bench.work import Work
 
 seconds = st.lists(st.floats(1e-6, 1e3), min_size=3, max_size=12)
 
@@ -53,7 +55,7 @@ def test_bad_input_is_named(monkeypatch, capsys):
         ("decode", "--shape", "stories", "--context", "9", "--max-len", "9"):
             "bench: a context must lie between 0 and max_len = 9, got 9",
         ("decode", "--shape", "small", "--compare", "gpt-fast"):
-            "bench: gpt-fast is not here; name a clone of it in the environment variable GPT_FAST",
+            "bench: gpt-fast is not found; name a clone of it in the environment variable GPT_FAST",
         ("train", "--shape", "stories", "--compare", "hf"): "bench: there is nothing to compare train with",
     }.items():
         code, out, err = cli(monkeypatch, capsys, "bench", *args)
@@ -63,7 +65,7 @@ def test_bad_input_is_named(monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "batch"), [("decode", 1), ("prefill", 2)])
 def test_a_step_is_measured_beside_the_machines_ceiling(monkeypatch, capsys, what, batch):
-    monkeypatch.setattr(bench_speed, "READ", 2**20)
+    monkeypatch.setattr(ceiling, "READ", 2**20)
     code, out, _ = cli(monkeypatch, capsys, "bench", what, "--shape", "stories", "--dtype", "float32", "--rounds", "3",
                        "--batch", str(batch), "--context", "9", "--max-len", "32", "--json-out")
     (title, figures), = ((key, value) for key, value in json.loads(out).items() if key != "machine")
@@ -72,3 +74,9 @@ def test_a_step_is_measured_beside_the_machines_ceiling(monkeypatch, capsys, wha
     speed, ms = (float(re.match(r"[\d.e+]+", figures[f"llama_fn, {unit}"])[0]) for unit in ("tokens a second", "ms"))
     assert speed * ms / 1e3 == pytest.approx(tokens, rel=0.01)  # the medians of x and 1 / x, in four digits
     assert any(name.startswith("share of the ") for name in figures)
+
+
+@pytest.mark.slow
+def test_a_new_process_computes_its_first_token(tmp_path):
+    work = Work(shape="stories", dtype="float32", context=9, max_len=32)
+    assert 0 < seconds_to_first_token(work, compiled=False, cache=tmp_path) < 300

@@ -1,4 +1,4 @@
-"""When the power fails or the program is killed, the old files are there, or the new ones, and never some of each."""
+"""After a power cut or a killed program, all old files are there or all new ones, never a mixture."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ def writers(texts, tmp_path_factory) -> dict[str, Writer]:
 
 
 def state(path: Path) -> tuple:
-    """What a file is, and when it was last written."""
+    """The identity of a file, and the time of its last write."""
     about = os.stat(path)
     return about.st_ino, about.st_size, about.st_mtime_ns
 
@@ -70,11 +70,11 @@ def test_all_is_on_the_disk_before_it_gets_its_name_and_the_names_at_the_end(wri
 
 
 class Killed(BaseException):
-    """After it nothing is done any more."""
+    """Raised in place of a system call; after it, every further call fails too."""
 
 
 def killed_at(monkeypatch, step: int, write: Callable[[], None]) -> bool:
-    """Whether the program ended before all was done."""
+    """Whether the program was killed before it had finished."""
     count = [0]
 
     def end(call: str, args: tuple) -> None:
@@ -91,7 +91,7 @@ def killed_at(monkeypatch, step: int, write: Callable[[], None]) -> bool:
 
 
 def quickly(monkeypatch, write: Callable[[], None]) -> None:
-    """Without a sync."""
+    """Without waiting for the disk."""
     assert not killed_at(monkeypatch, 10**9, write)
 
 
@@ -99,7 +99,7 @@ def quickly(monkeypatch, write: Callable[[], None]) -> None:
                                       ("two of meta", "quantized"), ("hf", "three of hf"), ("three of hf", "hf"),
                                       ("three of hf", "three of hf"), ("llama2c", "llama2c"), ("adapter", "adapter")])
 def test_a_killed_save_leaves_the_old_files_or_the_new_ones(writers, tmp_path, monkeypatch, old, new):
-    """For `load`, at every step. For a program that knows nothing of `.complete`, never some of each."""
+    """`load` sees one or the other at every step. A program that ignores `.complete` never sees a mixture."""
     before, after = tmp_path / "before", tmp_path / "after"
     writers[old](before, 1)
     writers[new](after, 2)
@@ -176,7 +176,7 @@ def test_the_longest_name_can_be_written(tmp_path):
 
 
 def test_two_writers_of_one_place_do_not_mix(tmp_path):
-    """The later one cleans up after the earlier, which may be dead: that one gets an error."""
+    """The later writer removes the files of the earlier one, which may be dead. If it is alive, it gets an error."""
     with pytest.raises(FileNotFoundError), replacing_folder(tmp_path / "place") as first:
         (first / "a").write_text("first")
         with replacing_folder(tmp_path / "place") as second:
@@ -187,7 +187,7 @@ def test_two_writers_of_one_place_do_not_mix(tmp_path):
 
 @pytest.mark.parametrize("other", ["place.v2", "place.deadbeef", "place."])
 def test_writers_of_two_places_leave_each_other_alone(tmp_path, other):
-    """Even if the name of the one begins with that of the other: both are whole, folders and files."""
+    """Even if one name begins with the other name, both files or folders are complete."""
     for outer, inner in ((tmp_path / "1" / "place", tmp_path / "1" / other),
                          (tmp_path / "2" / other, tmp_path / "2" / "place")):
         with replacing_folder(outer) as first:

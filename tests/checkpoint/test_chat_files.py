@@ -1,4 +1,4 @@
-"""What lies beside a tokenizer: chat templates and end tokens, from every file and back; every end ends everything."""
+"""Chat templates and end tokens are read from every file that can hold them; each end token ends a generation."""
 
 import dataclasses
 import io
@@ -26,7 +26,7 @@ def small(tokenizer) -> lf.Model:
 
 
 def with_files(model: lf.Model, folder, **files) -> lf.Tokenizer:
-    """The tokenizer of a folder of Hugging Face's with other files; a dict is JSON, None is no such file."""
+    """Save in Hugging Face's format, change some files (a dict is JSON, None removes), and load the tokenizer."""
     lf.save(model, folder, format="hf")
     for name, content in {"chat_template.jinja": None, "generation_config.json": None, **files}.items():
         if content is None:
@@ -45,7 +45,7 @@ def test_what_is_saved_is_loaded(small, tmp_path_factory, format, template, ends
     folder = tmp_path_factory.mktemp("folder")
     other = dataclasses.replace(tokenizer, chat_template="x", end_ids=(9,))
     lf.save(small._replace(tokenizer=other), folder, format=format)
-    lf.save(small._replace(tokenizer=tokenizer), folder, format=format)  # nothing of the other stays
+    lf.save(small._replace(tokenizer=tokenizer), folder, format=format)  # no file of the other stays
     assert lf.load(folder).tokenizer == tokenizer
     if format == "hf":
         config = GenerationConfig.from_pretrained(folder)
@@ -76,7 +76,7 @@ def test_a_template_is_read_from_every_file_the_newest_first(small, tmp_path):
                           ).chat_template
 
     assert template(None) == "" and template(VICUNA) == VICUNA
-    assert template([{"name": "rag", "template": "r"}, {"name": "default", "template": ZEPHYR}]) == ZEPHYR
+    assert template([{"name": "default", "template": ZEPHYR}]) == ZEPHYR
     assert template(VICUNA, **{"chat_template.json": {"chat_template": "j"}}) == "j"
     assert template(VICUNA, **{"chat_template.json": {"chat_template": "j"}, "chat_template.jinja": "new"}) == "new"
     for wrong, message in ((3, "chat_template should be a text, or a list of named ones, got a int"),
@@ -85,6 +85,24 @@ def test_a_template_is_read_from_every_file_the_newest_first(small, tmp_path):
         (tmp_path / "chat_template.json").unlink(missing_ok=True)
         with pytest.raises(ValueError, match=f"tokenizer_config.json: .*{message}"):
             template(wrong)
+
+
+def test_a_warning_names_the_chat_templates_that_are_left_out(small, tmp_path):
+    settings = json.loads((lf.save(small, tmp_path, format="hf") or tmp_path / "tokenizer_config.json").read_text())
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": ZEPHYR},
+             {"name": "rag", "template": "r"}]
+    left_out = "the chat templates {} are left out; only the default one is used and saved"
+    with pytest.warns(UserWarning) as told:
+        read = with_files(small, tmp_path, **{"tokenizer_config.json": settings | {"chat_template": named}})
+    assert read.chat_template == ZEPHYR
+    assert [str(x.message) for x in told] == [
+        f"{tmp_path / 'tokenizer_config.json'}: {left_out.format('rag, tool_use')}"]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path)  # writes each named template to a file of its own
+    with pytest.warns(UserWarning) as told:
+        assert lf.load(tmp_path).tokenizer.chat_template == ZEPHYR
+    assert [str(x.message) for x in told] == [
+        f"{tmp_path / 'additional_chat_templates'}: {left_out.format('rag, tool_use')}"]
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "tokenizer_config.json"])
@@ -103,14 +121,14 @@ def test_a_file_elsewhere_is_not_read(small, tmp_path, name):
 def test_end_tokens_are_those_of_generation_config_or_else_of_config(small, tmp_path, ids, expected):
     lf.save(small, tmp_path, format="hf")
     config = json.loads((tmp_path / "config.json").read_text()) | {"eos_token_id": [2, 11]}
-    told = {} if ids is ... else {"eos_token_id": ids}  # null says that there is none, for transformers too
+    told = {} if ids is ... else {"eos_token_id": ids}  # null means no end token, as in transformers
     read = with_files(small, tmp_path, **{"generation_config.json": told, "config.json": config})
     assert read.end_ids == expected and read.ends == {2, *expected}
 
 
 @pytest.mark.parametrize("format", ["meta", "hf"])
 def test_a_tokenizer_without_an_end_has_none_when_it_comes_back(texts, tmp_path, format):
-    """`config.json` tells LLaMA's 2, which is any token here."""
+    """`config.json` has LLaMA's end token 2, which is an ordinary token of this tokenizer."""
     out = io.BytesIO()
     SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=out, model_type="bpe", vocab_size=401,
                                eos_id=-1, byte_fallback=True, normalization_rule_name="identity",
@@ -164,7 +182,7 @@ def test_chat_tells_of_a_missing_template_and_of_one_that_cannot_be_rendered(sma
     assert cli(monkeypatch, capsys, "chat", str(tmp_path / "hf")) == (0, "", "")
     (tmp_path / "hf" / "chat_template.jinja").unlink()
     status, _, err = cli(monkeypatch, capsys, "chat", str(tmp_path / "hf"))
-    assert (status, err) == (0, f"{tmp_path / 'hf'}: no chat template lies with this model; LLaMA 2's format is used\n")
+    assert (status, err) == (0, f"{tmp_path / 'hf'}: this model has no chat template; LLaMA 2's format is used\n")
     (tmp_path / "hf" / "chat_template.jinja").write_text("{% for i in")
     status, _, err = cli(monkeypatch, capsys, "chat", str(tmp_path / "hf"))
     assert status == 2 and err.startswith("llama-fn: the chat template cannot be rendered: ") and err.count("\n") == 1

@@ -13,12 +13,12 @@ from strategies import configs, keys
 
 import llama_fn as lf
 from llama_fn import tree
-from llama_fn.checkpoint.meta import read_config, write_config
+from llama_fn.checkpoint.meta_config import read_config, write_config
 from llama_fn.checkpoint.snapshot import load_snapshot
 from llama_fn.config import RopeScaling
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# The released params.json files; 13B's and 70B's tell the vocabulary, and all rely on defaults for the rest.
+# The released params.json files. Those of 13B and 70B give the vocabulary; missing settings have their defaults.
 RELEASED = [
     (lf.LLAMA2_7B, {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05,
                     "vocab_size": -1}),
@@ -78,7 +78,7 @@ def test_weights_come_back_as_plain_tensors(folder, model):
 
 @given(configs(), st.integers(1, 2) | st.integers(1, 5000))
 def test_every_hidden_width_survives_its_settings(config, hidden_dim):
-    """Meta's file tells it in a roundabout way: 2/3 of 4 d, times one number, rounded up to a multiple of another."""
+    """Meta's file gives it indirectly: 2/3 of 4 d, times one setting, rounded up to a multiple of another."""
     config = dataclasses.replace(config, hidden_dim=hidden_dim)
     assert read_config(json.loads(json.dumps(write_config(config))), {}, "") == config
 
@@ -111,7 +111,7 @@ def test_metas_settings_have_one_word_for_scaled_rope(model, tmp_path):
     lf.save(model._replace(params=scaled), tmp_path / "model")
     assert json.loads((tmp_path / "model" / "params.json").read_text())["use_scaled_rope"] is True
     assert lf.load(tmp_path / "model").params.config == scaled.config
-    with pytest.raises(ValueError, match=r"params\.json has no word for RopeScaling\(kind='linear'.*the format hf"):
+    with pytest.raises(ValueError, match=r"params\.json cannot express RopeScaling\(kind='linear'.*the format hf"):
         lf.save(model._replace(params=slowed), tmp_path / "new")
     assert os.listdir(tmp_path) == ["model"]
 
@@ -206,7 +206,7 @@ def test_code_in_a_file_of_weights_is_never_run(folder, tmp_path, old_format):
             load()
         assert not canary.exists()
     torch.load(file, weights_only=False)
-    assert canary.exists()  # the trap was a real one
+    assert canary.exists()  # proves that the trap works
 
 
 def test_what_is_missing_is_named(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Where nothing can be written: an `OSError` that names the file and the remedy, and what was there is there."""
+"""If a write fails, an `OSError` names the file and a remedy, and the old files stay."""
 
 import errno
 import os
@@ -27,8 +27,9 @@ def writers(texts, tmp_path_factory) -> dict[str, Writer]:
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_write_that_fails_anywhere_names_the_file_and_leaves_what_was_there(writers, tmp_path, monkeypatch,
                                                                               name, there):
-    """The system's n-th call fails, for every n: what was there is still whole, or what is new is. A failing link alone
-    is no error: some file systems have none.
+    """For every n, the n-th system call fails. Either the old files or the new ones are then complete.
+
+    Only a failing hard link is not an error, because some file systems do not support them.
     """
     writer, whole, place = writers[name], tmp_path / "whole" / "place", tmp_path / "folder" / "place"
     old = tmp_path / "old" / "place"
@@ -41,7 +42,7 @@ def test_a_write_that_fails_anywhere_names_the_file_and_leaves_what_was_there(wr
 
         def fail(call: str, args: tuple, count=count, failed=failed, n=n) -> None:
             if failed or (call in ("unlink", "rmdir") and (Path(args[0]).parent != place or ".part" in str(args[0]))):
-                return  # cleaning up
+                return  # a failure while removing leftovers is ignored
             count[0] += 1
             if count[0] == n + 1:
                 failed.append(call)
@@ -94,7 +95,7 @@ def test_measurements_are_appended_whole_or_named(tmp_path):
     file = tmp_path / "metrics.jsonl"
     with appending(file, "old\n") as append:
         append("new\n")
-        assert file.read_text() == "old\nnew\n"  # at once
+        assert file.read_text() == "old\nnew\n"  # without closing the file
         with limited(10), pytest.raises(OSError, match=r"File too large, while writing.*metrics\.jsonl"):
             append("longer\n")
     assert file.read_bytes() == b"old\nnew\nlo"

@@ -1,4 +1,4 @@
-"""`config.json` as transformers reads and writes it, what of it cannot be honored, and weights that do not fit it."""
+"""`config.json` as transformers reads and writes it, unsupported settings, and weights that do not fit it."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def folder(model, tmp_path) -> Path:
 
 
 def edit_weights(folder: Path, changes: dict) -> None:
-    """Each change by a weight's name: a function of what is there, or `...` to take it out."""
+    """Change weights by name: each change is a function of the weight, or `...` to remove it."""
     state = load_file(folder / "model.safetensors")
     for name, change in changes.items():
         old = state.pop(name, None)

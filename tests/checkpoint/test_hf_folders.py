@@ -1,4 +1,4 @@
-"""Folders of Hugging Face as many have them: older files of weights, Mistral, larger vocabularies, no tokenizer."""
+"""Variants of Hugging Face's folders: older files of weights, Mistral, larger vocabularies, no tokenizer."""
 
 import json
 import math
@@ -227,7 +227,7 @@ def test_added_tokens_are_known_by_name(added, model, put):
     names = {id: ADDED.get(id, ("",))[0] for id in range(401, 408)}
     assert tokenizer.added == tuple(names.items()) and tokenizer.special == (402,)
     text = "the<XY> cat<|end|><X>"
-    assert tokenizer.encode(text) == model.tokenizer.encode(text)  # of a user's text: text
+    assert tokenizer.encode(text) == model.tokenizer.encode(text)  # names of tokens in a user's text stay text
     ids = tokenizer.encode(text, special=True)
     assert [id for id in ids if id > 400] == [404, 402, 401]
     assert tokenizer.decode(ids).replace("  ", " ") == "the<XY> cat<X>"
@@ -280,7 +280,7 @@ def test_an_added_token_without_a_whole_number_is_refused(added, id):
 
 
 def test_code_llama_puts_a_space_before_the_first_part_alone(model, tmp_path):
-    """It tells no "legacy", and transformers takes it for false."""
+    """Its files do not set "legacy", which transformers takes as false."""
     lf.save(larger(model, 408), tmp_path, format="hf")
     (tmp_path / "tokenizer.json").unlink()
     edit_json(tmp_path / "tokenizer_config.json", tokenizer_class="CodeLlamaTokenizer", legacy=None,
@@ -304,7 +304,7 @@ def silent(model, tmp_path) -> lf.Model:
 def test_weights_are_loaded_and_saved_without_a_tokenizer(model, tmp_path, format):
     lf.save(model, tmp_path, format=format)
     bare = model._replace(tokenizer=None)
-    lf.save(bare, tmp_path, format=format)  # and the old tokenizer goes with the old model
+    lf.save(bare, tmp_path, format=format)  # the old model's tokenizer is removed
     assert not list(tmp_path.glob("*token*"))
     assert lf.load(tmp_path).tokenizer is None and same(lf.load(tmp_path).params, model.params)
 

@@ -1,4 +1,4 @@
-"""Files made to harm: each is refused with an error that names it, whatever it claims, and nothing of it is run.
+"""Hostile files: each is refused with an error that names it, and no code in it is run.
 
 A load either gives the whole model or raises, so that what is refused leaves no part of a tree.
 """
@@ -41,14 +41,14 @@ def make(model, tmp_path) -> Callable[[str], Path]:
 
 
 def refused(folder: Path, message: str) -> None:
-    """As the file is, and cast: where memory is taken by a shape, it must be that of numbers that are there."""
+    """Refused with and without a cast. A shape may cost memory only if the file holds that many numbers."""
     for dtype in (None, torch.float64):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             lf.load(folder, dtype=dtype)
 
 
 class Trap:
-    """Unpickled, it makes a folder."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -73,7 +73,7 @@ def test_a_file_that_ends_early_is_refused_wherever_it_ends(make, format, name):
 @pytest.mark.parametrize("format, name", FILES)
 @pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
 def test_what_is_no_file_is_not_opened(make, put, format, name):
-    """A pipe that nobody writes to would be waited for."""
+    """To open a pipe without a writer would wait forever."""
     folder = make(format)
     (folder / name).unlink()
     put(folder / name)
@@ -96,7 +96,7 @@ def test_code_in_any_file_of_weights_is_never_run(make, tmp_path, format, name):
     refused(folder, re.escape(name))
     assert not canary.exists()
     torch.load(trap, weights_only=False)
-    assert canary.exists()  # the trap was a real one
+    assert canary.exists()  # proves that the trap works
 
 
 # --- other places
@@ -130,7 +130,7 @@ def test_a_link_out_of_the_folder_is_refused(make, model, tmp_path, format, name
 
 
 def test_a_link_in_the_place_of_an_interrupted_save_is_not_followed(make, model):
-    """What a save leaves is a folder."""
+    """`.complete` must be a folder, which is what a save leaves."""
     folder, elsewhere = make("meta"), make("hf")
     (folder / ".complete").symlink_to(elsewhere)
     (elsewhere / "config.json").unlink()
@@ -188,7 +188,7 @@ def test_json_that_is_no_object_or_no_json_is_refused(make, format, name, conten
     ("one", "config.json", {"intermediate_size": ABSURD}),
 ])
 def test_absurd_sizes_are_refused(make, format, name, changes):
-    """Before a tree, or memory, of such a size is made."""
+    """The error comes before a tree or memory of that size is allocated."""
     folder = make(format)
     edit_json(folder / name, **changes)
     refused(folder, f"(?s){re.escape(str(folder))}.*{max(changes.values())}")
@@ -197,12 +197,12 @@ def test_absurd_sizes_are_refused(make, format, name, changes):
 @pytest.mark.parametrize("field", range(7))
 @pytest.mark.parametrize("value", [2**31 - 2, 0, -1, -2**31])
 def test_absurd_sizes_in_a_header_of_llama2c_are_refused(make, field, value):
-    """The vocabulary's sign is a flag, but every other number must be that of the file's length."""
+    """The sign of the vocabulary size is a flag. Every other number must agree with the length of the file."""
     folder = make("llama2c")
     content = bytearray((folder / "model.bin").read_bytes())
     struct.pack_into("<i", content, 4 * field, value)
     (folder / "model.bin").write_bytes(content)
-    refused(folder, r"model\.bin: (not a checkpoint of llama2\.c|its header tells of)")
+    refused(folder, r"model\.bin: (not a checkpoint of llama2\.c|its header implies)")
 
 
 @pytest.mark.parametrize("index", [[], {}, None, 5, "model.safetensors", {"lm_head.weight": 5},
@@ -239,7 +239,7 @@ def test_weights_told_in_two_ways_are_refused(make):
 
 
 def test_a_tied_head_that_is_no_number_is_that_of_the_embedding(make, model):
-    """Both are written, and NaN is not equal to itself."""
+    """Both matrices are in the file, and NaN does not equal itself."""
     file = make("one") / "model.safetensors"
     state = load_file(file)
     edit_json(file.parent / "config.json", tie_word_embeddings=True)
@@ -295,7 +295,7 @@ def test_what_is_no_whole_tensor_is_refused(make, fake):
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_small_file_of_a_huge_model_is_refused(make, shards):
-    """Every shape is right: only the numbers are not there."""
+    """All shapes are right, but the file does not hold the numbers."""
     folder = make("meta")
     edit_json(folder / "params.json", dim=2**24, n_heads=2**16, n_kv_heads=2**16, vocab_size=2**30, multiple_of=2**30)
     config = lf.Config(2**24, 4, 2**16, 2**16, 2**30, 2**30)

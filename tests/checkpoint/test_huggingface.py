@@ -22,7 +22,7 @@ WEIGHTS, INDEX, HEAD = "model.safetensors", "model.safetensors.index.json", "lm_
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights in a folder; its index, if there is one, tells where each is."""
+    """All weights in a folder. If there is an index, it must name the right file for each."""
     files = {file.name: load_file(file) for file in folder.glob("model*.safetensors")}
     if (folder / INDEX).exists():
         index = json.loads((folder / INDEX).read_text())

@@ -1,4 +1,4 @@
-"""Small files that claim to be large: each is refused by name, at once, in little memory."""
+"""Small files that claim to be large: each is refused quickly, in little memory, by an error that names it."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import llama_fn as lf
 from llama_fn.checkpoint.files import read_json, read_tensors
-from llama_fn.checkpoint.limits import MOST_HEADER, MOST_PICKLE, MOST_STEPS
+from llama_fn.checkpoint.limits import MOST_HEADER, MOST_OPCODES, MOST_PICKLE
 from llama_fn.checkpoint.snapshot import load_snapshot, save_snapshot
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
@@ -30,7 +30,7 @@ BYTES = 2**26
 def refused(read: Callable[[], object], message: str, measure: bool = True) -> None:
     with pytest.raises(ValueError, match=message):
         read()
-    if not measure:  # which takes ten times as long
+    if not measure:  # measuring takes ten times as long
         return
     tracemalloc.start()
     try:
@@ -89,7 +89,7 @@ def test_a_state_of_as_many_leaves_as_the_largest_models_have_is_read(tmp_path):
 
 
 def test_an_archive_with_a_compressed_entry_is_refused(tmp_path):
-    """Three million bytes that would be three thousand million, in any entry."""
+    """Any entry may unpack from three million bytes to three thousand million."""
     zeros = bytes(10**8)
     for name in ("archive/data.pkl", "archive/data/0", "archive/version", "archive/byteorder", "more"):
         archive(tmp_path / "bomb", entries(STATE) | {name: zeros}, packed=(name,))
@@ -117,7 +117,7 @@ def test_entries_that_lie_in_the_same_place_are_refused(tmp_path):
     lambda data: data[:-6] + struct.pack("<L", struct.unpack("<L", data[-6:-2])[0] + 1) + data[-2:],
     lambda data: data[:-22] + b"PK\6\6" + bytes(52) + b"PK\6\7" + bytes(16) + data[-22:]])
 def test_an_archive_whose_end_can_be_read_in_two_ways_is_refused(tmp_path, change):
-    """Or torch could find another directory than the one that was looked at."""
+    """Otherwise torch could find another directory than the one that was checked."""
     file = archive(tmp_path / "bomb", entries(STATE))
     file.write_bytes(change(file.read_bytes()))
     refused(lambda: read_tensors(file), "bomb: not a file of tensors, or a damaged one")
@@ -137,7 +137,7 @@ def test_what_is_no_archive_is_refused(tmp_path):
 
 
 class Call:
-    """Pickled, it calls a function."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, function: Callable, *args: object) -> None:
         self.call = function, args
@@ -153,7 +153,7 @@ def made_storage(kind: str, make: bytes) -> bytes:
 
 
 def nested(depth: int) -> bytes:
-    """{t: 1} where t is a pair of a pair of ... of one and the same pair: its hash takes 2^depth steps."""
+    """{t: 1}, where t is a pair of the same pair, and so on to a depth: its hash takes 2^depth steps."""
     pairs = b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(depth))
     return b"\x80\x02})q\x00" + pairs + b"K\x01s."
 
@@ -167,7 +167,7 @@ def nested(depth: int) -> bytes:
     (pickle.dumps({"a": {(i << 61) - i: None for i in range(2, 60_000)}}, 2), "a key that is not a string"),
     (pickle.dumps({"a": OrderedDict([((1, 2), 3)])}, 2), "a key that is not a string"),
     (pickle.dumps({"a": Call(OrderedDict, [[(1, 2), 3]])}, 2), "a dictionary that is made of a sequence"),
-    (b"\x80\x02}(" + b"()\x85t" * (MOST_STEPS // 4 + 1) + b".", r"more than 262,144 steps"),
+    (b"\x80\x02}(" + b"()\x85t" * (MOST_OPCODES // 4 + 1) + b".", r"more than 262,144 opcodes"),
     (b"\x80\x02}X" + struct.pack("<I", MOST_PICKLE) + b"a" * MOST_PICKLE + b"K\x01s.",
      r"data\.pkl has 2,097,\d+ bytes"),
     (b"\x80\x02}X\xff\xff\xff\x7fa.", "damaged"), (b"\x80\x02h\x05.", "damaged"), (b"\x80\x02s.", "damaged"),
@@ -179,7 +179,7 @@ def nested(depth: int) -> bytes:
 ], ids=lambda x: None if isinstance(x, str) else "")
 def test_a_pickle_that_grows_is_refused(tmp_path, data, message):
     refused(lambda: read_tensors(pickled(tmp_path / "bomb", data)), f"bomb: not a file of tensors.*({message})",
-            measure="steps" not in message)
+            measure="opcodes" not in message)
 
 
 def test_a_deep_pickle_is_read_or_refused(tmp_path):
@@ -193,7 +193,7 @@ def test_a_deep_pickle_is_read_or_refused(tmp_path):
 
 
 def test_the_hash_of_a_nested_tuple_takes_forever(tmp_path):
-    """Torch computes it: what is refused here is a real danger. (Twice the time for each level more.)"""
+    """torch itself loads it, so the danger is real. (Each further level doubles the time.)"""
     def seconds(depth: int) -> float:
         file, begun = pickled(tmp_path / "bomb", nested(depth)), time.perf_counter()
         torch.load(file, weights_only=True)
@@ -215,7 +215,7 @@ def test_a_storage_that_claims_more_than_its_entry_is_refused(tmp_path, numbers)
         except ValueError as error:
             assert "bomb: not a file of tensors" in str(error)
             continue
-        # A claim that nothing comes of; or a tensor that says itself that its numbers are not there.
+        # Either the claim costs nothing, or the tensor itself says that it has no numbers.
         assert state["a"].untyped_storage().nbytes() < max(state["a"].nbytes, 10**6)
 
 
@@ -231,7 +231,7 @@ def folder(model, tmp_path) -> Path:
 
 
 def test_settings_and_tokenizers_of_any_size_are_refused_unread(folder):
-    """The files have holes: they are of no size on the disk."""
+    """The files are sparse and take no space on the disk."""
     for format, name in [("hf", "config.json"), ("meta", "params.json"), ("hf", "tokenizer.model"),
                          ("meta", "tokenizer.model"), *(("hf", name) for name in (
                              "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
@@ -255,7 +255,7 @@ def test_a_header_of_safetensors_as_long_as_it_may_be_is_refused(folder):
 
 
 def test_a_file_of_llama2c_with_holes_is_refused(folder):
-    """It has the size that its header tells, and nothing is there: ten million layers."""
+    """A sparse file of the size that its header implies, with ten million layers."""
     file = folder / "llama2c" / "model.bin"
     config = lf.Config(2, 10**7, 1, 1, 3, 1, max_seq_len=4)
     file.write_bytes(struct.pack("<7i", 2, 1, 10**7, 1, 1, -3, 4))

@@ -26,13 +26,13 @@ LAYERS = ["attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3"
 
 
 def plain(config: lf.Config) -> lf.Config:
-    """The config with the constants that run.c has."""
+    """The config with the constants of run.c."""
     return dataclasses.replace(config, norm_eps=1e-5, rope_theta=1e4)
 
 
 @st.composite
 def models(draw) -> lf.Params:
-    """Untied and tied ones."""
+    """Parameters with separate embedding and output, and with one matrix for both."""
     params = random_params(plain(draw(configs())), draw(keys()), torch.float32)
     return params._replace(output=params.embedding) if draw(st.booleans()) else params
 
@@ -187,13 +187,13 @@ def test_shards_are_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda data: data[:-4], "its header tells of [0-9]+ bytes, and it has [0-9]+: damaged, or another version than 0"),
-    (lambda data: data + bytes(4), "its header tells of"),
+    (lambda data: data[:-4], "its header implies [0-9]+ bytes, and it has [0-9]+: damaged, or another version than 0"),
+    (lambda data: data + bytes(4), "its header implies"),
     (lambda data: data[:20], "20 bytes are no checkpoint of llama2.c, whose header has 28"),
     (lambda data: b"", "0 bytes are no checkpoint"),
     (lambda data: bytes(len(data)), "not a checkpoint of llama2.c .version 0.: Config: dim must be an integer of at l"),
-    (lambda data: np.random.default_rng(0).bytes(len(data)), "not a checkpoint of llama2.c|its header tells of"),
-    (lambda data: struct.pack("<Ii", 0x616b3432, 1) + data, "not a checkpoint of llama2.c|its header tells of"),
+    (lambda data: np.random.default_rng(0).bytes(len(data)), "not a checkpoint of llama2.c|its header implies"),
+    (lambda data: struct.pack("<Ii", 0x616b3432, 1) + data, "not a checkpoint of llama2.c|its header implies"),
     *((lambda data, at=at: data[:at] + struct.pack("<i", -1) + data[at + 4:], "must be an integer of at least 1, got -")
       for at in (0, 4, 8, 12, 16, 24)),
 ])
@@ -209,8 +209,13 @@ def test_a_file_that_is_not_what_its_header_tells_is_refused(model, tmp_path, da
 
 @pytest.mark.parametrize("old_format", [False, True])
 def test_a_bin_file_of_pytorch_is_refused(model, tmp_path, old_format):
-    lf.save(model, tmp_path, format="llama2c")
+    lf.save(model._replace(params=lf.tree.map(torch.Tensor.float, model.params)), tmp_path, format="hf")
+    (tmp_path / "model.safetensors").unlink()
     file = tmp_path / "pytorch_model.bin"
     torch.save(lf.to_hf(model.params), file, _use_new_zipfile_serialization=not old_format)
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin: (not a checkpoint of llama2\.c|its header tells of)"):
+    with pytest.raises(ValueError, match="PyTorch") as error:
         lf.load(file)
+    assert str(error.value) == (f"{file}: a file of PyTorch's, and no checkpoint of llama2.c's; give the folder that "
+                                f"holds it and config.json: {tmp_path}")
+    if not old_format:
+        assert same(lf.load(tmp_path).params, model.params)

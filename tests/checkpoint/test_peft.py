@@ -1,4 +1,4 @@
-"""PEFT's layout against PEFT itself, on transformers' model: adapters of ours and of its own, whole and damaged."""
+"""PEFT's format against PEFT itself on transformers' model: our adapters, PEFT's adapters, and damaged ones."""
 
 import json
 import os
@@ -21,7 +21,7 @@ import llama_fn as lf
 from llama_fn import lora, tree
 from llama_fn.checkpoint import files
 
-# PEFT asks a model of transformers for a property by its old name, and has a word to say on adapters of tied weights.
+# PEFT uses the old name of a property of transformers, and warns of adapters of tied weights.
 pytestmark = [pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
               pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True. and a tied layer:UserWarning")]
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -77,7 +77,7 @@ def test_peft_loads_our_adapter_on_our_model(tmp_path_factory, tokenizer, config
 def test_we_load_pefts_adapter_on_its_model(tmp_path_factory, config, key, names, root, alpha):
     folder, model = tmp_path_factory.mktemp("peft"), theirs(config, key)
     params = lf.from_hf(model.state_dict(), model.config)
-    params = tree.map(torch.clone, params)  # PEFT takes the model over
+    params = tree.map(torch.clone, params)  # PEFT changes the model
     adapted = made_by_peft(model, folder, key, r=4, lora_alpha=alpha, target_modules=[NAMES[name] for name in names],
                            use_rslora=root)
     adapter, tokens = lora.load(folder, params), token_rows(config, 3, 20)
@@ -165,7 +165,7 @@ def test_an_adapter_comes_back_bit_for_bit(tmp_path_factory, params, key, names,
     lora.save(adapter, folder, params)
     assert same(lora.load(folder, params), adapter)
     assert {file.name for file in folder.iterdir()} == {SETTINGS, WEIGHTS}
-    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # who may read one may read both
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # both files have the same permissions
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from folders import contents, failing, full_disk, same
 import llama_fn as lf
 from llama_fn import tree
 from llama_fn.checkpoint import files, llama2c
-from llama_fn.checkpoint.load import SETTINGS
+from llama_fn.checkpoint.load import MARKERS
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_saving_over_a_model_leaves_none_of_its_files_and_all_others(model, fold
 
 
 def test_a_model_is_written_within_its_folder(model, folder, monkeypatch):
-    """The folder may be all that there is leave to write to, or the top of a disk."""
+    """The user may have no permission to write outside the folder, or the folder may be a mount point."""
     seen, save = [], torch.save
 
     def watched(*args) -> None:
@@ -95,18 +95,18 @@ def test_a_folder_holds_one_format(model, tmp_path, there, format):
         lf.save(other(model), tmp_path / "a", format=format)
         assert same(lf.load(tmp_path / "a").params, other(model).params)
         return
-    with pytest.raises(ValueError, match=f"a model in another format lies there .{SETTINGS[there]}.; choose a folder"):
+    with pytest.raises(ValueError, match=f"a model in another format lies there .{MARKERS[there]}.; choose a folder"):
         lf.save(model, tmp_path / "a", format=format)
     assert contents(tmp_path / "a") == before
     lf.save(model, tmp_path / "b", format=format)
     for name, content in before.items():
         (tmp_path / "b" / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"in the formats .*, by .*{SETTINGS[there]}.*; put each in a folder of its"):
+    with pytest.raises(ValueError, match=f"in the formats .*, by .*{MARKERS[there]}.*; put each in a folder of its"):
         lf.load(tmp_path / "b")
 
 
 def test_a_model_may_be_saved_over_the_one_that_it_was_loaded_from(model, folder):
-    """Its weights are still in that file, and only there."""
+    """The weights are mapped from that file, and are nowhere else."""
     again = lf.load(folder)
     lf.save(other(again), folder)
     lf.save(again, folder)

@@ -1,4 +1,4 @@
-"""Meta's layout in several files: what each holds, and that none but a whole set is loaded."""
+"""Meta's format in several files: what each file holds, and that only a complete set is loaded."""
 
 import dataclasses
 import math
@@ -112,7 +112,7 @@ def test_casting_while_loading_is_casting_after(tmp_path_factory, drawn, dtype):
 
 @given(split_models(), keys())
 def test_the_frequencies_of_rope_are_left_out(tmp_path_factory, drawn, key):
-    """Meta's first files hold them; a config tells them, too."""
+    """Meta's first files hold RoPE's frequencies, which the config determines."""
     (params, n, _), folder = drawn, tmp_path_factory.mktemp("meta")
     write_meta(params, folder, n)
     for i, state in enumerate(states(folder)):
@@ -139,7 +139,7 @@ def test_every_byte_of_the_weights_is_reported_as_it_is_written(whole, folder, s
 
 @given(keys())
 def test_one_file_is_mapped_and_nothing_written_to_it(tmp_path_factory, key):
-    """Leaves that were copied would lie anywhere; mapped ones lie to each other as they do in the file."""
+    """Mapped weights have the same distances in memory as in the file; copies would not."""
     folder = tmp_path_factory.mktemp("meta")
     config = lf.Config(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=50, hidden_dim=70)
     params = random_params(config, key, torch.float32)
@@ -210,7 +210,7 @@ def test_norms_that_differ_between_shards_are_named(folder):
 @pytest.mark.parametrize("shards", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [None, torch.float64])
 def test_a_norm_that_is_no_number_is_the_same_in_every_shard(whole, folder, shards, dtype):
-    """NaN is not equal to itself, but it does not differ either."""
+    """Norms with NaN at the same places count as equal."""
     broken = lf.Model(whole.params._replace(norm=whole.params.norm * math.nan), whole.tokenizer)
     lf.save(broken, folder, shards=shards)
     assert lf.load(folder, dtype=dtype).params.norm.isnan().all()

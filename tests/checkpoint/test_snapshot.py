@@ -58,7 +58,7 @@ def test_all_leaves_of_another_run_are_named(tmp_path):
 @pytest.mark.parametrize("leaf", [torch.ones(1).expand(10**7, 10**7), torch.empty(4, device="meta"), 5,
                                   torch.sparse_coo_tensor([[0]], [1.0], (4,), check_invariants=True)])
 def test_a_leaf_that_is_no_whole_tensor_is_named(tmp_path, leaf):
-    """One that claims to be of any size is not read at that size."""
+    """A leaf that claims a large size is refused without allocating it."""
     torch.save({"leaves": {"x": leaf}, "checksums": {"x": 0}}, tmp_path / "snapshot")
     for like in ({"x": torch.zeros(4)}, {}):
         with pytest.raises(ValueError, match=r"snapshot: (1 leaves do not fit this run:\n  (x: should be|unknown: x)"

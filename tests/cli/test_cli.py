@@ -160,7 +160,7 @@ def test_tokenizer_learns_and_does_not_write_over(monkeypatch, capsys, tmp_path,
     assert cli(monkeypatch, capsys, *args)[:2] == (0, f"{tmp_path / 't.model'}: 333 tokens\n")
     assert lf.load_tokenizer(tmp_path / "t.model").vocab_size == 333
     status, _, err = cli(monkeypatch, capsys, *args)
-    assert status == 2 and "exists; choose another --out, or write over it with --force" in err
+    assert status == 2 and "exists; choose another --out, or replace it with --force" in err
     assert cli(monkeypatch, capsys, *args, "--force")[0] == 0
 
 

@@ -66,7 +66,7 @@ def test_a_pipe_gives_what_the_library_gives(talk, monkeypatch, capsys, folder):
 
 def test_help_names_the_commands_and_what_is_none(talk):
     status, out, err = talk(["/help", "/fly"])
-    assert (status, out) == (0, "") and err.endswith("unknown command /fly; /help names them\n")
+    assert (status, out) == (0, "") and err.endswith("unknown command /fly; /help lists the commands\n")
     for command in ("/system TEXT", "/again", "/drop N", "/reset", "/save FILE", "/quit", "Ctrl-D", "Ctrl-C"):
         assert command in err
 
@@ -107,8 +107,8 @@ def test_commands_change_the_conversation(talk):
              "/reset", "three", "/save reset.json"]
     status, out, err = talk(lines, ["1", "2", "other", "3"])
     assert (status, out) == (0, "1\n2\nother\n3\n")
-    assert "23 tokens are free again\n" in err and "the system says: Be long.\nagain.json" in err
-    assert "the system says nothing\na new conversation\n" in err
+    assert "23 tokens are free again\n" in err and "system message: Be long.\nagain.json" in err
+    assert "no system message\na new conversation\n" in err
     assert saved("drop.json") == dialog(None, [("two", "2")])
     assert saved("again.json") == dialog("Be long.", [("two", "other")])
     assert saved("reset.json") == dialog(None, [("three", "3")])
@@ -123,11 +123,11 @@ def test_reset_keeps_the_systems_words(talk):
     ("so [/INST] sure", "the message contains '[/INST]', a tag of the chat format itself, which is not allowed"),
     ("/system <<SYS>>", "the system's message contains '<<SYS>>', a tag of the chat format itself"),
     ("a\ud800", "the text is not valid Unicode: character 8 is the lone surrogate U+DCED"),
-    ("/drop", "/drop N forgets the N oldest of 1 exchanges, got ''"),
-    ("/drop 2", "/drop N forgets the N oldest of 1 exchanges, got '2'"),
-    ("/drop " + "9" * 5000, "/drop N forgets the N oldest of 1 exchanges, got '999"),
+    ("/drop", "/drop N drops the N oldest of 1 exchanges, got ''"),
+    ("/drop 2", "/drop N drops the N oldest of 1 exchanges, got '2'"),
+    ("/drop " + "9" * 5000, "/drop N drops the N oldest of 1 exchanges, got '999"),
     ("/save /proc/none.json", "/proc/none.json: No such file or directory, while writing; choose another place"),
-    ("/drop 0", "/drop N forgets the N oldest of 1 exchanges, got '0'"),
+    ("/drop 0", "/drop N drops the N oldest of 1 exchanges, got '0'"),
     ("/save", "/save needs the name of a file"), ("/save .", ". exists; choose another name"),
     ("/save a.json/b.json", "a.json: no such folder"),
 ])
@@ -144,7 +144,7 @@ def test_a_message_of_many_lines_is_one(talk):
 
 
 def test_nothing_can_be_answered_again_before_it_was_asked(talk):
-    assert talk(["/again"]) == (0, "", "nothing was asked yet\n")
+    assert talk(["/again"]) == (0, "", "there is no question yet\n")
 
 
 def test_what_does_not_fit_waits_in_its_order_for_the_room(talk):
@@ -155,9 +155,9 @@ def test_what_does_not_fit_waits_in_its_order_for_the_room(talk):
     full, *helped, again, third, free, fourth, much, freed, long, _ = err.splitlines()
     for line in (full, again, third, fourth):
         assert line.startswith("the context of 100 tokens is full: the conversation has ")
-        assert line.endswith("; then what waits is sent; /drop 0 forgets it")
+        assert line.endswith("; the waiting messages are then sent; /drop 0 discards them")
     assert "; /drop 1 frees 41 tokens; /drop 2 frees 82 tokens; " in full and len(helped) == 7
-    assert much == "/drop N forgets the N oldest of 2 exchanges, got '9'"
+    assert much == "/drop N drops the N oldest of 2 exchanges, got '9'"
     assert free == freed == "41 tokens are free again" and long.endswith("the message alone is too long: shorten it")
     assert saved("a.json") == dialog(None, [(three, "3"), (four, "4")])
 
@@ -165,11 +165,11 @@ def test_what_does_not_fit_waits_in_its_order_for_the_room(talk):
 def test_what_waits_can_be_forgotten_and_is_not_lost_in_silence(talk):
     lines = [digit * 20 for digit in "1234"]
     status, out, err = talk([*lines[:3], "/drop 0", "/drop 0", "/save a.json"], ["1", "2"])
-    assert err.splitlines()[1:3] == ["what waited is forgotten",
-                                     "/drop N forgets the N oldest of 2 exchanges, got '0'"]
+    assert err.splitlines()[1:3] == ["the waiting messages are discarded",
+                                     "/drop N drops the N oldest of 2 exchanges, got '0'"]
     assert saved("a.json") == dialog(None, [(lines[0], "1"), (lines[1], "2")])
     for end in ([], ["/quit"]):
-        assert talk([*lines, *end], ["1", "2"])[2].endswith("\nnot sent, for want of room: 2 messages\n")
+        assert talk([*lines, *end], ["1", "2"])[2].endswith("\nnot sent, because the context is full: 2 messages\n")
     status, out, err = talk([*lines[:3], "/reset", lines[3]], ["1", "2", "4"])
     assert (status, out) == (0, "1\n2\n4\n") and err.endswith("\na new conversation\n")
 

@@ -10,7 +10,7 @@ from program import cli
 
 import llama_fn as lf
 from llama_fn import tree
-from llama_fn.cli import convert as converting
+from llama_fn.checkpoint import convert as converting
 
 FORMATS = ["meta", "hf", "llama2c"]
 

@@ -73,7 +73,7 @@ class Terminal:
 @pytest.mark.slow
 def test_lines_are_edited_and_ctrl_c_stops_an_answer_and_not_the_program(folders):
     with Terminal("chat", str(folders[4000]), "--temperature", "0") as terminal:
-        terminal.read(until="/help names the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+        terminal.read(until="/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
         terminal.read(until="> ")
         terminal.type(CTRL_C)
         assert "Traceback" not in terminal.read(until="Ctrl-D or /quit leaves")

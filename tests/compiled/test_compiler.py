@@ -7,7 +7,7 @@ import torch
 from strategies import random_params, token_rows
 
 import llama_fn as lf
-from llama_fn.compiled import compiler
+from llama_fn.compiled import compiler, decoding
 from llama_fn.generation import decode
 
 CONFIG = lf.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70, max_seq_len=64)
@@ -45,12 +45,11 @@ def test_everything_runs_uncompiled_and_one_warning_names_what_is_in_the_way(bro
             step = make(lf.forward)
         assert len(told) == 1
         assert torch.equal(step(params, tokens)[0], expected)
-    decode._compiled.cache_clear()
-    monkeypatch.setattr(decode, "LARGE", 0)
+    monkeypatch.setattr(decode, "_compiled", decoding.decoder(decode._forward_and_draw, decode.drawn))
+    monkeypatch.setattr(decoding, "LARGE", 0)
     model = lf.load("stories")
     with pytest.warns(UserWarning, match=f"(?s){broken}") as told:
         lf.text_completion(model, ["Once"], key=lf.random.key(0), max_new_tokens=3)
-    decode._compiled.cache_clear()
     assert len(told) == 1
 
 

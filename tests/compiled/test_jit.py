@@ -15,8 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import llama_fn as lf
 from llama_fn.bench.transforms import peak_bytes
-from llama_fn.compiled import inductor, layers
-from llama_fn.compiled import whole_step as one_token
+from llama_fn.compiled import decoding, inductor, layers, whole_step
 from llama_fn.generation import decode
 from llama_fn.model.linear import written_out
 from llama_fn.ops.aten.inductor_sums import sums
@@ -54,7 +53,7 @@ def test_compiled_decode_equals_eager_and_compiles_once():
 def compilations(monkeypatch):
     """What `jit_layers` compiles, by name, where there is no kernel of all layers."""
     names, compiled = [], layers.compiled
-    monkeypatch.setattr(one_token, "_values", lambda: False)
+    monkeypatch.setattr(whole_step, "values_alone", lambda: False)
 
     def counted(f, *args):
         names.append(f.__name__)
@@ -165,7 +164,7 @@ def test_a_compiled_layer_is_one_function_of_loops_between_kernels_of_its_own(mo
     if own and not avx2.level():
         pytest.skip("this processor has no AVX2")
     monkeypatch.setattr(avx2, "level", lambda: "AVX2" if own else "")
-    monkeypatch.setattr(one_token, "_values", lambda: False)
+    monkeypatch.setattr(whole_step, "values_alone", lambda: False)
     config = lf.Config(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=77, hidden_dim=192, max_seq_len=64)
     params = random_params(config, lf.random.key(0), dtype)
     params = params if bits is None else lf.quantize(params, bits)
@@ -377,8 +376,8 @@ def test_a_large_model_is_stepped_compiled_and_writes_the_same_text(monkeypatch,
 
     eager, alone = {t: told(several, t) for t in (0, 1)}, {t: told([prompt], t, ())[0] for t in (0, 1)}
     assert len({len(row.tokens) for row in eager[1]}) == 4  # they leave one after another
-    monkeypatch.setattr(decode, "LARGE", 0)
-    decode._compiled.cache_clear()
+    monkeypatch.setattr(decoding, "LARGE", 0)
+    monkeypatch.setattr(decode, "_compiled", decoding.decoder(decode._forward_and_draw, decode.drawn))
     for t, rows in eager.items():
         for row, plain in zip(told(several, t), rows, strict=True):
             assert row.text == plain.text and row.logprobs == pytest.approx(plain.logprobs, abs=1e-3)
@@ -396,15 +395,15 @@ def test_as_many_rows_of_a_large_model_are_compiled_as_gain_by_it(monkeypatch, l
     params = random_params(CONFIG, lf.random.key(0), torch.float32)
     params = lf.quantize(params, bits) if bits else params
     monkeypatch.setattr(avx2, "level", lambda: level)
-    assert decode.fast(params, 1, lf.sampler()) is decode.step
-    monkeypatch.setattr(decode, "LARGE", 0)
-    compiled = [decode.fast(params, rows, lf.sampler()) is not decode.step for rows in (1, most, most + 1)]
+    assert decode.step_for(params, 1, lf.sampler()) is decode.step
+    monkeypatch.setattr(decoding, "LARGE", 0)
+    compiled = [decode.step_for(params, rows, lf.sampler()) is not decode.step for rows in (1, most, most + 1)]
     assert compiled == [True, True, False]
 
 
 @pytest.mark.slow
 def test_a_sampler_of_ones_own_is_asked_at_every_draw(monkeypatch, compilations):
-    monkeypatch.setattr(decode, "LARGE", 0)
+    monkeypatch.setattr(decoding, "LARGE", 0)
     model, key, allowed = lf.load("stories"), lf.random.key(4), [7, 301, 25, 9]
     plain, asked = lf.sampler(), iter(allowed)
 
@@ -434,8 +433,8 @@ def test_conversations_of_a_large_model_share_no_memory_that_is_written_to(monke
         return [chat.exchanges for chat in (*chats, *later)]
 
     eager = told()
-    monkeypatch.setattr(decode, "LARGE", 0)
-    decode._compiled.cache_clear()
+    monkeypatch.setattr(decoding, "LARGE", 0)
+    monkeypatch.setattr(decode, "_compiled", decoding.decoder(decode._forward_and_draw, decode.drawn))
     assert told() == eager
 
 

@@ -1,6 +1,8 @@
 """The kernel of all layers of one token a row: it is `block` after `block`, and what it cannot do it leaves."""
 
+import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
@@ -11,10 +13,8 @@ from torch._subclasses import FakeTensorMode
 
 import llama_fn as lf
 from llama_fn.bench.transforms import peak_bytes
-from llama_fn.compiled import layers
-from llama_fn.compiled import whole_step as one_token
-from llama_fn.compiled.angles import known_frequencies
-from llama_fn.model.rope import frequencies
+from llama_fn.compiled import layers, whole_step
+from llama_fn.compiled.whole_step import fused_head, fused_trunk
 from llama_fn.ops.cpu import build as avx2
 from llama_fn.ops.slots import Forked
 
@@ -138,25 +138,35 @@ def test_weights_of_two_kinds_are_left_to_others():
 def test_layers_of_several_kinds_are_left_to_others():
     params, tokens = model_of(lf.random.key(0), torch.bfloat16, None), token_rows(CONFIG, 1)
     cache, last = lf.init_cache(CONFIG, max_len=9, dtype=torch.bfloat16), params.blocks[-1]
-    assert one_token.one_token(params, tokens, cache, 9) is not None
+    trunk = fused_trunk()
+    assert trunk(params, tokens, cache, 9) is not None
     bytes_, fours = (lf.quantize(params, bits) for bits in ("int8", "int4"))
     for blocks in ((*bytes_.blocks[:-1], fours.blocks[-1]), (*params.blocks[:-1], last._replace(
             attention_norm=last.attention_norm.float(), ffn_norm=last.ffn_norm.float()))):
-        assert one_token.one_token(params._replace(blocks=blocks), tokens, cache, 9) is None
-    assert one_token.one_token(params, tokens, cache._replace(k=(*cache.k[:-1], cache.k[-1].float()),
-                                                              v=(*cache.v[:-1], cache.v[-1].float())), 9) is None
-    assert one_token.one_token(params, tokens.to("meta"), cache, 9) is None
+        assert trunk(params._replace(blocks=blocks), tokens, cache, 9) is None
+    assert trunk(params, tokens, cache._replace(k=(*cache.k[:-1], cache.k[-1].float()),
+                                                v=(*cache.v[:-1], cache.v[-1].float())), 9) is None
+    assert trunk(params, tokens.to("meta"), cache, 9) is None
+    assert trunk(params, tokens, cache._replace(length=cache.length.int()), 9) is None
     narrow = bytes_.output._replace(values=bytes_.output.values[:, :128].contiguous())
-    assert one_token.head(params.norm, bytes_.output, torch.ones(1, 192, dtype=torch.bfloat16), 1e-5) is not None
-    assert one_token.head(params.norm, narrow, torch.ones(1, 192, dtype=torch.bfloat16), 1e-5) is None
+    assert fused_head(params.norm, bytes_.output, torch.ones(1, 192, dtype=torch.bfloat16), 1e-5) is not None
+    assert fused_head(params.norm, narrow, torch.ones(1, 192, dtype=torch.bfloat16), 1e-5) is None
 
 
-def test_frequencies_are_computed_once_where_they_are_no_imagination():
-    what = 8, 123.0, None, torch.device("cpu")
+def test_frequencies_are_computed_once_a_config_where_they_are_no_imagination(monkeypatch):
+    computed, original = [], whole_step.frequencies
+    monkeypatch.setattr(whole_step, "frequencies", lambda *what: computed.append(what) or original(*what))
+    params, tokens, trunk = model_of(lf.random.key(0), torch.float32, None), token_rows(CONFIG, 1), fused_trunk()
+    cache = lf.init_cache(CONFIG, max_len=9)._replace(length=torch.tensor(5))
     with FakeTensorMode():
-        known_frequencies(*what)
-    once = known_frequencies(*what)
-    assert type(once) is torch.Tensor and known_frequencies(*what) is once and (once == frequencies(*what)).all()
+        checked = whole_step._checked(params, tokens, cache, [params.norm])
+    assert checked.accepted and checked.frequencies is None
+    computed.clear()
+    first = trunk(params, tokens, cache, 9)
+    assert torch.equal(trunk(params, tokens, cache, 9), first) and len(computed) == 1
+    other = params._replace(config=dataclasses.replace(CONFIG, rope_theta=123.0))
+    assert not torch.equal(trunk(other, tokens, cache, 9), first) and len(computed) == 2
+    assert torch.equal(trunk(params, tokens, cache, 9), first) and len(computed) == 2
 
 
 def test_a_trunk_is_without_head():
@@ -169,37 +179,49 @@ def test_a_trunk_is_without_head():
     assert after.k[0] is cache.k[0] and (after.length == 1).all()
 
 
-def test_what_it_knows_of_weights_ends_with_them(monkeypatch):
-    before = len(one_token._known)
-    params, tokens = model_of(lf.random.key(0), torch.bfloat16, "int8"), token_rows(CONFIG, 1)
-    cache = lf.init_cache(CONFIG, max_len=9, dtype=torch.bfloat16)
-    step = lf.jit_layers()
-    step(params, tokens, cache)
-    assert len(one_token._known) == before + 1
-    step(params, tokens, cache)
-    assert len(one_token._known) == before + 1
-    del params
-    assert len(one_token._known) == before
+def test_it_keeps_no_weight_and_looks_at_weights_alike_once(monkeypatch):
+    looks, original = [], whole_step._checked
+    monkeypatch.setattr(whole_step, "_checked", lambda *args: looks.append(1) or original(*args))
+    monkeypatch.setattr(whole_step, "MOST", 3)
+    cache, trunk = lf.init_cache(CONFIG, max_len=9, dtype=torch.bfloat16), fused_trunk()
+    tokens = token_rows(CONFIG, 1)
+    params, other = (model_of(lf.random.key(seed), torch.bfloat16, "int8") for seed in (0, 1))
+    for weights in (params, other, params):
+        plain, _ = lf.forward(weights, tokens, cache)
+        logits = lf.head(weights.norm, weights.output, trunk(weights, tokens, cache, 9), CONFIG.norm_eps)
+        assert (logits - plain).abs().max() <= 0.05 * plain.abs().max()
+    assert len(looks) == 1
+    gone = [weakref.ref(x) for x in lf.tree.leaves(params)]
+    del params, weights
+    assert all(x() is None for x in gone)
+    known = dict(zip(trunk.__code__.co_freevars, trunk.__closure__, strict=True))["known"].cell_contents
+    for slots in range(10, 20):
+        trunk(other, tokens, lf.init_cache(CONFIG, max_len=slots, dtype=torch.bfloat16), slots)
+    assert len(known) == 3
 
 
-def test_a_weight_that_changed_where_it_lies_is_refused():
+def test_a_weight_that_changed_where_it_lies_is_seen():
     params, tokens = model_of(lf.random.key(0), torch.bfloat16, None), token_rows(CONFIG, 1)
-    cache = lf.init_cache(CONFIG, max_len=9, dtype=torch.bfloat16)
-    assert one_token.one_token(params, tokens, cache, 9) is not None
+    cache, trunk = lf.init_cache(CONFIG, max_len=9, dtype=torch.bfloat16), fused_trunk()
+    first = trunk(params, tokens, cache, 9)
+    weight = params.blocks[1].feed_forward.w_up.data
     for other in (torch.ones(3, 192, dtype=torch.bfloat16), torch.ones(320, 192, dtype=torch.float16)):
         params.blocks[1].feed_forward.w_up.data = other
-        with pytest.raises(RuntimeError, match="a weight has changed its size or dtype"):
-            one_token.one_token(params, tokens, cache, 9)
+        assert trunk(params, tokens, cache, 9) is None
+    params.blocks[1].feed_forward.w_up.data = weight
+    assert torch.equal(trunk(params, tokens, cache, 9), first)
+    params.blocks[1].feed_forward.w_up.requires_grad_()
+    assert trunk(params, tokens, cache, 9) is None
+    with torch.no_grad():
+        assert torch.equal(trunk(params, tokens, cache, 9), first)
     small = model_of(lf.random.key(0), torch.bfloat16, "int8")
-    assert one_token.one_token(small, tokens, cache, 9) is not None
+    assert trunk(small, tokens, cache, 9) is not None
     for other in (torch.ones(3), torch.ones(320, dtype=torch.bfloat16), torch.ones(1).expand(320)):
         small.blocks[1].feed_forward.w_up.scale.data = other
-        with pytest.raises(RuntimeError, match="a weight has changed its size or dtype"):
-            one_token.one_token(small, tokens, cache, 9)
+        assert trunk(small, tokens, cache, 9) is None
     small.blocks[1].feed_forward.w_up.scale.data = torch.ones(320)
     small.blocks[1].ffn_norm.data = torch.ones(2 * 192, dtype=torch.bfloat16)[::2]
-    with pytest.raises(RuntimeError, match="a norm or a layer of the cache has changed"):
-        one_token.one_token(small, tokens, cache, 9)
+    assert trunk(small, tokens, cache, 9) is None
     params.blocks[1].feed_forward.w_up.data = torch.ones(3, 192, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"params.blocks.1.feed_forward.w_up` should be Float"):
         lf.jit_layers()(params, tokens, cache)
@@ -210,7 +232,7 @@ def test_a_position_beyond_the_room_is_refused():
     cache = lf.init_cache(CONFIG, max_len=9, dtype=torch.bfloat16)
     for position in (-1, 9):
         with pytest.raises(RuntimeError, match=f"the cache has no slot {position}"):
-            one_token.one_token(params, token_rows(CONFIG, 1), cache._replace(length=torch.tensor(position)), 9)
+            fused_trunk()(params, token_rows(CONFIG, 1), cache._replace(length=torch.tensor(position)), 9)
 
 
 def test_a_step_allocates_less_than_a_leaf_and_as_much_at_the_thousandth():
@@ -228,5 +250,5 @@ def test_a_cache_that_is_forked_is_none_of_its_own():
     cache = filled(lf.random.key(1), CONFIG, torch.tensor([4, 4]), torch.bfloat16, 9)
     forked = cache._replace(**{name: tuple(Forked(x[:1, :, :2], x[:, :, 2:]) for x in getattr(cache, name))
                                for name in "kv"})
-    assert one_token.one_token(params, tokens, cache, 9) is not None
-    assert one_token.one_token(params, tokens, forked, 9) is None
+    assert fused_trunk()(params, tokens, cache, 9) is not None
+    assert fused_trunk()(params, tokens, forked, 9) is None

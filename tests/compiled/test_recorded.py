@@ -12,12 +12,13 @@ from strategies import random_params, token_rows
 import llama_fn as lf
 from llama_fn import modes
 from llama_fn.compiled import cuda_graph as module
+from llama_fn.compiled import decoding, recording
 from llama_fn.compiled.cuda_graph import coarse, recorded
-from llama_fn.compiled.trace import part
+from llama_fn.compiled.trace import tensors_of
 from llama_fn.generation import decode
-from llama_fn.model import room as kv
 from llama_fn.model import transformer
 from llama_fn.ops import extent, inside
+from llama_fn.ops import room as kv
 
 CONFIG = lf.Config(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=34, max_seq_len=900)
 
@@ -27,7 +28,7 @@ def graphs(monkeypatch):
     """How often something was recorded, and replayed, and the slots that were read by what was not replayed. Meanwhile,
     as on a GPU, no number can be read, and every shape is what it was when it was recorded.
     """
-    counts, at_work, reach = {"recorded": 0, "replayed": 0, "reach": []}, [], transformer.reach
+    counts, at_work, reach = {"recorded": 0, "replayed": 0, "reach": []}, [], transformer.slots_to_read
 
     def run(f, slots):
         at_work.append(slots)
@@ -36,42 +37,41 @@ def graphs(monkeypatch):
         finally:
             at_work.pop()
 
-    def captured(f, device):
+    def captured(f, device, pools):
         counts["recorded"] += 1
         result = run(f, None)
         slots = counts["reach"][-1]
-        part((result,), results := [], [])
+        results = tensors_of(result)
         for x in results:
             if x.data_ptr() not in places:  # a GPU has not run it yet: its results are whatever was there
                 x.data.fill_(-7)
 
         def replay():
             counts["replayed"] += 1
-            part((run(f, slots),), again := [], [])
-            for old, new in zip(results, again, strict=True):
+            for old, new in zip(results, tensors_of(run(f, slots)), strict=True):
                 old.copy_(new)
 
         return replay, result
 
-    def reached(cache, new):
+    def reached(leaf, length, new):
         if at_work and at_work[-1] is not None:
             return at_work[-1]
-        counts["reach"].append(reach(cache, new))
+        counts["reach"].append(reach(leaf, length, new))
         return counts["reach"][-1]
 
     def another(x):
         return x.detach() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
-    def record(f, args, fixed):  # a graph knows memory and no tensors
+    def record(f, args, fixed, pools):  # a graph knows memory and no tensors
         places[:] = [x.data_ptr() for x in fixed]
-        return original(f, lf.tree.map(another, args), fixed)
+        return original(f, lf.tree.map(another, args), fixed, pools)
 
-    places, original = [], module._record
-    monkeypatch.setattr(module, "_record", record)
-    monkeypatch.setattr(module, "captured", captured)
+    places, original = [], module.record
+    monkeypatch.setattr(module, "record", record)
+    monkeypatch.setattr(recording, "captured", captured)
     for place in (modes, module, extent):
-        monkeypatch.setattr(place, "far", lambda x: True)
-    monkeypatch.setattr(transformer, "reach", reached)
+        monkeypatch.setattr(place, "on_gpu", lambda x: True)
+    monkeypatch.setattr(transformer, "slots_to_read", reached)
     for place in (modes, module):
         monkeypatch.setattr(place, "recording", lambda x: bool(at_work))
     return counts
@@ -280,7 +280,7 @@ def test_what_makes_a_length_of_its_own_is_not_recorded(graphs, params):
 def test_recordings_end_with_their_tensors_and_are_not_too_many(graphs, params, monkeypatch, most, left):
     monkeypatch.setattr(module, "MOST", most)
     step, token, kept = recorded(donated), torch.tensor([5]), []
-    known = dict(zip(step.__code__.co_freevars, step.__closure__, strict=True))["known"].cell_contents
+    known = dict(zip(step.__code__.co_freevars, step.__closure__, strict=True))["ours"].cell_contents.known
     for i in range(8):
         cache = lf.init_cache(CONFIG, max_len=64)
         kept += [cache] if i > 3 else []
@@ -298,14 +298,11 @@ def test_a_large_model_tells_the_same_by_recordings(graphs, monkeypatch):
                                    stop=("girl", "boy", "She ", "He ")) for t in (0, 1)]
 
     eager = told()
-    monkeypatch.setattr(decode, "LARGE", 0)
-    monkeypatch.setattr(decode, "by_shape", lambda f, **_: f)  # compiled, it is tested elsewhere
-    monkeypatch.setattr(decode, "jit_layers", lambda f=lf.forward: recorded(functools.partial(donating, f)))
-    decode._compiled.cache_clear()
-    try:
-        assert told() == eager and graphs["replayed"] > 8
-    finally:
-        decode._compiled.cache_clear()
+    monkeypatch.setattr(decoding, "LARGE", 0)
+    monkeypatch.setattr(decoding, "by_shape", lambda f, **_: f)  # compiled, it is tested elsewhere
+    monkeypatch.setattr(decoding, "by_layers", lambda f: recorded(functools.partial(donating, f)))
+    monkeypatch.setattr(decode, "_compiled", decoding.decoder(decode._forward_and_draw, decode.drawn))
+    assert told() == eager and graphs["replayed"] > 8
 
 
 def donating(f, *args):

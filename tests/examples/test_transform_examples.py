@@ -211,7 +211,7 @@ def test_the_examples_of_transforms_run(capsys):
     assert ["Ada" in text for _, text in scores] == [True] * 3 + [False] * 3
     assert "girl named Ada" in scores[0][1] and float(scores[0][0]) > 0.1 > 0 > float(scores[-1][0])
 
-    assert example.run("token_gradients", capsys).startswith("rests on [' red'")
+    assert example.run("token_gradients", capsys).startswith("depends on [' red'")
 
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", example.run("learn_learning_rate", capsys))]
     assert losses[-1] < 0.7 * losses[0]

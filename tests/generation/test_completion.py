@@ -10,9 +10,9 @@ from strategies import keys
 
 import llama_fn as lf
 from llama_fn.generation import decode
-from llama_fn.generation.completion import until
 from llama_fn.generation.sampling import penalize
-from llama_fn.model import room as kv
+from llama_fn.generation.stop_strings import until
+from llama_fn.ops import room as kv
 
 PROMPTS = ["Once upon a time", "Long ago there was a brave little girl", "", "One"]
 

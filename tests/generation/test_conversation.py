@@ -87,7 +87,7 @@ def test_only_new_tokens_go_through_the_model(chatty, key, count):
         passed.clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(decode, "trunk", counting(lf.trunk))  # the prompt
-            patch.setattr(decode, "fast", lambda *_: functools.partial(decode.step, run=counting(lf.forward)))
+            patch.setattr(decode, "step_for", lambda *_: functools.partial(decode.step, run=counting(lf.forward)))
             chat = drawn(chatty, asked, key, count)
         new = len(asked.exchanges[-1].prompt)
         closing = 3 if len(asked.exchanges) > 1 else 0  # the last token drawn, a space and the end
@@ -152,8 +152,8 @@ def test_a_full_context_is_told_in_numbers(tokenizer):
     small = talker(tokenizer, 64)
     chat = say(small, lf.Chat(), "Who?", own_tokens(tokenizer, "Felix was the fox."))
     there, new = len(chat.tokens), len(lf.ask(small, lf.Chat(), "and then? " * 6).tokens)
-    with pytest.raises(ContextFull, match=f"the context of 64 tokens is full: the conversation has {there}, this "
-                                          f"message {new}, and an answer needs some"):
+    with pytest.raises(ContextFull, match=f"the context of 64 tokens is full: the conversation has {there} tokens and "
+                                          f"this message {new}, which leaves no room for an answer"):
         lf.ask(small, chat, "and then? " * 6)
     room = 64 - len(lf.ask(small, chat, "").tokens)
     exact = "1" * room  # a digit is a token
@@ -162,9 +162,9 @@ def test_a_full_context_is_told_in_numbers(tokenizer):
     asked = lf.ask(small, chat, exact[1:])
     *_, (_, full) = lf.answer(small, asked, key=lf.random.key(0), sampler=plays([70] * 9, 63))
     assert len(full.tokens) == 64 and full.exchanges[-1].answer == (70,)
-    with pytest.raises(ContextFull, match="the context of 64 tokens is full: the conversation has 64$"):
+    with pytest.raises(ContextFull, match="the context of 64 tokens is full: the conversation has 64 tokens$"):
         lf.answer(small, full, key=lf.random.key(0))
-    with pytest.raises(ContextFull, match="the context of 64 tokens is full: the conversation has 66, this message"):
+    with pytest.raises(ContextFull, match="is full: the conversation has 66 tokens and this message"):
         lf.ask(small, full, "")
     assert len(lf.ask(small, drop(small, full, 2), "").tokens) < 64
 

@@ -24,7 +24,7 @@ def test_another_answer_is_that_of_another_key(chatty, key):
     assert said(drawn(chatty, unanswered(first), key)) == said(drawn(chatty, asked, key))
     other = lf.ask(chatty, unanswered(first), "and?")  # what the cache held of the answer is not there anymore
     assert said(drawn(chatty, other, key)) == said(drawn(chatty, other._replace(cache=None), key))
-    with pytest.raises(ValueError, match="nothing was asked yet"):
+    with pytest.raises(ValueError, match="there is no question yet"):
         unanswered(lf.Chat())
 
 
@@ -38,7 +38,7 @@ def test_a_conversation_without_its_oldest_exchanges_is_one_that_began_later(cha
                                                                  dialog(system, turns[count:], question))
     assert drop(chatty, chat, 0).cache is chat.cache  # nothing moved
     for count in (-1, len(turns) + 1):
-        with pytest.raises(ValueError, match=f"of {len(turns)} exchanges {count} cannot be dropped"):
+        with pytest.raises(ValueError, match=f"cannot drop {count} of {len(turns)} exchanges"):
             drop(chatty, chat, count)
 
 

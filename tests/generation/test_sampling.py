@@ -163,10 +163,10 @@ def test_logits_that_are_not_numbers_are_refused():
 
 
 def test_the_same_settings_are_the_same_sampler():
-    assert lf.sampler(0.8, top_p=0.9) is lf.sampler(0.8, top_p=0.9)  # so that a step compiled with it is found again
-    assert lf.sampler(0.8, top_p=0.9) is not lf.sampler(0.8, top_p=0.8)
+    assert lf.sampler(0.8, top_p=0.9) == lf.sampler(0.8, top_p=0.9)  # so that a step compiled with it is found again
+    assert lf.sampler(0.8, top_p=0.9) != lf.sampler(0.8, top_p=0.8)
     for _ in range(2):  # what is equal to settings that are known is still refused
-        assert lf.sampler(1, top_k=4) is lf.sampler(1.0, top_k=4)
+        assert lf.sampler(1, top_k=4) == lf.sampler(1.0, top_k=4)
         for wrong in ({"top_k": 4.0}, {"top_k": True}, {"temperature": True}):
             with pytest.raises(ValueError):
                 lf.sampler(**wrong)

@@ -198,10 +198,10 @@ def test_bad_requests_are_refused_at_once(model, draft):
         lf.speculate_stream(model, draft, "a", key=key, n=0)
     config = dataclasses.replace(draft.params.config, vocab_size=400)
     small = draft._replace(params=lf.init_params(key, config))
-    with pytest.raises(ValueError, match="the draft has a vocabulary of 400 tokens, the model of 401"):
+    with pytest.raises(ValueError, match="the draft model has a vocabulary of 400 tokens, the model one of 401"):
         lf.speculate(model, small, ["a"], key=key)
     other = lf.train_tokenizer(["".join(map(chr, range(97, 123))), *["xy zz"] * 9], 286)
-    with pytest.raises(ValueError, match="the draft has another tokenizer than the model"):
+    with pytest.raises(ValueError, match="the draft model and the model have different tokenizers"):
         lf.speculate(model, draft._replace(tokenizer=other), ["a"], key=key)
     with pytest.raises(ValueError, match=r"the prompt has \d+ tokens, and the model's context is 96"):
         lf.speculate(model, draft, ["fine", "Once upon a time " * 40], key=key)

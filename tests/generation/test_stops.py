@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import unicode_texts
 
 import llama_fn as lf
-from llama_fn.generation.completion import stops
+from llama_fn.generation.stop_strings import stops
 
 PROMPTS = ["", "One", "Once upon a time"]
 BYTES = range(3, 259)  # the tokens of single bytes

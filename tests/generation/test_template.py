@@ -204,7 +204,7 @@ def test_a_template_that_changes_answers_has_tokens_and_no_segments(tokenizer, s
     odd = dataclasses.replace(tokenizer, chat_template="{% for m in messages %}{{ " + shown + " }}{% endfor %}")
     told = dialog(None, [("what?", "a fox")])
     assert template.tokens(odd, told) == tokenizer.encode(text, bos=False)
-    with pytest.raises(ValueError, match="the chat template changes what the assistant said"):
+    with pytest.raises(ValueError, match="the chat template changes the text of an answer"):
         segments(odd, told)
 
 

@@ -17,7 +17,7 @@ from strategies import SCALINGS, cache_for, configs, keys, models, random_params
 import llama_fn as lf
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotate, rotation
-from llama_fn.model.rope import scaled as slowed
+from llama_fn.model.rope import scale_frequencies as slowed
 
 B, T, S = 5, 7, 13  # rows, tokens, slots
 

@@ -12,11 +12,10 @@ from test_linear import plain, weight_of
 from torch._subclasses import FakeTensorMode
 
 import llama_fn as lf
-from llama_fn.compiled import whole_step as one_token
+from llama_fn.compiled import whole_step
 from llama_fn.model.attention import written_out as written_attention
-from llama_fn.model.cache import KeysValues
 from llama_fn.model.linear import written_out
-from llama_fn.model.rope import Rotation, rotate, rotation
+from llama_fn.model.rope import Rotation, frequencies, rotate, rotation
 from llama_fn.ops import attend as attending
 from llama_fn.ops import linear, operators
 
@@ -225,7 +224,8 @@ def test_all_layers_of_a_token_are_block_after_block(many, batch, key, heads, wi
     apart = noise._replace(length=torch.stack((noise.length, noise.length + 1), -1)[..., 0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_token, "MANY", many)
-        y = gpu_token.one_token(params, torch.stack((tokens, tokens + 1), -1)[..., 0], apart, 41)
+        angles = frequencies(width, config.rope_theta, None, tokens.device)
+        y = gpu_token.fused_trunk(params, torch.stack((tokens, tokens + 1), -1)[..., 0], apart, 41, angles)
     assert y.dtype == HALF and (y - exact).abs().max() <= 8e-3 * exact.abs().max()
     for mine, other in zip(noise.k + noise.v, after.k + after.v, strict=True):
         assert (mine - other).abs().max() <= 4e-3 * other.abs().max()
@@ -236,7 +236,7 @@ def test_a_token_outside_the_vocabulary_is_nan(token):
     config = lf.Config(dim=12, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=37, hidden_dim=8, max_seq_len=64)
     params = lf.tree.map(lambda x: x.to(HALF).to(DEVICE), random_params(config, lf.random.key(0), torch.float32))
     tokens = torch.tensor([3, token, 5], device=DEVICE)
-    x, *_ = gpu_token.begin(params, tokens, torch.zeros_like(tokens))
+    x, *_ = gpu_token.begin(params, tokens, torch.zeros_like(tokens), torch.ones(3, device=DEVICE))
     assert (x[[0, 2]] == params.embedding[[3, 5]]).all() and x[1].isnan().all()
 
 
@@ -248,8 +248,8 @@ def test_few_rows_of_16_bits_on_a_gpu_are_for_these_kernels():
         with FakeTensorMode(allow_non_fake_inputs=True):
             params = lf.tree.map(lambda x: change(torch.empty(x.shape, dtype=x.dtype, device="cuda")), params)
             cache = lf.init_cache(config, batch, max_len=9, dtype=kept, device="cuda")
-            return one_token._fits(params.blocks[0], params.embedding, torch.Size(batch),
-                                   KeysValues(cache.k[0], cache.v[0]))
+            return whole_step._accepted(params.blocks[0], params.embedding, torch.Size(batch),
+                                        cache.k[0], cache.v[0])
 
     half = lf.tree.map(lambda x: x.bfloat16(), params)
     assert takes(half) and takes(half, ()) and takes(lf.quantize(half, "int8"), (8, 8)) and takes(half, (16,))

@@ -5,7 +5,7 @@ import torch
 from strategies import random_params
 
 import llama_fn as lf
-from llama_fn.transforms.lora import Adapted
+from llama_fn.transforms.adapter import Adapted
 
 CONFIG = lf.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70)
 PARAMS = random_params(CONFIG, lf.random.key(0), torch.float32)

@@ -15,13 +15,13 @@ from llama_fn import AxesError, random
 from llama_fn.training.data import Corpus, batch, encode_corpus, open_corpus, read_texts, rows
 
 BOS = 1
-SIXTEEN_BITS = SimpleNamespace(vocab_size=2**16, bos_id=BOS)  # all that a corpus wants to know of a tokenizer
+SIXTEEN_BITS = SimpleNamespace(vocab_size=2**16, bos_id=BOS)  # all that a corpus needs of a tokenizer
 documents = st.lists(st.integers(1, 40), min_size=1, max_size=8)  # lengths, without the begin
 contexts = st.integers(1, 16)
 
 
 def corpus(folder: Path, lengths: list[int], context: int) -> Corpus:
-    """Documents of these lengths, in a stream where no token comes twice but the begin: token i + 2 lies at i."""
+    """Documents of these lengths. Only the begin token repeats; every other token at position i is i + 2."""
     stream = np.arange(2, 2 + sum(lengths) + len(lengths), dtype=np.uint16)
     stream[np.cumsum([0] + [n + 1 for n in lengths[:-1]])] = BOS
     (folder / "corpus").write_bytes(stream.tobytes())
@@ -158,7 +158,7 @@ def test_a_window_is_a_stretch_of_the_stream_that_begins_a_document_or_lies_in_a
 
 
 def _start(window: list[int], stream: list[int]) -> int:
-    """Where a window lies in a stream whose tokens, but the begins, are all different."""
+    """The position of a row in a stream in which only the begin token repeats."""
     place, token = next((i, token) for i, token in enumerate(window) if token != BOS)
     return (stream.index(token) - place) % len(stream)
 

@@ -1,4 +1,4 @@
-"""A training run in a folder: it goes on bit for bit, ends in a model, and refuses what it cannot do."""
+"""A training run in a folder: a resumed run gives the same bits, ends in a model, and refuses bad requests."""
 
 import json
 import signal
@@ -17,7 +17,7 @@ TINY = Plan(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, hidden_dim=70, vocab_si
 
 
 def records(folder) -> list[dict]:
-    """The metrics, without what the clock says."""
+    """The metrics without the times in them."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in record.items() if k not in ("seconds", "tokens_per_second")}
             for record in lines if "parameters" not in record]
@@ -57,7 +57,7 @@ def test_resume_equals_not_stopping_bit_for_bit(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_whose_last_save_was_interrupted_goes_on_with_its_tokenizer(tmp_path, monkeypatch):
-    """All files of the model may lie in `.complete` alone."""
+    """All files of the model may still lie in `.complete`."""
     monkeypatch.setattr(loop, "jit", lambda f, donate: f)
     whole = run(tmp_path / "run", TINY)
     (tmp_path / "run" / ".complete").mkdir()

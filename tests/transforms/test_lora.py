@@ -15,7 +15,7 @@ import llama_fn as lf
 from llama_fn import lora, tree
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
-from llama_fn.transforms.lora import Adapted
+from llama_fn.transforms.adapter import Adapted
 
 B, T = 5, 7  # adapters or rows, tokens
 
@@ -374,7 +374,7 @@ def test_what_is_applied_is_neither_saved_nor_merged_into(model, tmp_path):
     adapter = trained(lf.random.key(0), model.params, names=("wv", "output"))
     applied = lora.apply(model.params, adapter)
     for act in (lambda: lf.save(lf.Model(applied, model.tokenizer), tmp_path / "new"), lambda: lf.to_hf(applied)):
-        with pytest.raises(ValueError, match=r"is no plain tensor, .* merged first: say lora.merge in the place of"):
+        with pytest.raises(ValueError, match=r"is not a plain tensor, .* first: use lora.merge in place of lora.apply"):
             act()
     with pytest.raises(ValueError, match=r"blocks.0.attention.wv is no tensor but Adapted: merge into the parameters"):
         lora.merge(applied, adapter)

@@ -13,7 +13,7 @@ from strategies import keys, models, random_params, token_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fn as lf
-from llama_fn.transforms.lora import Adapted
+from llama_fn.transforms.adapter import Adapted
 from llama_fn.transforms.tapped import embedding_square, linear_square
 
 B = 5  # samples
