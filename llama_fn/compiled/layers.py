@@ -50,6 +50,8 @@ def jit_layers(f: Callable[..., Any] = forward, donate: str | Sequence[str] = "c
 
     Only plain values are compiled: what is differentiated, mapped or traced runs as it is. Where nothing can be
     compiled, a warning says why, and everything runs as it is.
+
+    >>> step = lf.jit_layers()  # compiles one layer for all
     """
     if (reason := obstacle()) is not None:
         warnings.warn(uncompiled(getattr(f, "__name__", "a step"), reason), stacklevel=2)

@@ -53,6 +53,8 @@ def sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float | N
 
     Raises `ValueError` for a setting outside its range; `sample` does for logits that are not `drawable`. Compiled or
     mapped, it cannot look at them, and draws -1, which is no token.
+
+    >>> token = lf.sampler(temperature=0.8, top_p=0.9)(key, logits)
     """
     return _in_range(temperature, top_k, top_p, min_p, repetition_penalty)
 
@@ -68,6 +70,8 @@ def narrowing(temperature: float = 1.0, top_k: int | None = None, top_p: float |
 
     Raises `ValueError` for a setting outside its range; `narrow` does for logits that are not `drawable`, unless it is
     compiled or mapped and cannot look at them.
+
+    >>> probabilities = lf.narrowing(top_p=0.9)(logits).softmax(-1)
     """
     settings = _in_range(temperature, top_k, top_p, min_p, repetition_penalty)
 
