@@ -1,5 +1,6 @@
 """What torch is doing right now: whether what runs is traced, mapped, differentiated, or recorded by a GPU."""
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +80,12 @@ def recording(x: Tensor) -> bool:
 def transforms() -> int:
     """How many of torch.func's transforms are at work; forward mode counts twice, since its zeros are not in a leaf."""
     return levels() + private.dual_numbers()
+
+
+@known_while_tracing
+def mapped() -> int:
+    """How many examples all `vmap`s around us map together."""
+    return math.prod(private.mapped_sizes())
 
 
 @known_while_tracing

@@ -33,7 +33,8 @@ def _found(module: str, name: str, otherwise: Any) -> Any:
 is_wrapped = _found("torch._C", "_functorch.is_functorch_wrapped_tensor", lambda x: type(x) is not Tensor)
 is_mapped = _found("torch._C", "_functorch.is_batchedtensor", lambda x: False)
 _interpreters = _found("torch._C", "_functorch.get_interpreter_stack", lambda: None)
-_kinds = _found("torch._C", "_functorch.TransformType", SimpleNamespace(Grad="grad", Jvp="jvp"))
+_kinds = _found("torch._C", "_functorch.TransformType", SimpleNamespace(Grad="grad", Jvp="jvp", Vmap="vmap"))
+_vmap = _found("torch._C", "_functorch.CVmapInterpreterPtr", None)
 _dispatch_mode = _found("torch._C", "_get_dispatch_mode", lambda key: None)
 _proxy = _found("torch._C", "_TorchDispatchModeKey.PROXY", None)  # of make_fx, which `is_compiling` does not tell
 autocast = _found("torch._C", "_is_any_autocast_enabled", torch.is_autocast_enabled)
@@ -58,6 +59,11 @@ def gradients() -> int:
 def tangents() -> bool:
     """Whether one of them is forward mode."""
     return any(interpreter.key() == _kinds.Jvp for interpreter in _interpreters() or ())
+
+
+def mapped_sizes() -> list[int]:
+    """The sizes of the axes that are mapped, outermost first."""
+    return [_vmap(interpreter).batchSize() for interpreter in _interpreters() or () if interpreter.key() == _kinds.Vmap]
 
 
 def dual_numbers() -> bool:

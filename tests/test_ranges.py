@@ -92,6 +92,10 @@ FLOATS = {
         lf.loss, PARAMS, ROWS, max_norm=1, noise_multiplier=n, key=KEY), (-1, math.nan, math.inf)),
     "private_grads.expected_batch_size": (5, lambda n: lf.private_grads(
         lf.loss, PARAMS, ROWS, max_norm=1, noise_multiplier=0, key=KEY, expected_batch_size=n), (0, -1, math.nan)),
+    "loss.z_loss": (1, lambda n: lf.loss(PARAMS, ROWS, z_loss=n), (-1, math.nan, math.inf)),
+    "loss.label_smoothing": (1, lambda n: lf.loss(PARAMS, ROWS, label_smoothing=n), (-1, 2, math.nan)),
+    "loss_sum.z_loss": (1, lambda n: lf.loss_sum(PARAMS, ROWS, z_loss=n), (-1, math.nan, math.inf)),
+    "loss_sum.label_smoothing": (1, lambda n: lf.loss_sum(PARAMS, ROWS, label_smoothing=n), (-1, 2, math.nan)),
     "adamw.learning_rate": (1, lambda n: trained(lf.optim.adamw(n)), (-1, math.nan, math.inf)),
     "adamw.b1": (0, lambda n: trained(lf.optim.adamw(0.1, n)), (-1, 1, math.nan)),
     "adamw.b2": (0, lambda n: trained(lf.optim.adamw(0.1, 0.9, n)), (-1, 1, math.nan)),

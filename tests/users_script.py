@@ -71,6 +71,7 @@ many = lf.per_sample_grads(lf.loss, params, batch, chunk_size=1)
 clipped = lf.clipped_sum(lf.loss, params, batch, 1)
 private = lf.private_grads(lf.loss, params, batch, max_norm=1, noise_multiplier=1.5, key=key)
 remembered = lf.loss(params, tokens, layer=lf.remat(lf.block))
+smoothed = lf.loss(params, tokens, z_loss=1e-4, label_smoothing=0.1)
 total, count = lf.loss_sum(params, tokens, torch.ones_like(tokens, dtype=torch.bool))
 assert_type(total / count, Tensor)
 
