@@ -143,4 +143,5 @@ def test_compiled_chunks_are_the_definition():
     with logits_at_once(300):
         ours = torch.compile(results, fullgraph=True, backend="aot_eager")(params, tokens, mask)
     for name in names:
-        assert all(close(a, b, 1e-9) for a, b in zip(*map(lf.tree.leaves, (ours[name], theirs[name])), strict=True)), name
+        pairs = zip(*map(lf.tree.leaves, (ours[name], theirs[name])), strict=True)
+        assert all(close(a, b, 1e-9) for a, b in pairs), name
