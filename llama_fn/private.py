@@ -183,6 +183,7 @@ def inductor() -> SimpleNamespace:
     import torch._inductor.codecache as code
     from torch._C._dynamo.guards import TensorGuards
     from torch._functorch.compile_utils import fx_graph_cse
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
@@ -192,7 +193,7 @@ def inductor() -> SimpleNamespace:
     from torch._subclasses import FakeTensorMode
 
     return SimpleNamespace(
-        TensorGuards=TensorGuards, same_once=fx_graph_cse, config=config, compile=compile_fx_inner,
+        TensorGuards=TensorGuards, same_once=fx_graph_cse, partition=min_cut_rematerialization_partition, config=config, compile=compile_fx_inner,
         decompositions=select_decomp_table, set_fakes=V.set_fake_mode, FakeTensorMode=FakeTensorMode,
         tracing=lambda fakes: tracing(TracingContext(fakes)),
         # What inductor asks once in a process: which sources torch has, which Triton, which instructions g++ knows.
