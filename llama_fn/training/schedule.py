@@ -44,6 +44,28 @@ def warmup_linear(peak: float, warmup: int, steps: int, end: float = 0.0) -> Cal
     return rate
 
 
+def warmup_stable_decay(peak: float, warmup: int, decay: int, steps: int,
+                        end: float = 0.0) -> Callable[[Tensor | int], Tensor]:
+    """From 0 up to `peak` over `warmup` steps, constant, and in the last `decay` of `steps` down to `end`.
+
+    Both in straight lines. A run can be continued from the state before the decay, whatever its number of steps
+    (Hu et al. 2024, "MiniCPM", section 4.2; Haegele et al. 2024). Raises `ValueError` for a rate below 0 or not finite,
+    and for a decay of no steps or of more than come after the warmup.
+    """
+    peak, warmup, steps, end = _checked("warmup_stable_decay", peak, warmup, steps, end)
+    decay = integer("warmup_stable_decay: decay", decay)
+    if not 0 < decay <= steps - warmup:
+        raise ValueError(f"warmup_stable_decay: decay ({decay}) must lie in (0, steps - warmup], and that is "
+                         f"{steps - warmup}")
+
+    def rate(count: Tensor | int) -> Tensor:
+        count = torch.as_tensor(count).float()
+        done = ((count - (steps - decay)) / decay).clamp(0, 1)
+        return torch.where(count < warmup, peak * count / max(warmup, 1), peak + (end - peak) * done)
+
+    return rate
+
+
 def _checked(name: str, peak: float, warmup: int, steps: int, end: float) -> tuple[float, int, int, float]:
     """The settings as numbers, if each lies in its range."""
     peak, end = number(f"{name}: peak", peak), number(f"{name}: end", end)
