@@ -20,7 +20,9 @@ add_module_names = False
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 90
 # Types stand in signatures with their axes, and many are torch's or Python's: they are no references.
-nitpick_ignore_regex = [("py:class", ".*"), ("py:obj", r"(torch|jax|optax|numpy)\..*")]
+nitpick_ignore_regex = [("py:class", ".*"), ("py:data", ".*"), ("py:obj", r"(torch|jax|optax|numpy)\..*")]
+
+suppress_warnings = ["ref.python"]  # Python's type `bytes`, which two classes have as a field, too
 
 
 def references(app, what: str, name: str, thing, options, lines: list[str]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import inspect
+import json
 import re
 import shutil
 import subprocess
@@ -65,13 +66,17 @@ def around(tmp_path_factory) -> dict[str, Any]:
     key, tokens = lf.random.key(0), torch.tensor(tokenizer.encode("Once upon a time"))
     cache = lf.init_cache(params.config, max_len=64)
     dialog = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A fox."}]
-    optimizer = lf.optim.adamw(1e-3)
-    return {"lf": lf, "torch": torch, "dataclasses": dataclasses, "Tensor": Tensor, "Float": Float, "model": model,
-            "params": params, "tokenizer": tokenizer, "config": params.config, "key": key, "tokens": tokens,
-            "batch": tokens.repeat(2, 1), "cache": cache, "logits": lf.forward(params, tokens)[0][-1],
-            "x": lf.trunk(params, tokens)[0], "branches": lf.fork(lf.forward(params, tokens, cache)[1], (8,), max_len=64),
-            "adapter": lf.lora.init(key, params, 2, ["wq"]), "optimizer": optimizer, "grads": params,
-            "texts": [lf.stories.story(each) for each in lf.random.split(key, 40)], "dialog": dialog}
+    prompt = {"key": key, "max_new_tokens": 4}
+    return {"lf": lf, "torch": torch, "dataclasses": dataclasses, "Tensor": Tensor, "Float": Float,
+            "model": model, "params": params, "tokenizer": tokenizer, "config": params.config, "key": key,
+            "tokens": tokens, "batch": tokens.repeat(2, 1), "cache": cache, "dialog": dialog,
+            "logits": lf.forward(params, tokens)[0][-1], "x": lf.trunk(params, tokens)[0], "again": params,
+            "branches": lf.fork(lf.forward(params, tokens, cache)[1], (8,), max_len=64), "grads": params,
+            "adapter": lf.lora.init(key, params, 2, ["wq"]), "optimizer": lf.optim.adamw(1e-3),
+            "rows": lf.generate(params, tokens[None], **prompt),
+            "completions": lf.text_completion(model, ["Once"], **prompt),
+            "drafted": lf.speculate(model, model, ["Once"], **prompt),
+            "texts": [lf.stories.story(each) for each in lf.random.split(key, 40)]}
 
 
 @pytest.fixture
@@ -80,7 +85,8 @@ def place(around, tmp_path, monkeypatch) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     lf.lora.save(around["adapter"], "my-lora", around["params"])
     shutil.copytree(Path(lf.stories.__file__).parent / "model", "my-model")
-    return dict(around)
+    lf.save(around["model"], "my-hf", format="hf")
+    return around | {"hf_config": json.loads(Path("my-hf/config.json").read_text())}
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in DATA])
@@ -89,6 +95,7 @@ def test_every_public_name_is_explained_with_a_line_that_runs(place, name):
     assert text and re.match(r"[^\n]+\.(\n\n|$)", text), "a summary of one line, with a period"
     lines = doctest.DocTestParser().get_examples(text)
     assert lines, "no line of use"
-    assert any(re.search(rf"\b{re.escape(name.split('.')[-1])}\b", line.source) for line in lines)
+    named = any(re.search(rf"\b{re.escape(name.split('.')[-1])}\b", line.source) for line in lines)
+    assert named or inspect.isclass(thing(name))  # a type may be what a function gives
     for line in lines:
         exec(line.source, place)

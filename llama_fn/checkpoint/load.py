@@ -106,7 +106,7 @@ def save(model: Model, path: str | os.PathLike[str], *, format: Format = "meta",
     Raises `ValueError` for a folder that holds a model in another format, and for a model that the format cannot hold.
     Raises `OSError` that names the file and a remedy if the disk is full or writing is not permitted.
 
-    >>> lf.save(model, "my-model", format="hf")
+    >>> lf.save(model, "my-copy", format="hf")
     """
     shards = None if shards is None else integer("save: shards", shards)
     write(weights_of(model.params, dtype), model.tokenizer, path, format, shards)

@@ -25,12 +25,14 @@ def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"]
 
     If none counts, the loss is 0. Behind the last token that counts, a row may hold any ids, -100 too. To average over
     several batches exactly, add up `loss_sum` instead: a mean of means weighs a token by the size of its batch.
-    `z_loss` and `label_smoothing` are those of `cross_entropy`, `layer` is that of `forward`.
+    `z_loss` and `label_smoothing` are those of ``cross_entropy``, `layer` is that of `forward`.
 
-    The logits of many tokens over a large vocabulary are never all in memory, forward or backward (`chunked_loss.py`).
+    The logits of many tokens over a large vocabulary are never all in memory, forward or backward (``chunked_loss.py``).
 
     Raises `ValueError` for a row of one token, for a number outside its range, and in eager mode, mapped or not, for a
     token outside the vocabulary on which the loss depends.
+
+    >>> grads, loss = torch.func.grad_and_value(lf.loss)(params, tokens)
     """
     nats, counts = _nats(params, tokens, mask, z_loss, label_smoothing, layer)
     # Divided after the sum, its compiled reverse-over-forward derivative would crash (torch 2.13, pytorch#197067).
@@ -41,7 +43,10 @@ def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"]
 def loss_sum(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None, *,
              z_loss: float = 0.0, label_smoothing: float = 0.0,
              layer: Callable[..., Any] = block) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """The sum of -log p over the tokens that count, and their number. The softmax is taken in float32 at least."""
+    """The sum of -log p over the tokens that count, and their number. The softmax is taken in float32 at least.
+
+    >>> total, count = lf.loss_sum(params, batch)
+    """
     nats, counts = _nats(params, tokens, mask, z_loss, label_smoothing, layer)
     return nats.sum(), counts.sum()
 

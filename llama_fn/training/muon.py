@@ -22,8 +22,10 @@ TINY = 1e-14  # the least square of a norm that is divided by
 def outputs(params: Any) -> Any:
     """How many of each leaf's first axes are the outputs of a hidden matrix; 0 for a leaf that is none.
 
-    Of `Params`, all matrices of the layers are: their heads are flattened, "k g h d" to "(k g h) d", and `wo` to
+    Of `lf.Params`, all matrices of the layers are: their heads are flattened, "k g h d" to "(k g h) d", and ``wo`` to
     "d (k g h)". Of any other tree, all leaves of two axes or more are, and the last axis is their inputs.
+
+    >>> columns = lf.optim.outputs(params)
     """
     def of_layer(path: str, weight: Weight) -> int:
         return len(weight.outer) if path.startswith("blocks.") and len(weight.shape) > 1 else 0
@@ -46,6 +48,8 @@ def scale_by_muon(momentum: float, b1: float, b2: float, eps: float,
 
     All other leaves get Adam's direction. Raises `ValueError` for a number outside its range,
     [0, 1) for momentum, b1 and b2.
+
+    >>> muon = lf.optim.scale_by_muon(0.95, 0.9, 0.95, 1e-8)
     """
     momentum = number("scale_by_muon: momentum", momentum, high=1.0, below=True)
     adam = scale_by_adam(b1, b2, eps)

@@ -9,23 +9,25 @@ from typing import Any
 
 from torch import Tensor
 
-from llama_fn.training.muon import outputs as outputs  # named twice, it is public here for a type checker
-from llama_fn.training.muon import scale_by_muon as scale_by_muon
-from llama_fn.training.optim_parts import AdamState as AdamState
-from llama_fn.training.optim_parts import Optimizer as Optimizer
-from llama_fn.training.optim_parts import add_decayed_weights as add_decayed_weights
-from llama_fn.training.optim_parts import apply_updates as apply_updates
-from llama_fn.training.optim_parts import chain as chain
-from llama_fn.training.optim_parts import clip_by_global_norm as clip_by_global_norm
-from llama_fn.training.optim_parts import global_norm as global_norm
-from llama_fn.training.optim_parts import matrices as matrices
-from llama_fn.training.optim_parts import scale_by_adam as scale_by_adam
-from llama_fn.training.optim_parts import scale_by_learning_rate as scale_by_learning_rate
-from llama_fn.training.optim_parts import scale_by_lion as scale_by_lion
-from llama_fn.training.schedule import Schedule as Schedule
-from llama_fn.training.schedule import warmup_cosine as warmup_cosine
-from llama_fn.training.schedule import warmup_linear as warmup_linear
-from llama_fn.training.schedule import warmup_stable_decay as warmup_stable_decay
+from llama_fn.training.muon import outputs, scale_by_muon
+from llama_fn.training.optim_parts import (
+    AdamState,
+    Optimizer,
+    add_decayed_weights,
+    apply_updates,
+    chain,
+    clip_by_global_norm,
+    global_norm,
+    matrices,
+    scale_by_adam,
+    scale_by_learning_rate,
+    scale_by_lion,
+)
+from llama_fn.training.schedule import Schedule, warmup_cosine, warmup_linear, warmup_stable_decay
+
+__all__ = ["AdamState", "Optimizer", "adamw", "add_decayed_weights", "apply_updates", "chain", "clip_by_global_norm",
+           "global_norm", "lion", "matrices", "muon", "outputs", "scale_by_adam", "scale_by_learning_rate",
+           "scale_by_lion", "scale_by_muon", "sgd", "warmup_cosine", "warmup_linear", "warmup_stable_decay"]
 
 
 def adamw(learning_rate: float | Tensor | Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
@@ -34,6 +36,8 @@ def adamw(learning_rate: float | Tensor | Schedule, b1: float = 0.9, b2: float =
 
     `mask` says which leaves decay, by a tree of booleans or a function of the parameters to one; left out, all do.
     Raises `ValueError` for a number outside its range: b1 and b2 lie in [0, 1), the others in [0, inf).
+
+    >>> optimizer = lf.optim.adamw(3e-4, weight_decay=0.1, mask=lf.optim.matrices)
     """
     return chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay, mask),
                  scale_by_learning_rate(learning_rate))
@@ -45,6 +49,8 @@ def lion(learning_rate: float | Tensor | Schedule, b1: float = 0.9, b2: float = 
 
     Its learning rate is 3 to 10 times smaller than AdamW's, and its decay as much larger. `mask` is that of `adamw`.
     Raises `ValueError` for a number outside its range: b1 and b2 lie in [0, 1), the others in [0, inf).
+
+    >>> optimizer = lf.optim.lion(1e-4, weight_decay=0.1)
     """
     return chain(scale_by_lion(b1, b2), add_decayed_weights(weight_decay, mask), scale_by_learning_rate(learning_rate))
 
@@ -60,11 +66,16 @@ def muon(learning_rate: float | Tensor | Schedule, momentum: float = 0.95, b1: f
     `adamw`.
 
     Raises `ValueError` for a number outside its range: momentum, b1 and b2 lie in [0, 1), the others in [0, inf).
+
+    >>> optimizer = lf.optim.muon(0.02)
     """
     return chain(scale_by_muon(momentum, b1, b2, eps, outputs=outputs), add_decayed_weights(weight_decay, mask),
                  scale_by_learning_rate(learning_rate))
 
 
 def sgd(learning_rate: float | Tensor | Schedule) -> Optimizer:
-    """Plain gradient descent. Raises `ValueError` for a learning rate below 0 or not finite."""
+    """Plain gradient descent. Raises `ValueError` for a learning rate below 0 or not finite.
+
+    >>> optimizer = lf.optim.sgd(0.1)
+    """
     return scale_by_learning_rate(learning_rate)

@@ -16,14 +16,20 @@ from llama_fn.training.schedule import Schedule
 
 
 class Optimizer(NamedTuple):
-    """Two pure functions (Optax's `GradientTransformation`)."""
+    """Two pure functions (Optax's ``GradientTransformation``).
+
+    >>> state = optimizer.init(params)
+    """
 
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any]]
 
 
 class AdamState(NamedTuple):
-    """Steps taken, and the running means of the gradients and of their squares, in float32 at least."""
+    """Steps taken, and the running means of the gradients and of their squares, in float32 at least.
+
+    >>> lf.optim.scale_by_adam(0.9, 0.95, 1e-8).init(params).count
+    """
 
     count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  Optax's name
     mu: Any
@@ -31,7 +37,10 @@ class AdamState(NamedTuple):
 
 
 def chain(*parts: Optimizer) -> Optimizer:
-    """Each part's updates are the next one's gradients; the state is the tuple of their states."""
+    """Each part's updates are the next one's gradients; the state is the tuple of their states.
+
+    >>> optimizer = lf.optim.chain(lf.optim.clip_by_global_norm(1.0), lf.optim.adamw(3e-4))
+    """
 
     def init(params: Any) -> tuple:
         return tuple(part.init(params) for part in parts)
@@ -50,6 +59,8 @@ def clip_by_global_norm(max_norm: float | Tensor) -> Optimizer:
     """Scale all gradients down together so that their common norm is `max_norm` at most (Pascanu et al. 2013).
 
     An infinite `max_norm` clips nothing. Raises `ValueError` for one that is not above 0.
+
+    >>> clip = lf.optim.clip_by_global_norm(1.0)
     """
     max_norm = _number("clip_by_global_norm: max_norm", max_norm, above=True, below=False)
 
@@ -64,6 +75,8 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Optimizer:
     """Adam's direction (Kingma and Ba 2015): m / (sqrt(v) + eps), each corrected for its start at zero.
 
     Raises `ValueError` unless b1 and b2 lie in [0, 1) and eps in [0, inf).
+
+    >>> adam = lf.optim.scale_by_adam(0.9, 0.95, 1e-8)
     """
     b1, b2 = _decays("scale_by_adam", b1, b2)
     eps = _number("scale_by_adam: eps", eps)
@@ -90,6 +103,8 @@ def scale_by_lion(b1: float, b2: float) -> Optimizer:
     """Lion's direction: the signs of b1 m + (1 - b1) g, where m is the running mean of the gradients g by b2.
 
     Raises `ValueError` unless b1 and b2 lie in [0, 1).
+
+    >>> lion = lf.optim.scale_by_lion(0.9, 0.99)
     """
     b1, b2 = _decays("scale_by_lion", b1, b2)
 
@@ -108,6 +123,8 @@ def add_decayed_weights(weight_decay: float | Tensor, mask: Any = None) -> Optim
     """Add `weight_decay` times each parameter (where `mask` is true) to its update.
 
     Raises `ValueError` for a decay below 0 or not finite.
+
+    >>> decay = lf.optim.add_decayed_weights(0.1, lf.optim.matrices)
     """
     weight_decay = _number("add_decayed_weights: weight_decay", weight_decay)
 
@@ -126,6 +143,8 @@ def scale_by_learning_rate(learning_rate: float | Tensor | Schedule) -> Optimize
     """Multiply by minus the learning rate, of the number of steps taken before this one.
 
     Raises `ValueError` for a rate below 0 or not finite. (That of a schedule or a tensor is not read.)
+
+    >>> scale = lf.optim.scale_by_learning_rate(3e-4)
     """
     if not callable(learning_rate):
         learning_rate = _number("scale_by_learning_rate: learning_rate", learning_rate)
@@ -141,17 +160,27 @@ def scale_by_learning_rate(learning_rate: float | Tensor | Schedule) -> Optimize
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
-    """Parameters plus updates, added in the updates' precision and kept in the parameters' dtype."""
+    """Parameters plus updates, added in the updates' precision and kept in the parameters' dtype.
+
+    >>> updates, state = optimizer.update(grads, optimizer.init(params), params)
+    >>> params = lf.optim.apply_updates(params, updates)
+    """
     return tree.map(lambda p, u: (p + u).to(p.dtype), params, updates)
 
 
 def global_norm(grads: Any) -> Tensor:
-    """The Euclidean norm of all leaves together, in float32 at least."""
+    """The Euclidean norm of all leaves together, in float32 at least.
+
+    >>> norm = lf.optim.global_norm(grads)
+    """
     return torch.stack([g.to(_exact(g)).square().sum() for g in tree.leaves(grads)]).sum().sqrt()
 
 
 def matrices(params: Any) -> Any:
-    """A mask for weight decay: every leaf of two axes or more, so no norm."""
+    """A mask for weight decay: every leaf of two axes or more, so no norm.
+
+    >>> mask = lf.optim.matrices(params)
+    """
     return tree.map(lambda p: p.ndim >= 2, params)
 
 
