@@ -3,6 +3,7 @@
 No other file asks this. The private names that the answers need are in `private.py`.
 """
 
+import math
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -90,6 +91,12 @@ def transforms() -> int:
     Forward mode counts twice: its zero tangents leave no trace in a tensor.
     """
     return levels() + private.dual_numbers()
+
+
+@known_while_tracing
+def mapped() -> int:
+    """How many examples all `vmap`s around us map together."""
+    return math.prod(private.mapped_sizes())
 
 
 @known_while_tracing

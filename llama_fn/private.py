@@ -33,7 +33,8 @@ def _found(module: str, name: str, otherwise: Any) -> Any:
 is_wrapped = _found("torch._C", "_functorch.is_functorch_wrapped_tensor", lambda x: type(x) is not Tensor)
 is_mapped = _found("torch._C", "_functorch.is_batchedtensor", lambda x: False)
 _interpreters = _found("torch._C", "_functorch.get_interpreter_stack", lambda: None)
-_kinds = _found("torch._C", "_functorch.TransformType", SimpleNamespace(Grad="grad", Jvp="jvp"))
+_kinds = _found("torch._C", "_functorch.TransformType", SimpleNamespace(Grad="grad", Jvp="jvp", Vmap="vmap"))
+_vmap = _found("torch._C", "_functorch.CVmapInterpreterPtr", None)
 _dispatch_mode = _found("torch._C", "_get_dispatch_mode", lambda key: None)
 _proxy = _found("torch._C", "_TorchDispatchModeKey.PROXY", None)  # for `make_fx`, of which `is_compiling` is false
 autocast = _found("torch._C", "_is_any_autocast_enabled", torch.is_autocast_enabled)
@@ -58,6 +59,11 @@ def gradients() -> int:
 def tangents() -> bool:
     """Whether one of the active transforms is forward mode."""
     return any(interpreter.key() == _kinds.Jvp for interpreter in _interpreters() or ())
+
+
+def mapped_sizes() -> list[int]:
+    """The sizes of the axes that are mapped, outermost first."""
+    return [_vmap(interpreter).batchSize() for interpreter in _interpreters() or () if interpreter.key() == _kinds.Vmap]
 
 
 def dual_numbers() -> bool:
@@ -183,6 +189,7 @@ def inductor() -> SimpleNamespace:
     import torch._inductor.codecache as code
     from torch._C._dynamo.guards import TensorGuards
     from torch._functorch.compile_utils import fx_graph_cse
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
@@ -192,7 +199,7 @@ def inductor() -> SimpleNamespace:
     from torch._subclasses import FakeTensorMode
 
     return SimpleNamespace(
-        TensorGuards=TensorGuards, same_once=fx_graph_cse, config=config, compile=compile_fx_inner,
+        TensorGuards=TensorGuards, same_once=fx_graph_cse, partition=min_cut_rematerialization_partition, config=config, compile=compile_fx_inner,
         decompositions=select_decomp_table, set_fakes=V.set_fake_mode, FakeTensorMode=FakeTensorMode,
         tracing=lambda fakes: tracing(TracingContext(fakes)),
         # What inductor asks once in a process: a hash of torch's and Triton's sources, and what g++ can compile for.

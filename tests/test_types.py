@@ -79,6 +79,14 @@ def test_every_mistake_is_shown(errors):
     assert errors["users_mistakes.py"] == {i for i, line in enumerate(source, 1) if line.endswith("# wrong")}
 
 
+def test_the_package_itself_has_no_errors():
+    done = subprocess.run([sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable],
+                          cwd=ROOT, capture_output=True, text=True)  # settings: pyproject.toml
+    told = json.loads(done.stdout)
+    assert told["summary"]["filesAnalyzed"] == len([*(ROOT / "llama_fn").rglob("*.py")])
+    assert [f"{x['file']}:{x['range']['start']['line'] + 1}: {x['message']}" for x in told["generalDiagnostics"]] == []
+
+
 def test_the_script_uses_every_public_name():
     import llama_fn as lf
 

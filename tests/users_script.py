@@ -71,6 +71,7 @@ many = lf.per_sample_grads(lf.loss, params, batch, chunk_size=1)
 clipped = lf.clipped_sum(lf.loss, params, batch, 1)
 private = lf.private_grads(lf.loss, params, batch, max_norm=1, noise_multiplier=1.5, key=key)
 remembered = lf.loss(params, tokens, layer=lf.remat(lf.block))
+smoothed = lf.loss(params, tokens, z_loss=1e-4, label_smoothing=0.1)
 total, count = lf.loss_sum(params, tokens, torch.ones_like(tokens, dtype=torch.bool))
 assert_type(total / count, Tensor)
 
@@ -116,6 +117,7 @@ loaded = lf.lora.load(Path("adapter"), params)
 optimizer = lf.optim.chain(lf.optim.clip_by_global_norm(1),
                            lf.optim.adamw(lf.optim.warmup_cosine(1e-3, 10, 100), weight_decay=0,
                                           mask=lf.optim.matrices))
+others = [lf.optim.lion(1e-4), lf.optim.muon(lf.optim.warmup_stable_decay(1e-2, 10, 20, 100), 0.95)]
 slow = lf.optim.sgd(lf.optim.warmup_linear(1, 10, 100))
 rate: Tensor = lf.optim.warmup_cosine(1, 10, 100)(3)
 optimizer_state = optimizer.init(adapter)

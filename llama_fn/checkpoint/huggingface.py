@@ -61,9 +61,9 @@ def from_hf(state_dict: Mapping[str, Tensor], config: Any) -> Params:
     Raises `ValueError` for a config that is not LLaMA's. Raises one `ValueError` that lists every weight that is
     missing, unknown, or of a wrong shape or dtype.
 
-    Example: ``params = lf.from_hf(model.state_dict(), model.config)``.
-
     Source: transformers, ``models/llama/modeling_llama.py`` and ``convert_llama_weights_to_hf.py``.
+
+    >>> params = lf.from_hf(lf.to_hf(params), hf_config)
     """
     settings = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(state_dict, Mapping) or not isinstance(settings, Mapping | Config):
@@ -85,7 +85,7 @@ def to_hf(params: Params) -> dict[str, Tensor]:
     ``wq`` and ``wk`` are copied, because their rows are permuted; every other weight shares memory with ``params``.
     Raises `ValueError` for quantized weights, for adapters that are not merged, and for weights of a wrong shape.
 
-    Example: ``model.load_state_dict(lf.to_hf(params))``.
+    >>> state = lf.to_hf(params)  # for `LlamaForCausalLM.load_state_dict`
     """
     weights = weights_of(params).unquantized("the state of a LlamaForCausalLM")
     return {hf_name(path): _to_hf_layout(weights, path) for path in tree.paths(params)}

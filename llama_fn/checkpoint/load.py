@@ -36,6 +36,8 @@ class Model(NamedTuple):
 
     The tokenizer is None if no tokenizer lies with the weights. `Model` is a tuple, so that
     ``params, tokenizer = lf.load("stories")`` works, and ``model._replace(tokenizer=other)`` gives another model.
+
+    >>> params, tokenizer = lf.load("stories")
     """
 
     params: Params
@@ -73,7 +75,7 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = No
     Raises `FileNotFoundError` for a missing file. Raises one `ValueError` that names the file and everything that is
     wrong with it.
 
-    Example: ``model = lf.load("llama-2-7b", dtype=torch.bfloat16, device="cuda")``.
+    >>> params, tokenizer = lf.load("stories", dtype=torch.bfloat16)
     """
     convert = [] if quantize is None else [quantized_leaf(quantize)]
     format, place = find(path_or_name)
@@ -104,7 +106,7 @@ def save(model: Model, path: str | os.PathLike[str], *, format: Format = "meta",
     Raises `ValueError` for a folder that holds a model in another format, and for a model that the format cannot hold.
     Raises `OSError` that names the file and a remedy if the disk is full or writing is not permitted.
 
-    Example: ``lf.save(model, "in-hf", format="hf", shards=2)``.
+    >>> lf.save(model, "my-copy", format="hf")
     """
     shards = None if shards is None else integer("save: shards", shards)
     write(weights_of(model.params, dtype), model.tokenizer, path, format, shards)

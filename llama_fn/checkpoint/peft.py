@@ -59,9 +59,9 @@ def save(adapter: Lora, folder: str | os.PathLike[str], params: Params,
     Raises `ValueError` for an adapter that does not fit ``params``, for one whose matrices have different ranks, and
     for a folder that holds a model. Raises `OSError` that names the file and a remedy if a write fails.
 
-    Example: ``lf.lora.save(adapter, "my-adapter", params, base="7b-hf")``.
-
     Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; PEFT's ``LoraConfig``.
+
+    >>> lf.lora.save(adapter, "my-lora", params)
     """
     check_fit(params, adapter)
     write_peft(adapter.matrices, adapter.scale.alpha, params.config, Path(folder),
@@ -76,7 +76,7 @@ def load(folder: str | os.PathLike[str], params: Params) -> Lora:
     file. Raises `ValueError` for an adapter that is not plain LoRA, W + (alpha / r) B A, and one `ValueError` that
     lists all weights that do not fit ``params``.
 
-    Example: ``tuned = lf.lora.apply(params, lf.lora.load("my-adapter", params))``.
+    >>> adapter = lf.lora.load("my-lora", params)
     """
     matrices, alpha = read_peft(Path(folder), params.config, lambda: params.output)
     device = params.embedding.device

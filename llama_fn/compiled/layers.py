@@ -43,13 +43,15 @@ def jit_layers(*, donate: str | Sequence[str] = "cache") -> Forward: ...
 def jit_layers(f: Callable[..., Any] = forward, donate: str | Sequence[str] = "cache") -> Callable[..., Any]:
     """A decode step compiled by its parts, with the signature and, up to rounding, the results of `f`.
 
-    `f` is `forward`, `trunk`, or a function that hands them `layer`, `head` and `trunk`. All layers share one compiled
+    `f` is `forward`, ``trunk``, or a function that hands them ``layer``, ``head`` and ``trunk``. All layers share one compiled
     block, so that the first call takes as long for 80 layers as for one. If the cache is donated, it is written in
     place. A step reads as many slots of the cache as its length needs. On a GPU, the launches of a step are recorded
-    and replayed as one (`cuda_graph.py`).
+    and replayed as one (``cuda_graph.py``).
 
     Only plain values are compiled: what is differentiated, mapped or traced runs as it is. Where nothing can be
     compiled, a warning says why, and everything runs as it is.
+
+    >>> step = lf.jit_layers()  # compiles one layer for all
     """
     if (reason := obstacle()) is not None:
         warnings.warn(uncompiled(getattr(f, "__name__", "a step"), reason), stacklevel=2)
@@ -69,12 +71,12 @@ def by_layers(f: Callable[P, R], donate: str | Sequence[str] = "cache") -> Calla
     parts = {"layer": layer, "head": _few_rows(by_shape(head)), "trunk": fused_trunk() if in_place else None}
     named = inspect.signature(f).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values()):
-        parts = {name: part for name, part in parts.items() if name in named}  # `trunk` has no head
+        parts = {name: part for name, part in parts.items() if name in named}  # ``trunk`` has no head
     return recorded(functools.partial(f, **parts))
 
 
 def _few_rows(head: Callable) -> Callable:
-    """`head`, and the fused kernel instead wherever that accepts the arguments."""
+    """``head``, and the fused kernel instead wherever that accepts the arguments."""
     @functools.wraps(head)
     def called(*args: Any) -> Tensor:
         return head(*args) if (logits := fused_head(*args)) is None else logits

@@ -30,6 +30,8 @@ class Message(TypedDict):
 
     ``tokens`` is only present in a saved conversation, at an answer for which the model drew other tokens than the
     tokenizer gives for the same text.
+
+    >>> question: lf.Message = {"role": "user", "content": "Who?"}
     """
 
     role: Literal["system", "user", "assistant"]
@@ -51,7 +53,7 @@ def chat_completion(model: Model, dialogs: Sequence[Sequence[Message]], *, key: 
     that contains one of LLaMA 2's own tags (Meta refuses those, too). With a chat template it also does so if the
     template cannot be rendered or refuses the dialog, and if jinja2 is missing.
 
-    Example: ``lf.chat_completion(model, [[{"role": "user", "content": "Who?"}]], key=lf.random.key(0))``.
+    >>> answers = lf.chat_completion(model, [[{"role": "user", "content": "Who?"}]], key=key, max_new_tokens=8)
     """
     check_tokenizer(model)
     if not dialogs:

@@ -26,6 +26,8 @@ class Completion(NamedTuple):
 
     ``tokens`` does not include the end token. ``logprobs`` has the natural log-probability of each token, or is None if
     it was not asked for. With ``echo`` all three begin with the prompt, whose first token gets the log-probability 0.
+
+    >>> completions[0].text
     """
 
     text: str
@@ -53,7 +55,7 @@ def text_completion(model: Model, prompts: Sequence[str], *, key: Int[Tensor, "2
     Raises `ValueError` for a prompt as long as the context, and for a number of keys that is neither one nor the number
     of prompts.
 
-    Example: ``lf.text_completion(lf.load("stories"), ["Once upon"], key=lf.random.key(0))[0].text``.
+    >>> completions = lf.text_completion(model, ["Once", "One day"], key=key, max_new_tokens=8)
     """
     if isinstance(prompts, str):
         raise ValueError("text_completion: prompts is one text; put it in a list")
@@ -114,7 +116,8 @@ def stream(model: Model, prompt: str, *, key: Int[Tensor, "2"], max_new_tokens: 
 
     Raises `ValueError` as `text_completion` does, when it is called and not with the first piece.
 
-    Example: ``for piece in lf.stream(model, "Once", key=lf.random.key(0)): print(piece, end="")``.
+    >>> for piece in lf.stream(model, "Once upon a time", key=key, max_new_tokens=8):
+    ...     print(piece, end="", flush=True)
     """
     check_stop(stop)
     check_tokenizer(model)

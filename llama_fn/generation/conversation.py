@@ -32,6 +32,8 @@ class Chat(NamedTuple):
 
     It is a value: an old conversation can be continued again, in another way. Answers keep the tokens that were drawn.
     `ask` and `answer` return conversations. ``lf.Chat(system="Be brief.")`` is a new one.
+
+    >>> chat = lf.Chat(system="Answer in one word.")
     """
 
     system: str | None = None
@@ -55,7 +57,7 @@ def ask(model: Model, chat: Chat, question: str) -> Chat:
     Raises `ValueError` if the context has no room for an answer, and for a tag of the chat format in the question or in
     the system message. The first of them is a ``ContextFull``.
 
-    Example: ``chat = lf.ask(model, lf.Chat(), "Who was it?")``.
+    >>> chat = lf.ask(model, lf.Chat(), "Who?")
     """
     check_tokenizer(model)
     check_messages(model.tokenizer, chat.system, question)
@@ -84,7 +86,8 @@ def answer(model: Model, chat: Chat, *, key: Int[Tensor, "2"], max_new_tokens: i
 
     Raises `ValueError`, when it is called, if the context is full and if there is no question to answer.
 
-    Example: ``for piece, chat in lf.answer(model, chat, key=lf.random.key(0)): print(piece, end="")``.
+    >>> for piece, chat in lf.answer(model, lf.ask(model, lf.Chat(), "Who?"), key=key, max_new_tokens=8):
+    ...     print(piece, end="")
     """
     check_tokenizer(model)
     tokens, latest, context = chat.tokens, chat, model.params.config.max_seq_len

@@ -13,7 +13,10 @@ from llama_fn.tokenizer import Tokenizer
 
 
 class DialogTokens(NamedTuple):
-    """The tokens of a dialog, and a mask that is true at the tokens to learn."""
+    """The tokens of a dialog, and a mask that is true at the tokens to learn.
+
+    >>> tokens, mask = lf.dialog_tokens(tokenizer, dialog)
+    """
 
     tokens: Int[Tensor, "t"]
     mask: Bool[Tensor, "t"]
@@ -32,7 +35,7 @@ def dialog_tokens(tokenizer: Tokenizer, dialog: Sequence[Message]) -> DialogToke
     The dialog may end with an answer or with a question. Raises `ValueError` for an empty dialog, for roles in another
     order, and for a tag of the chat format in a message of the system or the user.
 
-    Example: ``lf.loss(params, *lf.dialog_tokens(tokenizer, dialog))``.
+    >>> loss = lf.loss(params, *lf.dialog_tokens(tokenizer, [{"role": "user", "content": "Who?"}]))
     """
     parts = segments(tokenizer, dialog)
     if not parts:

@@ -19,6 +19,8 @@ class Speculation(NamedTuple):
 
     ``tokens`` does not include the end token. The draft model proposed ``proposed`` tokens, of which ``accepted`` were
     right. Both counts include what was proposed after the end of the text.
+
+    >>> drafted[0].accepted / drafted[0].proposed
     """
 
     text: str = ""
@@ -40,7 +42,7 @@ def speculate(model: Model, draft: Model, prompts: Sequence[str], *, key: Int[Te
     Raises `ValueError` as `text_completion` does, for a draft model with another vocabulary, and for `n` below 1. (An
     axis has different sizes in the two models, so this function is not `typed`. The functions that it calls are.)
 
-    Example: ``lf.speculate(model, lf.load("stories-draft"), ["Once"], key=lf.random.key(0))[0].text``.
+    >>> drafted = lf.speculate(model, lf.load("stories-draft"), ["Once"], key=key, max_new_tokens=8)
     """
     if isinstance(prompts, str):
         raise ValueError("speculate: prompts is one text; put it in a list")
@@ -62,7 +64,8 @@ def speculate_stream(model: Model, draft: Model, prompt: str, *, key: Int[Tensor
 
     Raises `ValueError` as `speculate` does, when it is called and not with the first piece.
 
-    Example: ``for piece, so_far in lf.speculate_stream(model, draft, "Once", key=key): print(piece, end="")``.
+    >>> for piece, so_far in lf.speculate_stream(model, model, "Once", key=key, max_new_tokens=8):
+    ...     print(piece, end="")
     """
     so_far = Speculation()
     rounds = _rounds(model, draft, [prompt], key, n, max_new_tokens, narrow, stop)

@@ -20,6 +20,8 @@ class Generation(NamedTuple):
 
     ``tokens`` does not include a stop token. ``logprobs`` has the natural log-probability of each token, or is None if
     it was not asked for.
+
+    >>> rows[0].tokens
     """
 
     tokens: list[int]
@@ -42,7 +44,7 @@ def generate(params: Params, prompts: Int[Tensor, "b t"] | Sequence[Sequence[int
     Raises `ValueError` for an empty row, for a row as long as the context, for a token outside the vocabulary, for a
     row that is not in a list, and for a number of keys that is neither one nor the number of rows.
 
-    Example: ``lf.generate(model.params, [[1, 317]], key=lf.random.key(0), max_new_tokens=9)``.
+    >>> rows = lf.generate(params, batch, key=key, max_new_tokens=8)
     """
     rows = prompts.tolist() if isinstance(prompts, Tensor) else [
         row.tolist() if isinstance(row, Tensor) else list(row) for row in prompts]

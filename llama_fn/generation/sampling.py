@@ -51,8 +51,10 @@ def sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float | N
     It draws from the model's distribution, narrowed as `narrowing` with the same settings narrows it. Samplers of equal
     settings are equal.
 
-    Raises `ValueError` for a setting outside its range; `sample` does for logits that are not `drawable`. Compiled or
+    Raises `ValueError` for a setting outside its range; ``sample`` does for logits that are not ``drawable``. Compiled or
     mapped, it cannot look at them, and draws -1, which is no token.
+
+    >>> token = lf.sampler(temperature=0.8, top_p=0.9)(key, logits)
     """
     return _in_range(temperature, top_k, top_p, min_p, repetition_penalty)
 
@@ -66,8 +68,10 @@ def narrowing(temperature: float = 1.0, top_k: int | None = None, top_p: float |
     token alone; `top_k` (Fan et al. 2018) keeps the k likeliest, `top_p` (Holtzman et al. 2020) the fewest likeliest
     whose probabilities sum to p, `min_p` (Nguyen et al. 2024) those of at least p times the highest probability.
 
-    Raises `ValueError` for a setting outside its range; `narrow` does for logits that are not `drawable`, unless it is
+    Raises `ValueError` for a setting outside its range; ``narrow`` does for logits that are not ``drawable``, unless it is
     compiled or mapped and cannot look at them.
+
+    >>> probabilities = lf.narrowing(top_p=0.9)(logits).softmax(-1)
     """
     settings = _in_range(temperature, top_k, top_p, min_p, repetition_penalty)
 
@@ -107,7 +111,7 @@ def drawable(logits: Tensor) -> Tensor:
 
 
 def check_drawable(logits: Tensor, whose: str) -> None:
-    """Raise `ValueError` for logits that are not `drawable`, where numbers can be read."""
+    """Raise `ValueError` for logits that are not ``drawable``, where numbers can be read."""
     if concrete(logits) and not drawable(logits).all():
         raise ValueError(f"{whose} {DAMAGED}")
 

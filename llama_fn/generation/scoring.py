@@ -22,6 +22,8 @@ class Score(NamedTuple):
 
     ``replaced`` is 0 unless the first letters of the text merge with the last letters of its prefix into one token.
     Then it is the log-probability of the prefix's own tokens that the merged token replaces (see `score`).
+
+    >>> lf.score(model, ["Once upon a time"])[0].bits_per_byte
     """
 
     tokens: list[int]
@@ -65,7 +67,7 @@ def score(model: Model, texts: Sequence[str], batch_size: int = 8, *,
     Raises `ValueError` for a text longer than the context (`perplexity` accepts those), for an empty text after a
     prefix, if there is not one prefix for each text, and for logits that are NaN or infinite.
 
-    Example: ``lf.score(model, [" blue"], prefixes=["The sky is"])[0].total``.
+    >>> lf.score(model, ["Once upon a time"])[0].total
     """
     if isinstance(texts, str) or isinstance(prefixes, str):
         raise ValueError(f"score: {'texts' if isinstance(texts, str) else 'prefixes'} is one text; put it in a list")
@@ -104,7 +106,7 @@ def score_options(model: Model, prompt: str, options: Sequence[str]) -> list[Sco
     Raises `ValueError` for no option, for an empty one, for one that does not fit into the context, and for logits that
     are NaN or infinite.
 
-    Example: ``max(lf.score_options(model, "The sky is", [" blue", " red"]), key=lambda x: x.log_ratio)``.
+    >>> best = max(lf.score_options(model, "Once", [" upon", " up"]), key=lambda score: score.total)
     """
     check_tokenizer(model)
     if isinstance(options, str) or not options:
@@ -157,7 +159,10 @@ def _joint(model: Model, prefix: str, text: str, what: str) -> _Joint:
 
 
 class Perplexity(NamedTuple):
-    """The negative log-probability of a text in nats, and its number of tokens and of UTF-8 bytes."""
+    """The negative log-probability of a text in nats, and its number of tokens and of UTF-8 bytes.
+
+    >>> lf.perplexity(model, "Once upon a time").bits_per_byte
+    """
 
     nats: float
     tokens: int
@@ -186,7 +191,7 @@ def perplexity(model: Model, text: str, window: int | None = None, stride: int |
 
     Raises `ValueError` for an empty text, for numbers out of range, and for logits that are NaN or infinite.
 
-    Example: ``lf.perplexity(model, "Once upon a time").bits_per_byte``.
+    >>> lf.perplexity(model, "Once upon a time")
     """
     check_tokenizer(model)
     context = model.params.config.max_seq_len

@@ -8,48 +8,89 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llama_fn.model.block import block
-from llama_fn.model.transformer import Params, forward
+from llama_fn.model.linear import linear
+from llama_fn.model.norm import rms_norm
+from llama_fn.model.transformer import Params, trunk
 from llama_fn.ops.inside import held, inside
+from llama_fn.ops.weight import Matrix
+from llama_fn.ranges import number
 from llama_fn.shapes import typed
+from llama_fn.training.chunked_loss import in_chunks, too_many_logits
 
 
 @typed
-def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None,
-         *, layer: Callable[..., Any] = block) -> Float[Tensor, ""]:
+def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None, *,
+         z_loss: float = 0.0, label_smoothing: float = 0.0, layer: Callable[..., Any] = block) -> Float[Tensor, ""]:
     """The mean of -log p(token | all before it) over the tokens that count: all but a row's first where `mask` is true.
 
     If none counts, the loss is 0. Behind the last token that counts, a row may hold any ids, -100 too. To average over
-    several batches exactly, add up `loss_sum` instead: a mean of means weighs a token by the size of its batch. `layer`
-    is that of `forward`.
+    several batches exactly, add up `loss_sum` instead: a mean of means weighs a token by the size of its batch.
+    `z_loss` and `label_smoothing` are those of ``cross_entropy``, `layer` is that of `forward`.
 
-    Raises `ValueError` for a row of one token, and in eager mode, mapped or not, for a token outside the vocabulary on
-    which the loss depends.
+    The logits of many tokens over a large vocabulary are never all in memory, forward or backward (``chunked_loss.py``).
+
+    Raises `ValueError` for a row of one token, for a number outside its range, and in eager mode, mapped or not, for a
+    token outside the vocabulary on which the loss depends.
+
+    >>> grads, loss = torch.func.grad_and_value(lf.loss)(params, tokens)
     """
-    nats, counts = _nats(params, tokens, mask, layer)
+    nats, counts = _nats(params, tokens, mask, z_loss, label_smoothing, layer)
     # Divided after the sum, its compiled reverse-over-forward derivative would crash (torch 2.13, pytorch#197067).
     return (nats / counts.sum().clamp(min=1)).sum()
 
 
 @typed
-def loss_sum(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None,
-             *, layer: Callable[..., Any] = block) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """The sum of -log p over the tokens that count, and their number. The softmax is taken in float32 at least."""
-    nats, counts = _nats(params, tokens, mask, layer)
+def loss_sum(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None, *,
+             z_loss: float = 0.0, label_smoothing: float = 0.0,
+             layer: Callable[..., Any] = block) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """The sum of -log p over the tokens that count, and their number. The softmax is taken in float32 at least.
+
+    >>> total, count = lf.loss_sum(params, batch)
+    """
+    nats, counts = _nats(params, tokens, mask, z_loss, label_smoothing, layer)
     return nats.sum(), counts.sum()
 
 
-def _nats(params: Params, tokens: Tensor, mask: Tensor | None, layer: Callable) -> tuple[Tensor, Tensor]:
-    """-log p of every token but the first, 0 where it does not count; and whether it does."""
+@typed
+def cross_entropy(output: Float[Matrix, "v d"], x: Float[Tensor, "*n d"], targets: Int[Tensor, "*n"],
+                  z_loss: float = 0.0, label_smoothing: float = 0.0) -> Float[Tensor, "*n"]:
+    """The definition: of logits z = output x and the target y, -log p[y] = log sum over v of exp z[v] - z[y].
+
+    With `label_smoothing` e, the target is y with probability 1 - e, and any of the vocabulary, each as likely, with
+    probability e: (1 - e) (-log p[y]) + e mean over v of (-log p[v]) (Szegedy et al. 2016, section 7). `z_loss` times
+    the square of log sum exp z is added, which keeps the logits small (Chowdhery et al. 2022, "PaLM", section 5).
+    The softmax is taken in float32 at least.
+    """
+    logits = linear(output, x)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_p = exact.log_softmax(-1)
+    nats = -log_p.gather(-1, targets[..., None])[..., 0]
+    if label_smoothing:
+        nats = (1 - label_smoothing) * nats - label_smoothing * log_p.mean(-1)
+    if z_loss:
+        nats = nats + z_loss * exact.logsumexp(-1).square()
+    return nats
+
+
+def _nats(params: Params, tokens: Tensor, mask: Tensor | None, z_loss: float, label_smoothing: float,
+          layer: Callable) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of every token but the first, 0 where it does not count; and whether it does."""
+    z_loss = number("loss: z_loss", z_loss)
+    label_smoothing = number("loss: label_smoothing", label_smoothing, high=1.0)
     if tokens.shape[-1] < 2:
         raise ValueError(f"loss: a row needs 2 tokens or more, one to predict the next from, got {tokens.shape[-1]}")
     if mask is not None:  # no token that counts sees those behind it, so that any ids will do there
         places = torch.arange(tokens.shape[-1], device=tokens.device)
         last = places[1:].where(mask[..., 1:], -1).amax(-1, keepdim=True)  # of the tokens that count
         tokens = tokens.where(places <= last, 0)
-    logits, _ = forward(params, tokens[..., :-1], layer=layer)
-    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    targets, v = tokens[..., 1:].long(), exact.shape[-1]
+    x, _ = trunk(params, tokens[..., :-1], layer=layer)
+    x = rms_norm(params.norm, x, params.config.norm_eps)
+    targets, v = tokens[..., 1:].long(), params.config.vocab_size
     counts = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask[..., 1:]
-    index, outside = held(inside(targets, "target", 0, v), 0, v)
-    nats = -exact.log_softmax(-1).gather(-1, index[..., None])[..., 0].masked_fill(outside, torch.nan)
-    return nats.masked_fill(~counts, 0), counts
+    targets, outside = held(inside(targets, "target", 0, v), 0, v)
+
+    def of_each(output: Matrix, x: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(output, x, targets, z_loss, label_smoothing)
+
+    nats = (in_chunks(of_each) if too_many_logits(params.output, x) else of_each)(params.output, x, targets)
+    return nats.masked_fill(outside, torch.nan).masked_fill(~counts, 0), counts

@@ -17,6 +17,8 @@ OPTIMIZERS = {
     "sgd": lf.optim.sgd(0.1),
     "adamw": lf.optim.adamw(0.1),
     "adamw with a schedule": lf.optim.adamw(lf.optim.warmup_cosine(0.1, 2, 9), mask=lf.optim.matrices),
+    "lion": lf.optim.lion(0.02, 0.9, 0.9),
+    "muon": lf.optim.muon(0.1),
     "clip": lf.optim.clip_by_global_norm(0.5),
     "chain": lf.optim.chain(lf.optim.clip_by_global_norm(0.5), lf.optim.adamw(0.1)),
 }
@@ -63,6 +65,19 @@ def test_the_linear_schedule_goes_through_its_three_points_in_straight_lines(pea
         lf.optim.warmup_linear(peak, 5, 5)
 
 
+@given(st.floats(1e-4, 1.0), st.integers(0, 5), st.integers(0, 9), st.integers(1, 9), st.floats(0.0, 0.1))
+def test_the_stable_schedule_goes_through_its_four_points_in_straight_lines(peak, warmup, rest, decay, end):
+    schedule = lf.optim.warmup_stable_decay(peak, warmup, decay, warmup + rest + decay, end)
+    points = ([(0, 0.0)] * (warmup > 0) + [(warmup, peak)] + [(warmup + rest, peak)] * (rest > 0)
+              + [(warmup + rest + decay, end)])
+    counts = range(warmup + rest + decay + 3)
+    for number in (torch.tensor, int):
+        assert [float(schedule(number(count))) for count in counts] == pytest.approx(
+            np.interp(counts, *zip(*points, strict=True)), abs=1e-6)
+    with pytest.raises(ValueError, match=r"decay \(5\) must lie in \(0, steps - warmup\], and that is 4"):
+        lf.optim.warmup_stable_decay(peak, 1, 5, 5)
+
+
 def test_a_schedule_of_nothing_but_warmup_is_refused():
     with pytest.raises(ValueError, match=r"warmup \(5\) must lie in \[0, steps\), and steps is 5"):
         lf.optim.warmup_cosine(1.0, 5, 5)
@@ -84,6 +99,72 @@ def test_adamw_takes_the_steps_of_torch(key, rate, decay):
         params = lf.optim.apply_updates(params, updates)
     for ours, x in zip(lf.tree.leaves(params), theirs, strict=True):
         assert (ours - x.detach()).abs().max() < 1e-4 * max(1, rate * 10)
+
+
+@given(keys(), st.floats(1e-3, 1.0), st.floats(0.0, 0.5))
+def test_lion_takes_the_steps_of_its_paper(key, rate, decay):
+    """Chen et al. 2023, algorithm 2, in NumPy."""
+    params = normal_tree(key)
+    optimizer = lf.optim.lion(rate, 0.9, 0.99, weight_decay=decay)
+    state, theta, m = optimizer.init(params), params["w"].numpy().copy(), np.zeros((3, 2), np.float32)
+    for i in range(4):
+        grads = normal_tree(lf.random.fold_in(key, i))
+        updates, state = optimizer.update(grads, state, params)
+        params = lf.optim.apply_updates(params, updates)
+        g = grads["w"].numpy()
+        theta = theta - rate * (np.sign(0.9 * m + (1 - 0.9) * g) + decay * theta)
+        m = 0.99 * m + (1 - 0.99) * g
+    assert np.abs(params["w"].numpy() - theta).max() < 1e-5
+
+
+def muon_in_numpy(g: np.ndarray) -> np.ndarray:
+    """The iteration, on singular values alone: it leaves singular vectors as they are."""
+    u, s, v = np.linalg.svd(g, full_matrices=False)
+    s = s / np.linalg.norm(s)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u * s @ v
+
+
+@given(keys(), st.floats(1e-3, 0.1), st.floats(0.0, 0.5))
+def test_muon_takes_the_steps_of_its_formulas_and_about_those_of_torch(key, rate, decay):
+    x = lf.random.normal(key, (5, 3), torch.float64)
+    params = {"w": x, "b": lf.random.normal(key, (4,), torch.float64)}
+    theirs = x.clone().requires_grad_()
+    reference = torch.optim.Muon([theirs], rate, decay, 0.95, adjust_lr_fn="match_rms_adamw")
+    adamw, optimizer = lf.optim.adamw(rate, 0.9, 0.95, weight_decay=decay), lf.optim.muon(rate, weight_decay=decay)
+    state, adam, theta, b, m = optimizer.init(params), adamw.init(params["b"]), x.numpy(), params["b"], 0
+    for i in range(3):
+        g = {name: lf.random.normal(lf.random.fold_in(key, i), p.shape, torch.float64) for name, p in params.items()}
+        updates, state = optimizer.update(g, state, params)
+        params = lf.optim.apply_updates(params, updates)
+        theirs.grad = g["w"].clone()
+        reference.step()
+        m = 0.95 * m + g["w"].numpy()
+        theta = theta - rate * (0.2 * 5**0.5 * muon_in_numpy(g["w"].numpy() + 0.95 * m) + decay * theta)
+        update, adam = adamw.update(g["b"], adam, b)
+        b = b + update
+    assert np.abs(params["w"].numpy() - theta).max() < 1e-9
+    assert (params["w"] - theirs.detach()).abs().max() < 0.1 * rate  # torch iterates in bfloat16
+    assert (params["b"] - b).abs().max() < 1e-12
+
+
+@given(keys())
+def test_muon_sees_a_models_hidden_matrices_with_their_heads_flattened(key):
+    config = lf.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70)
+    params = lf.init_params(key, config)
+    optimizer = lf.optim.muon(1.0, weight_decay=0)
+    updates, state = optimizer.update(params, optimizer.init(params), params)
+    flat = {"wq": (48, 48), "wk": (16, 48), "wv": (16, 48), "wo": (48, 48), "w_gate": (70, 48), "w_up": (70, 48),
+            "w_down": (48, 70)}
+    assert state[0].momentum.keys() == {f"blocks.{i}.{'attention' if name[1] in 'qkvo' else 'feed_forward'}.{name}"
+                                        for i in (0, 1) for name in flat}
+    for path, update in lf.tree.paths(updates).items():
+        if (shape := flat.get(path.split(".")[-1])) is not None:
+            sizes = torch.linalg.svdvals(update.reshape(shape)) / (0.2 * max(shape) ** 0.5)
+            assert sizes.max() < 1.3 and sizes.median() > 0.6
+        else:
+            assert 0.999 < update.abs().median() < 1.001  # Adam's first step
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -1,0 +1,127 @@
+"""`differentiable`: a function of trees, compiled together with its derivative."""
+
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from llama_fn import private
+from llama_fn.compiled.inductor import prepared, undisturbed
+from llama_fn.compiled.products import by_onednn
+from llama_fn.compiled.trace import filled, part
+from llama_fn.modes import traced, tracing_layers, transforms
+from llama_fn.private import autocast
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def differentiable(f: Callable[P, R]) -> Callable[P, R]:
+    """`f` of positional trees, compiled for every combination of shapes, and its derivative for `torch.autograd`.
+
+    Forward and backward are cut out of one graph, so that what the forward keeps is what the backward cannot compute
+    again cheaply, as in `torch.compile`; to trace them takes a fifth of its time. All layers of a model share both.
+    What is mapped, traced, differentiated by `torch.func` or not at all runs as it is.
+    """
+    known: dict[Hashable, _Compiled] = {}
+
+    @functools.wraps(f)
+    def called(*args: Any) -> Any:
+        tensors: list[Tensor] = []
+        rest: list[Any] = [torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()]
+        part(args, tensors, rest)
+        wanted = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
+        if not any(wanted) or traced() or transforms() or autocast():
+            return f(*args)
+        tensors = [x.contiguous() for x in tensors]
+        key = (*rest, *wanted, *((x.shape, x.dtype, x.device) for x in tensors))
+        if (ready := known.get(key)) is None:
+            ready = known[key] = _compiled(f, args, tensors, [i for i, one in enumerate(wanted) if one])
+        return filled(ready.result, iter(_Applied.apply(ready, *tensors)))
+
+    return called
+
+
+class _Compiled(NamedTuple):
+    """A compiled forward, from tensors to results and what is kept; and a backward, from that and cotangents."""
+
+    forward: Callable[[list[Tensor]], Sequence[Tensor]]
+    backward: Callable[[list[Tensor]], Sequence[Tensor]]
+    outputs: int  # how many of the forward's values are results
+    wanted: list[int]  # of which tensors the backward gives gradients
+    result: Any  # the tree of results, with other tensors in it
+
+
+class _Applied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ready: _Compiled, *tensors: Tensor) -> tuple[Tensor, ...]:
+        values = ready.forward([*tensors])
+        ctx.ready, ctx.count = ready, len(tensors)
+        ctx.save_for_backward(*values[ready.outputs:])
+        return tuple(values[:ready.outputs])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        gradients: list[Tensor | None] = [None] * ctx.count
+        values = ctx.ready.backward([*ctx.saved_tensors, *(x.contiguous() for x in cotangents)])
+        for place, value in zip(ctx.ready.wanted, values, strict=True):
+            gradients[place] = value
+        return None, *gradients
+
+
+@undisturbed()
+def _compiled(f: Callable, args: tuple, tensors: list[Tensor], wanted: list[int]) -> _Compiled:
+    inductor = private.inductor()
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    imagined = inductor.FakeTensorMode(shape_env=ShapeEnv())  # without one, torch keeps no code between processes
+    result: Any = None
+
+    def values(*numbers: Tensor) -> tuple[Tensor, ...]:
+        nonlocal result
+        found: list[Tensor] = []
+        result = f(*filled(args, iter(numbers)))
+        part((result,), found, [])
+        result = filled(result, itertools.repeat(torch.empty(0, device="cpu")))
+        return tuple(found)
+
+    def both(primals: list[Tensor], tangents: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        def of_wanted(*some: Tensor) -> tuple[Tensor, ...]:
+            numbers = [*primals]
+            for i, x in zip(wanted, some, strict=True):
+                numbers[i] = x
+            return values(*numbers)
+
+        outputs, pullback = torch.func.vjp(of_wanted, *(primals[i] for i in wanted))
+        return [*outputs], [*pullback(tuple(tangents))]
+
+    primals = [imagined.from_tensor(x.detach(), static_shapes=True) for x in tensors]
+    with torch.no_grad(), tracing_layers(), imagined:
+        tangents = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in values(*primals)]
+        joint = make_fx(both, decomposition_table=inductor.decompositions())(primals, tangents)
+        with inductor.tracing(imagined):
+            forward, backward = inductor.partition(joint, [primals, tangents], num_fwd_outputs=len(tangents))
+    run = _by_inductor(forward, primals, imagined, tensors[0])
+    behind: list[Callable] = []
+
+    def run_backward(values: list[Tensor]) -> Sequence[Tensor]:
+        if not behind:  # compiled for the strides that the forward's values came to have
+            behind.append(_by_inductor(backward, [imagined.from_tensor(x, static_shapes=True) for x in values], imagined, values[0]))
+        return behind[0](values)
+
+    return _Compiled(run, run_backward, len(tangents), wanted, result)
+
+
+@undisturbed()
+def _by_inductor(graph: GraphModule, inputs: list[Tensor], imagined: Any, like: Tensor) -> Callable:
+    inductor = private.inductor()
+    by_onednn(graph)
+    with torch.no_grad(), inductor.set_fakes(imagined), inductor.config.patch(prepared(like, {})), \
+            inductor.tracing(imagined):
+        return inductor.compile(graph, inputs, is_inference=True)

@@ -1,0 +1,29 @@
+"""Matrix products of a compiled graph by oneDNN."""
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from llama_fn.ops.operators import define
+
+
+def by_onednn(graph: GraphModule) -> None:
+    """Have oneDNN compute the products of float32 matrices on the CPU.
+
+    Torch gives them to MKL, which does not use AVX-512 on AMD's processors: 200 GFLOP/s where oneDNN reaches 420 (two
+    cores). On others they are as fast.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
+        value = node.meta["val"]
+        if value.device.type == "cpu" and value.dtype == torch.float32:
+            node.target = torch.ops.llama_fn.product.default
+    graph.recompile()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+
+
+define("product(Tensor a, Tensor b) -> Tensor", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), CPU=_product)

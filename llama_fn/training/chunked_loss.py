@@ -1,0 +1,38 @@
+"""The cross-entropy a chunk of tokens at a time, so that the logits of a large vocabulary are never all in memory.
+
+For 4,096 tokens and 32,000 words, logits in float32 take 500 MiB, and their gradient as much again. Each chunk's
+logits are computed, used and dropped, and computed again for the backward: `remat` makes that right under every
+transform.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_fn.modes import mapped
+from llama_fn.transforms.remat import remat
+from llama_fn.transforms.tapped import Tapped
+
+LOGITS = 2**24  # as many are in memory at once: 64 MiB in float32
+
+
+def too_many_logits(output: Any, x: Tensor) -> bool:
+    """Whether the logits of rows x are to be computed in chunks. A `Tapped` weight may be used once."""
+    return _logits(output, x[..., 0].numel()) > LOGITS and not isinstance(output, Tapped)
+
+
+def in_chunks(f: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    """`f(output, x, targets)`, a number for each row of x, computed a chunk of rows at a time."""
+    def chunked(output: Any, x: Tensor, targets: Tensor) -> Tensor:
+        rows = max(1, LOGITS // _logits(output, 1))
+        chunks = zip(x.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True)
+        return torch.cat([remat(f)(output, *chunk) for chunk in chunks]).reshape(targets.shape)
+
+    return chunked
+
+
+def _logits(output: Any, rows: int) -> int:
+    """How many logits so many rows have, for all that `vmap` maps together."""
+    return rows * output.shape[0] * mapped()
