@@ -26,18 +26,22 @@ Attend = Callable[[Tensor, Tensor | Forked, Tensor | Forked, Tensor | None], Ten
 
 
 class Implementation(NamedTuple):
-    """A way to attend, and whether it accepts queries, keys, values and positions."""
+    """A way to attend, and whether it accepts queries, keys, values and positions.
+
+    A row that is `compiled` is for compiled steps alone, and is not asked in eager mode.
+    """
 
     compute: Attend
     accepts: Callable[[Tensor, Tensor | Forked, Tensor | Forked, Tensor | None], bool]
+    compiled: bool = False
 
 
 def attend(definition: Attend, queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked,
            positions: Tensor | None) -> Tensor:
     """Attention by the first implementation of `TABLE` that accepts these; by the definition, if none does."""
-    for implementation in TABLE:
-        if implementation.accepts(queries, keys, values, positions):
-            return implementation.compute(queries, keys, values, positions)
+    for compute, accepts, _ in TABLE if compiling() else EAGER:
+        if accepts(queries, keys, values, positions):
+            return compute(queries, keys, values, positions)
     return of_seen_slots(definition)(queries, keys, values, positions)
 
 
@@ -137,8 +141,8 @@ def many_by_cpp(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k 
 
 
 def _one(queries: Tensor, positions: Tensor | None) -> bool:
-    """Whether a compiled step attends from one query a row."""
-    return compiling() and positions is not None and queries.shape[-2] == 1
+    """Whether there is one query a row, and a cache."""
+    return positions is not None and queries.shape[-2] == 1
 
 
 def _beyond(keys: Tensor | Forked) -> bool:
@@ -182,11 +186,12 @@ def _for_fused(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, 
 
 
 TABLE = (
-    Implementation(by_triton, _for_triton),
-    Implementation(by_cpp, _for_cpp_one),
-    Implementation(many_by_cpp, _for_cpp),
-    Implementation(of_seen_slots(one_query), _for_one_query),
+    Implementation(by_triton, _for_triton, compiled=True),
+    Implementation(by_cpp, _for_cpp_one, compiled=True),
+    Implementation(many_by_cpp, _for_cpp, compiled=True),
+    Implementation(of_seen_slots(one_query), _for_one_query, compiled=True),
     Implementation(of_seen_slots(in_blocks), _for_blocks),
     Implementation(of_seen_slots(fused), _for_fused),
 )
+EAGER = tuple(row for row in TABLE if not row.compiled)
 _LIBRARY = sdpa_rules.register()

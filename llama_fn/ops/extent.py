@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from llama_fn.modes import concrete, far, traced, transforms
+from llama_fn.modes import concrete, traced, transforms
 from llama_fn.ops.inside import ends
 from llama_fn.private import version
 
@@ -26,14 +26,13 @@ def extent(length: Tensor) -> Extent | None:
     it lives, since the host has to wait for them, and a sum of `grown` is known without. (Who writes to it through
     `.data` is not seen.)
     """
-    if traced():
-        return None
-    if (known := remembered(length)) is not None:
+    if length.is_cuda and not traced() and (known := remembered(length)) is not None:
         return known
     if not concrete(length) or not length.numel():
         return None
     least, most = ends(length)
-    return noted(length, Extent(least, most, most))
+    known = Extent(least, most, most)
+    return noted(length, known) if length.is_cuda else known
 
 
 def remembered(length: Tensor) -> Extent | None:
@@ -46,7 +45,7 @@ def remembered(length: Tensor) -> Extent | None:
 
 def noted(length: Tensor, known: Extent) -> Extent:
     """Remember what is known of a tensor on a GPU; not of an inference tensor, which does not count its writes."""
-    if far(length) and not transforms() and not length.is_inference():
+    if length.is_cuda and not transforms() and not length.is_inference():
         place = id(length)
         end = weakref.ref(length, lambda _: _known.pop(place, None))
         _known[place] = end, version(length), length.data_ptr(), known
@@ -56,6 +55,6 @@ def noted(length: Tensor, known: Extent) -> Extent:
 def grown(length: Tensor, count: int) -> Tensor:
     """`length` + `count`."""
     longer = length + count
-    if far(length) and (known := extent(length)) is not None:
+    if length.is_cuda and (known := extent(length)) is not None:
         noted(longer, Extent(*(n + count for n in known)))
     return longer

@@ -26,10 +26,14 @@ HAS_BFLOAT16 = multiplies_bfloat16()
 
 
 class Implementation(NamedTuple):
-    """A way to compute y = W x, and whether it accepts a matrix W "o d" and rows x "*b d"."""
+    """A way to compute y = W x, and whether it accepts a matrix W "o d" and rows x "*b d".
+
+    A row that is `compiled` is for compiled steps alone, and is not asked in eager mode.
+    """
 
     compute: Callable[[Flat, Tensor], Tensor]
     accepts: Callable[[Flat, Tensor], bool]
+    compiled: bool = False
 
 
 def chosen(matrix: Flat, x: Tensor, definition: Callable[[Flat, Tensor], Tensor]) -> Callable[[Flat, Tensor], Tensor]:
@@ -38,9 +42,9 @@ def chosen(matrix: Flat, x: Tensor, definition: Callable[[Flat, Tensor], Tensor]
     Under a transform an axis may be hidden, and few rows be many: there, and where gradients are recorded, torch's own
     product runs.
     """
-    for implementation in TABLE:
-        if implementation.accepts(matrix, x):
-            return implementation.compute
+    for compute, accepts, _ in TABLE if compiling() else EAGER:
+        if accepts(matrix, x):
+            return compute
     return definition
 
 
@@ -54,6 +58,8 @@ def together(weights: Sequence[Matrix], x: Tensor) -> list[Tensor] | None:
     """y = W x for several weights by one kernel, if one takes them all: a GPU is not at its speed before a small weight
     is read, and a kernel in C++ is called less often.
     """
+    if not compiling():
+        return None
     for accepts, kernel in ((_for_triton, _by_triton), (_for_cpp, _by_cpp)):
         if all(accepts(weight, x) for weight in weights) and len(set(map(type, weights))) == 1:
             ys = kernel(weights, x)
@@ -66,12 +72,11 @@ def _values_alone(x: Tensor) -> bool:
 
 
 def _for_sum_of_products(matrix: Flat, x: Tensor) -> bool:
-    return (compiling() and x.device.type != "cpu" and x.shape[:-1].numel() == 1
-            and _values_alone(x))
+    return x.device.type != "cpu" and x.shape[:-1].numel() == 1 and _values_alone(x)
 
 
 def _for_sums(matrix: Flat, x: Tensor) -> bool:
-    return (compiling() and x.device.type == "cpu" and 0 < x.shape[:-1].numel() <= FEW
+    return (x.device.type == "cpu" and 0 < x.shape[:-1].numel() <= FEW
             and (isinstance(matrix, Tensor) or whole_words(matrix)) and _values_alone(x))
 
 
@@ -84,7 +89,7 @@ def _for_packed(matrix: Flat, x: Tensor) -> bool:
 
 def _for_in_pieces(matrix: Flat, x: Tensor) -> bool:
     slow = x.dtype == torch.bfloat16 and not HAS_BFLOAT16 and x.shape[:-1].numel() > FEW
-    return x.device.type == "cpu" and (slow or isinstance(matrix, Grouped)) and _values_alone(x)
+    return (slow or isinstance(matrix, Grouped)) and x.device.type == "cpu" and _values_alone(x)
 
 
 def _for_product(matrix: Flat, x: Tensor) -> bool:
@@ -143,7 +148,7 @@ def _for_triton(weight: Flat, x: Tensor) -> bool:
     """Whether `by_triton` takes these: in a compiled step, whose arguments the weights are, 16 bits times 16 bits or
     times bytes, of as few rows as it is faster for than torch.
     """
-    if not x.is_cuda or not compiling() or under_dynamo():
+    if not x.is_cuda or under_dynamo():
         return False
     values = weight.values if isinstance(weight, Quantized) else weight
     scaled = not isinstance(weight, Quantized) or weight.scale.is_contiguous()
@@ -194,11 +199,12 @@ def packed(weight: Quantized, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]
 
 
 TABLE = (
-    Implementation(by_triton, _for_triton),
-    Implementation(by_cpp, _for_cpp),
-    Implementation(sum_of_products, _for_sum_of_products),
-    Implementation(sums, _for_sums),
+    Implementation(by_triton, _for_triton, compiled=True),
+    Implementation(by_cpp, _for_cpp, compiled=True),
+    Implementation(sum_of_products, _for_sum_of_products, compiled=True),
+    Implementation(sums, _for_sums, compiled=True),
     Implementation(packed, _for_packed),
     Implementation(in_pieces, _for_in_pieces),
     Implementation(product, _for_product),
 )
+EAGER = tuple(row for row in TABLE if not row.compiled)
