@@ -20,7 +20,7 @@ from llama_fn.model.cache import Cache, KeysValues
 from llama_fn.model.transformer import Params
 from llama_fn.modes import traced, transforms
 from llama_fn.ops.cpu import build as avx2
-from llama_fn.ops.linear import most_by_triton
+from llama_fn.ops.gpu.linear import most_by_triton
 from llama_fn.ops.quantized import GROUP, Grouped, Quantized, as_made
 from llama_fn.private import autocast
 

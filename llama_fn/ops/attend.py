@@ -39,8 +39,9 @@ class Implementation(NamedTuple):
 def attend(definition: Attend, queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked,
            positions: Tensor | None) -> Tensor:
     """Attention by the first implementation of `TABLE` that accepts these; by the definition, if none does."""
-    for compute, accepts, _ in TABLE if compiling() else EAGER:
-        if accepts(queries, keys, values, positions):
+    compiled = compiling()
+    for compute, accepts, compiled_only in TABLE:
+        if (compiled or not compiled_only) and accepts(queries, keys, values, positions):
             return compute(queries, keys, values, positions)
     return of_seen_slots(definition)(queries, keys, values, positions)
 
@@ -193,5 +194,4 @@ TABLE = (
     Implementation(of_seen_slots(in_blocks), _for_blocks),
     Implementation(of_seen_slots(fused), _for_fused),
 )
-EAGER = tuple(row for row in TABLE if not row.compiled)
 _LIBRARY = sdpa_rules.register()

@@ -25,6 +25,7 @@ from llama_fn.compiled import gpu_step as gpu_token
 from llama_fn.ops.gpu import attend as gpu_attention
 from llama_fn.ops.gpu import attend_heads as gpu_heads
 from llama_fn.ops.gpu import epilogues as gpu_after
+from llama_fn.ops.gpu import linear as gpu_linear
 from llama_fn.ops.gpu import linear_few_rows as gpu_sums
 from llama_fn.ops.gpu import linear_one_row as gpu_row
 from llama_fn.ops.gpu.linear_few_rows import Weights
@@ -290,7 +291,7 @@ def test_a_step_by_these_kernels_is_the_step(bits, batch):
     calls = Calls()
     with pytest.MonkeyPatch.context() as patch, calls:
         patch.setattr(torch.compiler, "_is_compiling_flag", True)
-        patch.setattr(linear, "_for_triton", lambda weight, x: not isinstance(weight, linear.Grouped))
+        patch.setattr(gpu_linear, "accepts", lambda weight, x: not isinstance(weight, linear.Grouped))
         by_triton = linear.Implementation(linear.by_triton, lambda weight, x: not isinstance(weight, linear.Grouped))
         patch.setattr(linear, "TABLE", (by_triton, *linear.TABLE))
         patch.setattr(attending, "TABLE", (attending.Implementation(attending.by_triton, lambda *args: True),))
@@ -354,7 +355,7 @@ def test_these_kernels_are_chosen_in_a_compiled_step_on_a_gpu(monkeypatch, kind,
             return attending._for_triton(queries, slots, slots, places)
 
         assert takes(heads) and not takes(heads.double())
-        torch.vmap(lambda row: seen.append(linear._for_triton(weight, row)) or row)(x)
+        torch.vmap(lambda row: seen.append(gpu_linear.accepts(weight, row)) or row)(x)
         torch.vmap(lambda one: seen.append(takes(one)) or one)(heads)
         assert linear.chosen(weight, x.requires_grad_(), written_out).__name__ == "product"
         assert not takes(heads.requires_grad_())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llama_fn.modes import under_dynamo
 from llama_fn.ops.quantized import GROUP, Grouped, Quantized, as_made
+from llama_fn.ops.weight import values_alone
 from llama_fn.shapes import typed
 
 Flat = Float[Tensor, "o d"] | Quantized | Grouped
@@ -124,3 +125,8 @@ def apart(x: Tensor) -> Tensor:
     """`in_memory`, its rows a cache line further apart: rows of a power of two would drive each other out of the cache
     (eight rows take 1.4 times as long)."""
     return in_memory(x if len(x) == 1 else F.pad(x, (0, 64 // x.itemsize)))[..., :x.shape[-1]]
+
+
+def accepts_few_rows(matrix: Flat, x: Tensor) -> bool:
+    return (x.device.type == "cpu" and 0 < x.shape[:-1].numel() <= FEW
+            and (isinstance(matrix, Tensor) or whole_words(matrix)) and values_alone(x))
