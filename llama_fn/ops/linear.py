@@ -46,14 +46,15 @@ def chosen(matrix: Flat, x: Tensor, definition: Callable[[Flat, Tensor], Tensor]
 
 
 def integers(weight: Quantized | Grouped, x: Tensor, inputs: int) -> Tensor:
-    """y = W x for integers W."""
+    """The linear map y = W x of a quantized weight."""
     matrix, x = weight.flat(), x.flatten(-inputs)
     return chosen(matrix, x, product)(matrix, x).unflatten(-1, weight.shape[:-inputs])
 
 
 def together(weights: Sequence[Matrix], x: Tensor) -> list[Tensor] | None:
-    """y = W x for several weights by one kernel, if one takes them all: a GPU is not at its speed before a small weight
-    is read, and a kernel in C++ is called less often.
+    """The linear maps y = W x of several weights by one kernel, or None if no kernel accepts them all.
+
+    A GPU has read a small weight before it is at full speed; on the CPU each call costs time.
     """
     if not compiling():
         return None

@@ -17,10 +17,14 @@ class Shaped(Protocol):
     """What every value in a weight's place has."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """The shape of W."""
+        ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """The dtype of W."""
+        ...
 
 
 @runtime_checkable

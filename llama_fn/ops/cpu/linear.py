@@ -19,10 +19,11 @@ def by_cpp(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
 
 
 def several_by_cpp(weights: Sequence[Flat], x: Tensor) -> list[Tensor]:
+    """`by_cpp` of several weights of one kind, in one call."""
     ys = avx2.sums(weights, x.reshape(-1, x.shape[-1]))
     return [y.to(x.dtype).reshape(*x.shape[:-1], -1) for y in ys]
 
 
 def accepts(weight: Flat, x: Tensor) -> bool:
-    """Whether `by_cpp` takes these: in a compiled step, since a compiler makes it."""
+    """Whether `by_cpp` computes these: in a step of `jit_layers`, so that eager code waits for no compiler."""
     return by_layers() and avx2.takes(weight, x) and values_alone(x)

@@ -15,11 +15,12 @@ from llama_fn.shapes import typed
 
 @typed
 def by_triton(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
-    """`written_out` for a few rows on a GPU, by a kernel of `ops/gpu`, which reads a weight once."""
+    """`written_out` for a few rows on a GPU, by a Triton kernel that reads each weight once."""
     return several_by_triton([weight], x)[0]
 
 
 def several_by_triton(weights: Sequence[Tensor | Quantized], x: Tensor) -> list[Tensor]:
+    """`by_triton` of up to three weights of one kind, in one kernel."""
     from llama_fn.ops.gpu import linear_few_rows as gpu_sums
     from llama_fn.ops.gpu import linear_one_row as gpu_row  # noqa: F401  they import triton, which is only where there is a GPU
 
@@ -31,14 +32,17 @@ def several_by_triton(weights: Sequence[Tensor | Quantized], x: Tensor) -> list[
         y = torch.ops.llama_fn.row(values, scales, rows)
         ys = y.split(outputs, -1) if len(outputs) > 1 else [y]
     else:
-        ys = torch.ops.llama_fn.sums(values, rows, gpu_sums.share(values, rows)).sum(0).split(outputs, -1)  # "p b o"
+        ys = torch.ops.llama_fn.sums(values, rows, gpu_sums.split_size(values, rows)).sum(0)
+        ys = ys.split(outputs, -1)
         ys = [y * scale for y, scale in zip(ys, scales, strict=True)] if scales else ys
     return [y.to(x.dtype).reshape(*x.shape[:-1], -1) for y in ys]
 
 
 def accepts(weight: Flat, x: Tensor) -> bool:
-    """Whether `by_triton` takes these: in a compiled step, whose arguments the weights are, 16 bits times 16 bits or
-    times bytes, of as few rows as it is faster for than torch.
+    """Whether `by_triton` computes these, and faster than torch.
+
+    It does so in a step that `jit_layers` compiles, where the weights are arguments. Rows have 16 bits; weights have
+    the same dtype or 8 bits. Under dynamo it is not used.
     """
     if not x.is_cuda or under_dynamo():
         return False
@@ -50,5 +54,5 @@ def accepts(weight: Flat, x: Tensor) -> bool:
 
 
 def most_by_triton(weight: Matrix) -> int:
-    """The rows for which these kernels are the fastest."""
+    """The number of rows up to which these kernels are faster than torch's."""
     return 64 if isinstance(weight, Quantized) else 16
