@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t CHUNK = 16;  // slots
 
-// The accumulators of the heads that share keys: each head's largest score, its sum of exp(score - largest), and its sum
-// of exp(score - largest) times the values, "g h".
+// The accumulators of the heads that share keys: each head's largest score, its sum of exp(score - largest), and
+// that of exp(score - largest) times the values, "g h".
 struct Said {
     float *most, *total, *values;
 
@@ -54,8 +54,8 @@ void ask(const Type* at, int64_t count) {
     for (int64_t i = 0; i < count; i += 64 / sizeof(Type)) _mm_prefetch((const char*)(at + i), _MM_HINT_T0);
 }
 
-// The scores of `count` slots, of `HEADS` heads by turns, and the largest in each lane so far. It prefetches what is read
-// next: the values of these slots, and the keys of the next chunk.
+// The scores of `count` slots, of `HEADS` heads by turns, and the largest in each lane so far. It prefetches what is
+// read next: the values of these slots, and the keys of the next chunk.
 template <class Number, int HEADS>
 __m256 score(const float* queries, const typename Number::Type* keys, int64_t slot, int64_t count, int64_t h,
              float* scores, __m256 most, const typename Number::Type* values, int64_t value_slot) {

@@ -1,5 +1,5 @@
-// What the kernels for a processor with AVX2 or AVX-512 have in common. They are compiled as one file, since half of the
-// time goes to torch's headers. So no two files may define the same name.
+// What the kernels for a processor with AVX2 or AVX-512 have in common. They are compiled as one file, since half of
+// the time goes to torch's headers. So no two files may define the same name.
 
 #pragma once
 
@@ -153,7 +153,7 @@ void shared(const Matrices& matrices, float* y, int64_t threads, int64_t size, i
                 const int64_t outputs = matrices[m].outputs, begin = outputs * share / threads;
                 const int64_t end = outputs * (share + 1) / threads, pieces = (end - begin + size - 1) / size;
                 auto& next = taken[m * threads + share].pieces;
-                while (next.load(std::memory_order_relaxed) < pieces) {  // checked without a write, since many threads may look
+                while (next.load(std::memory_order_relaxed) < pieces) {  // many threads look, few write
                     const int64_t piece = next.fetch_add(count, std::memory_order_relaxed);
                     if (piece < pieces)
                         some(matrices[m], to, total, begin, end, piece, std::min(piece + count, pieces));

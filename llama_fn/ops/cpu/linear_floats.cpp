@@ -180,7 +180,7 @@ void streams(const void* values, const void* packed, int64_t d, float* y, int64_
                     sums[s][r] = Step::add(sums[s][r], weights, Step::inputs(x + ROWS * i + COUNT * r));
             }
         UNROLLED for (int s = 0; s < STREAMS; s++)
-            if (begin + s * each + piece < end)  // otherwise it is the last output again, which another thread may write
+            if (begin + s * each + piece < end)  // otherwise an output that another thread may write
                 UNROLLED for (int r = 0; r < ROWS; r++) y[r * total + o[s]] = sum_of(sums[s][r]);
     }
 }

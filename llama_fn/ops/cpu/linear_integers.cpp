@@ -1,7 +1,7 @@
 // A few rows times matrices of 8 or 4 bits: y[r, o] = sum over d of W[o, d] x[r, d].
 //
-// Inputs are rounded to integers of 16 bits, so that the largest of each group of 64 becomes 32767. One instruction then
-// multiplies sixteen numbers (thirty-two with AVX-512) and adds the products in pairs. Floats take one for eight, and
+// Inputs are rounded to integers of 16 bits, so that the largest of each group of 64 becomes 32767. Then one
+// instruction multiplies sixteen numbers (thirty-two with AVX-512) and adds the products in pairs. Floats take one for eight, and
 // more to convert bytes. Weights are read once, in several streams, so that several pages are prefetched at once.
 
 #include "avx2.h"
@@ -218,7 +218,7 @@ void outputs(const uint8_t* values, const void* scale, const Inputs& x, float* y
             }
         }
         UNROLLED for (int s = 0; s < STREAMS; s++) {
-            if (begin + s * each + piece >= end) break;  // otherwise it is the last output again, which another thread may write
+            if (begin + s * each + piece >= end) break;  // another thread may write this output
             UNROLLED for (int r = 0; r < ROWS; r++) {
                 const float sum = sum_of(sums[s][r]);
                 y[r * total + o[s]] = Weight::SCALED ? sum : sum * ((const float*)scale)[o[s]];
