@@ -1,8 +1,9 @@
 // A few rows times matrices of 8 or 4 bits: y[r, o] = sum over d of W[o, d] x[r, d].
 //
 // Inputs are rounded to integers of 16 bits, so that the largest of each group of 64 becomes 32767. Then one
-// instruction multiplies sixteen numbers (thirty-two with AVX-512) and adds the products in pairs. Floats take one for eight, and
-// more to convert bytes. Weights are read once, in several streams, so that several pages are prefetched at once.
+// instruction multiplies sixteen numbers (thirty-two with AVX-512) and adds the products in pairs. Floats
+// take one for eight, and more to convert bytes. Weights are read once, in several streams, so that several pages are
+// prefetched at once.
 
 #include "avx2.h"
 
