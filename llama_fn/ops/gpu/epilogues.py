@@ -4,6 +4,9 @@ The product of one row computes its epilogue in the same kernel (`linear_one_row
 add up the split-K parts of the product (`linear_few_rows.py`) and compute the epilogue.
 """
 
+# The checker takes a Triton kernel's body and its launch `kernel[grid](...)` for plain Python.
+# pyright: reportCallIssue=false
+
 import torch
 import triton
 import triton.language as tl
