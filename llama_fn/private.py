@@ -199,7 +199,8 @@ def inductor() -> SimpleNamespace:
     from torch._subclasses import FakeTensorMode
 
     return SimpleNamespace(
-        TensorGuards=TensorGuards, same_once=fx_graph_cse, partition=min_cut_rematerialization_partition, config=config, compile=compile_fx_inner,
+        TensorGuards=TensorGuards, same_once=fx_graph_cse, partition=min_cut_rematerialization_partition,
+        config=config, compile=compile_fx_inner,
         decompositions=select_decomp_table, set_fakes=V.set_fake_mode, FakeTensorMode=FakeTensorMode,
         tracing=lambda fakes: tracing(TracingContext(fakes)),
         # What inductor asks once in a process: a hash of torch's and Triton's sources, and what g++ can compile for.

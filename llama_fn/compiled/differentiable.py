@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from llama_fn import private
 from llama_fn.compiled.inductor import prepared, undisturbed
 from llama_fn.compiled.products import by_onednn
-from llama_fn.compiled.trace import filled, part
+from llama_fn.compiled.trace import collect, rebuilt
 from llama_fn.modes import traced, tracing_layers, transforms
 from llama_fn.private import autocast
 
@@ -33,7 +33,7 @@ def differentiable(f: Callable[P, R]) -> Callable[P, R]:
     def called(*args: Any) -> Any:
         tensors: list[Tensor] = []
         rest: list[Any] = [torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()]
-        part(args, tensors, rest)
+        collect(args, tensors, rest)
         wanted = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
         if not any(wanted) or traced() or transforms() or autocast():
             return f(*args)
@@ -41,7 +41,7 @@ def differentiable(f: Callable[P, R]) -> Callable[P, R]:
         key = (*rest, *wanted, *((x.shape, x.dtype, x.device) for x in tensors))
         if (ready := known.get(key)) is None:
             ready = known[key] = _compiled(f, args, tensors, [i for i, one in enumerate(wanted) if one])
-        return filled(ready.result, iter(_Applied.apply(ready, *tensors)))
+        return rebuilt(ready.result, iter(_Applied.apply(ready, *tensors)))
 
     return called
 
@@ -86,9 +86,9 @@ def _compiled(f: Callable, args: tuple, tensors: list[Tensor], wanted: list[int]
     def values(*numbers: Tensor) -> tuple[Tensor, ...]:
         nonlocal result
         found: list[Tensor] = []
-        result = f(*filled(args, iter(numbers)))
-        part((result,), found, [])
-        result = filled(result, itertools.repeat(torch.empty(0, device="cpu")))
+        result = f(*rebuilt(args, iter(numbers)))
+        collect((result,), found, [])
+        result = rebuilt(result, itertools.repeat(torch.empty(0, device="cpu")))
         return tuple(found)
 
     def both(primals: list[Tensor], tangents: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -112,7 +112,8 @@ def _compiled(f: Callable, args: tuple, tensors: list[Tensor], wanted: list[int]
 
     def run_backward(values: list[Tensor]) -> Sequence[Tensor]:
         if not behind:  # compiled for the strides that the forward's values came to have
-            behind.append(_by_inductor(backward, [imagined.from_tensor(x, static_shapes=True) for x in values], imagined, values[0]))
+            fakes = [imagined.from_tensor(x, static_shapes=True) for x in values]
+            behind.append(_by_inductor(backward, fakes, imagined, values[0]))
         return behind[0](values)
 
     return _Compiled(run, run_backward, len(tangents), wanted, result)

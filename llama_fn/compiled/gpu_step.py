@@ -16,9 +16,9 @@ from llama_fn.model.cache import Cache
 from llama_fn.model.transformer import Params
 from llama_fn.ops.gpu.attend import attention
 from llama_fn.ops.gpu.attend_heads import MANY, attended
-from llama_fn.ops.gpu.epilogues import added, gated, normed, turned
+from llama_fn.ops.gpu.epilogues import added, gated, normed, rotated
 from llama_fn.ops.gpu.linear_few_rows import Weights
-from llama_fn.ops.gpu.linear_one_row import Turned
+from llama_fn.ops.gpu.linear_one_row import Rotated
 from llama_fn.ops.quantized import Quantized
 
 
@@ -36,11 +36,11 @@ def fused_trunk(params: Params, tokens: Tensor, cache: Cache, slots: int, freque
         output, gates, last = _flat(math.prod(wo.shape[1:]), wo), _flat(d, gate, up), _flat(gate.shape[0], down)
         following, norm = (None, None) if after is None else (_flat(d, after.attention.wq), after.attention_norm)
         k, v = (leaf.view(-1, *leaf.shape[-3:]) for leaf in cast(list[Tensor], leaves))
-        inputs, places = _flat(d, wq, wk, wv), Turned(cos, sin, k, v, positions)
+        inputs, places = _flat(d, wq, wk, wv), Rotated(cos, sin, k, v, positions)
         if len(x) > 1 and wq.shape[1] == 1 and len(x) * k.shape[1] >= MANY:
             heads = attended(inputs, y, places, slots)
         else:
-            queries = turned(inputs, y, places, output).view(len(x), k.shape[1], -1, k.shape[3])
+            queries = rotated(inputs, y, places, output).view(len(x), k.shape[1], -1, k.shape[3])
             heads = attention(queries, k[:, :, :slots], v[:, :, :slots], positions)
         x, y = added(output, heads.view(len(x), -1), x, weights.ffn_norm, eps, gates)
         x, y = added(last, gated(gates, y, last), x, norm, eps, following)

@@ -43,8 +43,8 @@ def jit_layers(*, donate: str | Sequence[str] = "cache") -> Forward: ...
 def jit_layers(f: Callable[..., Any] = forward, donate: str | Sequence[str] = "cache") -> Callable[..., Any]:
     """A decode step compiled by its parts, with the signature and, up to rounding, the results of `f`.
 
-    `f` is `forward`, ``trunk``, or a function that hands them ``layer``, ``head`` and ``trunk``. All layers share one compiled
-    block, so that the first call takes as long for 80 layers as for one. If the cache is donated, it is written in
+    `f` is `forward`, ``trunk``, or a function that hands them ``layer``, ``head`` and ``trunk``. All layers share one
+    compiled block, so that the first call takes as long for 80 layers as for one. If the cache is donated, it is written in
     place. A step reads as many slots of the cache as its length needs. On a GPU, the launches of a step are recorded
     and replayed as one (``cuda_graph.py``).
 

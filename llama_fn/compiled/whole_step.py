@@ -19,7 +19,7 @@ from llama_fn.model.rope import frequencies
 from llama_fn.model.transformer import Params
 from llama_fn.modes import plain, recording, values_alone
 from llama_fn.ops.cpu import build
-from llama_fn.ops.linear import most_by_triton
+from llama_fn.ops.gpu.linear import most_by_triton
 from llama_fn.ops.quantized import GROUP, Grouped, Quantized, as_made
 from llama_fn.ops.slots import Forked
 

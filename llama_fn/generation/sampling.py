@@ -51,8 +51,8 @@ def sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float | N
     It draws from the model's distribution, narrowed as `narrowing` with the same settings narrows it. Samplers of equal
     settings are equal.
 
-    Raises `ValueError` for a setting outside its range; ``sample`` does for logits that are not ``drawable``. Compiled or
-    mapped, it cannot look at them, and draws -1, which is no token.
+    Raises `ValueError` for a setting outside its range; ``sample`` does for logits that are not ``drawable``. Compiled
+    or mapped, it cannot look at them, and draws -1, which is no token.
 
     >>> token = lf.sampler(temperature=0.8, top_p=0.9)(key, logits)
     """
@@ -68,8 +68,8 @@ def narrowing(temperature: float = 1.0, top_k: int | None = None, top_p: float |
     token alone; `top_k` (Fan et al. 2018) keeps the k likeliest, `top_p` (Holtzman et al. 2020) the fewest likeliest
     whose probabilities sum to p, `min_p` (Nguyen et al. 2024) those of at least p times the highest probability.
 
-    Raises `ValueError` for a setting outside its range; ``narrow`` does for logits that are not ``drawable``, unless it is
-    compiled or mapped and cannot look at them.
+    Raises `ValueError` for a setting outside its range; ``narrow`` does for logits that are not ``drawable``, unless it
+    is compiled or mapped and cannot look at them.
 
     >>> probabilities = lf.narrowing(top_p=0.9)(logits).softmax(-1)
     """

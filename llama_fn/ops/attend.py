@@ -26,24 +26,30 @@ Attend = Callable[[Tensor, Tensor | Forked, Tensor | Forked, Tensor | None], Ten
 
 
 class Implementation(NamedTuple):
-    """A way to attend, and whether it accepts queries, keys, values and positions."""
+    """A way to attend, and whether it accepts queries, keys, values and positions.
+
+    A row that is `compiled` is for compiled steps alone, and is not asked in eager mode.
+    """
 
     compute: Attend
     accepts: Callable[[Tensor, Tensor | Forked, Tensor | Forked, Tensor | None], bool]
+    compiled: bool = False
 
 
 def attend(definition: Attend, queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked,
            positions: Tensor | None) -> Tensor:
     """Attention by the first implementation of `TABLE` that accepts these; by the definition, if none does."""
-    for implementation in TABLE:
-        if implementation.accepts(queries, keys, values, positions):
-            return implementation.compute(queries, keys, values, positions)
+    compiled = compiling()
+    for compute, accepts, compiled_only in TABLE:
+        if (compiled or not compiled_only) and accepts(queries, keys, values, positions):
+            return compute(queries, keys, values, positions)
     return of_seen_slots(definition)(queries, keys, values, positions)
 
 
 def of_seen_slots(kernel: Attend) -> Attend:
-    """The kernel, for keys and values of the queries' dtype, and zeros in the slots that no query sees: a kernel that
-    multiplies a masked slot by 0 would make NaN of a NaN there.
+    """The kernel, on keys and values cast to the queries' dtype, with zeros in the slots that no query sees.
+
+    A kernel may multiply a masked slot by 0, which makes NaN of a NaN there.
     """
     def attend(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> Tensor:
         if positions is not None:
@@ -73,8 +79,9 @@ def fused(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"],
 @typed
 def in_blocks(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"], values: Float[Tensor, "*b k s h"],
               positions: Int[Tensor, "*b t"] | None) -> Float[Tensor, "*b k g t h"]:
-    """`fused` of positions that follow each other, a block of queries after the other, each over the slots up to its
-    end: the kernel computes what is hidden, too.
+    """`fused` block by block of queries, each over the slots up to the block's last position.
+
+    Positions must be consecutive. Torch's kernel computes masked scores too; blocks leave most of them out.
     """
     t, s, parts = queries.shape[-2], keys.shape[-2], []
     if positions is None:
@@ -90,8 +97,9 @@ def in_blocks(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s 
 @typed
 def one_query(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"], values: Float[Tensor, "*b k s h"],
               positions: Int[Tensor, "*b t"]) -> Float[Tensor, "*b k g t h"]:
-    """`written_out` for one query a row (t = 1), as a compiler likes it: products and sums, at the speed of memory. The
-    heads of a group stand side by side in one loop, so that a key or a value is read once for all of them.
+    """`written_out` for one query a row (t = 1), as products and sums that inductor fuses into loops.
+
+    The loops run at the memory's speed. One loop computes all heads of a group, so each key and value is read once.
     """
     exact = torch.promote_types(queries.dtype, torch.float32)
     heads, k, v = in_memory(queries.to(exact)).unbind(-3), keys.to(exact), values.to(exact)
@@ -126,7 +134,9 @@ def by_cpp(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"]
 def many_by_cpp(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"],
                 values: Float[Tensor, "*b k s h"],
                 positions: Int[Tensor, "*b t"] | None) -> Float[Tensor, "*b k g t h"]:
-    """`written_out` for any queries on the CPU, by a kernel in C++ that holds no "t s" matrix and skips what is hidden.
+    """`written_out` for any queries on the CPU, by a kernel in C++.
+
+    It holds no "t s" matrix of scores and skips masked slots.
     """
     *batch, k, g, t, h = queries.shape
     if positions is None:
@@ -137,20 +147,21 @@ def many_by_cpp(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k 
 
 
 def _one(queries: Tensor, positions: Tensor | None) -> bool:
-    """Whether a compiled step attends from one query a row."""
-    return compiling() and positions is not None and queries.shape[-2] == 1
+    """Whether there is one query a row, and a cache."""
+    return positions is not None and queries.shape[-2] == 1
 
 
-def _beyond(keys: Tensor | Forked) -> bool:
-    """Whether kernels lack what is asked for: slots in two places, forward mode, or a second derivative (torch's kernel
-    has one, but computes again what it did not keep: 3 to 15 % slower).
+def _needs_definition(keys: Tensor | Forked) -> bool:
+    """Whether only the definition will do: for a forked cache, in forward mode, and for second derivatives.
+
+    Torch's kernel has a second derivative here, but recomputes what it did not keep: 3 to 15 % slower.
     """
     return isinstance(keys, Forked) or forward_mode() or twice()
 
 
 def _values_by_layers(queries: Tensor, keys: Tensor | Forked) -> bool:
     """Whether values alone are asked for while `jit_layers` traces: no transform knows our kernels."""
-    return by_layers() and not queries.requires_grad and not transforms() and not _beyond(keys)
+    return by_layers() and not queries.requires_grad and not transforms() and not _needs_definition(keys)
 
 
 def _for_triton(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> bool:
@@ -168,24 +179,24 @@ def _for_cpp_one(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked
 
 
 def _for_one_query(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> bool:
-    return _one(queries, positions) and not _beyond(keys)
+    return _one(queries, positions) and not _needs_definition(keys)
 
 
 def _for_blocks(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> bool:
     """Of 256 tokens, blocks take 0.8 of the time of the whole, of 512 three quarters, with AVX2 half."""
     return (queries.device.type == "cpu" and queries.shape[-2] > BLOCK and eager() and not transforms()
-            and not _beyond(keys) and not any(x.requires_grad for x in (queries, keys, values)))
+            and not _needs_definition(keys) and not any(x.requires_grad for x in (queries, keys, values)))
 
 
 def _for_fused(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> bool:
-    return not _beyond(keys)
+    return not _needs_definition(keys)
 
 
 TABLE = (
-    Implementation(by_triton, _for_triton),
-    Implementation(by_cpp, _for_cpp_one),
-    Implementation(many_by_cpp, _for_cpp),
-    Implementation(of_seen_slots(one_query), _for_one_query),
+    Implementation(by_triton, _for_triton, compiled=True),
+    Implementation(by_cpp, _for_cpp_one, compiled=True),
+    Implementation(many_by_cpp, _for_cpp, compiled=True),
+    Implementation(of_seen_slots(one_query), _for_one_query, compiled=True),
     Implementation(of_seen_slots(in_blocks), _for_blocks),
     Implementation(of_seen_slots(fused), _for_fused),
 )

@@ -22,18 +22,18 @@ _known: dict[int, tuple[weakref.ref, int, int, Extent]] = {}
 
 
 def extent(length: Tensor) -> Extent | None:
-    """What is known of a tensor's integers; None where they cannot be read. On a GPU they are read once for as long as
-    it lives, since the host has to wait for them, and a sum of `grown` is known without. (Who writes to it through
-    `.data` is not seen.)
+    """The extent of a tensor's integers, or None where they cannot be read.
+
+    On a GPU they are read once in the tensor's life, since the host has to wait for them, and the result of `grown` is
+    known without reading. A write through `.data` is not noticed.
     """
-    if traced():
-        return None
-    if (known := remembered(length)) is not None:
+    if length.is_cuda and not traced() and (known := remembered(length)) is not None:
         return known
     if not concrete(length) or not length.numel():
         return None
     least, most = ends(length)
-    return noted(length, Extent(least, most, most))
+    known = Extent(least, most, most)
+    return noted(length, known) if length.is_cuda else known
 
 
 def remembered(length: Tensor) -> Extent | None:
@@ -54,7 +54,7 @@ def noted(length: Tensor, known: Extent) -> Extent:
 
 
 def grown(length: Tensor, count: int) -> Tensor:
-    """`length` + `count`."""
+    """The sum `length` + `count`."""
     longer = length + count
     if on_gpu(length) and (known := extent(length)) is not None:
         noted(longer, Extent(*(n + count for n in known)))

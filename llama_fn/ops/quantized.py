@@ -26,6 +26,7 @@ class Quantized(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the scales."""
         return self.scale.dtype
 
     def linear(self, x: Tensor, inputs: int) -> Tensor:
@@ -38,8 +39,10 @@ class Quantized(NamedTuple):
 
 
 class Grouped(NamedTuple):
-    """W = scale * n + minimum: integers n from 0 to 15, and of each output and each 64 of its inputs a scale and a
-    minimum, side by side in bfloat16, as torch's own kernels have them. Two integers lie in a byte, the first below.
+    """W = scale * n + minimum, with integers n from 0 to 15.
+
+    Each group of 64 inputs of an output has a scale and a minimum, side by side in bfloat16, as in torch's own kernels.
+    A byte holds two integers, the first in its lower half.
     """
 
     values: UInt8[Tensor, "..."]  # the last axis is half of W's
@@ -55,6 +58,7 @@ class Grouped(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the scales."""
         return self.scale.dtype
 
     def linear(self, x: Tensor, inputs: int) -> Tensor:
@@ -81,8 +85,10 @@ def quantized(weight: Float[Tensor, "..."], outer: int) -> Quantized:
 
 @typed
 def grouped(weight: Float[Tensor, "..."], outer: int) -> Grouped:
-    """The nearest 4-bit weight: of each output and each `GROUP` of its inputs, the smallest number becomes 0 and the
-    largest 15 (asymmetric, as `torchao`'s int4). The last group may be a part of one.
+    """The nearest 4-bit weight.
+
+    In each group of `GROUP` inputs of an output the smallest number becomes 0 and the largest 15 (asymmetric, as
+    `torchao`'s int4). The last group may be shorter.
 
     The error of a number is at most half a step, scale / 2, or, where that is more, what the minimum lost when it was
     rounded to bfloat16: 2^-8 of the smallest. (The scale's rounding moves the largest by 15 * 2^-8 of a step, no more.)
@@ -103,8 +109,9 @@ def grouped(weight: Float[Tensor, "..."], outer: int) -> Grouped:
 
 
 def as_made(weight: Quantized | Grouped) -> bool:
-    """Whether kernels may read its memory: integers, and in four bits a group's two numbers as one word. Of a tree that
-    was cast to another dtype they may not.
+    """Whether kernels may read the weight's memory: it has the dtypes that `quantized` and `grouped` give.
+
+    The leaves of a tree that was cast to another dtype do not.
     """
     if isinstance(weight, Quantized):
         return weight.values.dtype == torch.int8

@@ -29,7 +29,9 @@ class Forked(NamedTuple):
 
 
 def visible(leaf: Tensor | Forked, positions: Tensor) -> Tensor | Forked:
-    """The slots that attention may see: all up to the last position, zeros beyond (a NaN there stays without effect).
+    """The slots that attention may see: all up to the last position, and zeros after it.
+
+    So a NaN in a slot after the last position has no effect.
     """
     if isinstance(leaf, Forked):
         # Where vmap took an axis off a row's own slots, what is shared has one of size 1 too many.
@@ -52,6 +54,7 @@ def nearest(leaf: Tensor | Forked, x: Tensor, positions: Tensor) -> tuple[Tensor
 
 
 def put(leaf: Tensor | Forked, new: Tensor, positions: Tensor) -> Tensor | Forked:
+    """The leaf with `new` "*b k t h" in the slots `positions` "*b t"; the old leaf is not changed."""
     if isinstance(leaf, Forked):
         return leaf._replace(own=put(leaf.own, new, positions - leaf.shared.shape[-2]))
     *rows, _, _ = leaf.shape  # and heads
@@ -64,6 +67,7 @@ def put(leaf: Tensor | Forked, new: Tensor, positions: Tensor) -> Tensor | Forke
 
 
 def first(leaf: Tensor | Forked, slots: int) -> Tensor | Forked:
+    """The first `slots` of the leaf."""
     if isinstance(leaf, Forked):
         return leaf._replace(own=first(leaf.own, slots - leaf.shared.shape[-2]))
     return leaf[..., :slots, :]
@@ -81,8 +85,9 @@ def fits(shared: torch.Size, own: torch.Size) -> bool:
 
 
 def _may_be_expanded(leaf: Tensor) -> bool:
-    """Whether `vmap` or forward mode will expand the leaf, or the zeros that are its tangent, to the size of what is
-    written. Inductor would write in place into such a view too, all rows into one (torch 2.13, pytorch#188084).
+    """Whether `vmap` or forward mode will expand the leaf, or its zero tangent, to the size of what is written.
+
+    Inductor would write in place into such a view too, and so all rows into one (torch 2.13, pytorch#188084).
     """
     levels = transforms()
     return levels > 1 or (levels == 1 and not is_mapped(leaf))

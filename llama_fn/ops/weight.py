@@ -10,15 +10,21 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from llama_fn.modes import transforms
+
 
 class Shaped(Protocol):
     """What every value in a weight's place has."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """The shape of W."""
+        ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """The dtype of W."""
+        ...
 
 
 @runtime_checkable
@@ -51,3 +57,8 @@ if TYPE_CHECKING:  # so that `params.output + 1` is right, which for nearly all 
     Table: TypeAlias = Tensor
 else:
     Matrix, Vector, Table = Tensor | Multiplies, Tensor | Scales, Tensor | LooksUp
+
+
+def values_alone(x: Tensor) -> bool:
+    """Whether no gradient of x is recorded and no transform runs, so that a kernel without derivatives may."""
+    return not x.requires_grad and not transforms()

@@ -27,7 +27,7 @@ def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"]
     several batches exactly, add up `loss_sum` instead: a mean of means weighs a token by the size of its batch.
     `z_loss` and `label_smoothing` are those of ``cross_entropy``, `layer` is that of `forward`.
 
-    The logits of many tokens over a large vocabulary are never all in memory, forward or backward (``chunked_loss.py``).
+    The logits of many tokens over a large vocabulary are never all in memory, forward or backward.
 
     Raises `ValueError` for a row of one token, for a number outside its range, and in eager mode, mapped or not, for a
     token outside the vocabulary on which the loss depends.

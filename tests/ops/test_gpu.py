@@ -24,15 +24,16 @@ from llama_fn.compiled import gpu_step as gpu_token
 from llama_fn.ops.gpu import attend as gpu_attention
 from llama_fn.ops.gpu import attend_heads as gpu_heads
 from llama_fn.ops.gpu import epilogues as gpu_after
+from llama_fn.ops.gpu import linear as gpu_linear
 from llama_fn.ops.gpu import linear_few_rows as gpu_sums
 from llama_fn.ops.gpu import linear_one_row as gpu_row
 from llama_fn.ops.gpu.linear_few_rows import Weights
-from llama_fn.ops.gpu.linear_one_row import Turned, row
+from llama_fn.ops.gpu.linear_one_row import Rotated, row
 
 
-def sums(weights: list[torch.Tensor], x: torch.Tensor, share: int | None = None) -> torch.Tensor:
+def sums(weights: list[torch.Tensor], x: torch.Tensor, split_size: int | None = None) -> torch.Tensor:
     """Of rows "b d", the operator's parts "p b o"."""
-    return torch.ops.llama_fn.sums(weights, x, share or gpu_sums.share(weights, x))
+    return torch.ops.llama_fn.sums(weights, x, split_size or gpu_sums.split_size(weights, x))
 
 
 def matrices(keys, outputs, d: int, bytes_: bool, size: float = 1) -> tuple[Weights, list[torch.Tensor]]:
@@ -54,17 +55,17 @@ if DEVICE == "cpu":
     operators.LIBRARY.impl("attention", gpu_attention.attention, "CPU")
 
 
-@pytest.mark.parametrize(("rows", "share"), [(2, None), (17, None), (33, 512), (2, 512), (2, 1024)])
+@pytest.mark.parametrize(("rows", "split_size"), [(2, None), (17, None), (33, 512), (2, 512), (2, 1024)])
 @settings(max_examples=8)
 @given(key=keys(), outputs=st.lists(st.integers(1, 80), min_size=1, max_size=3), d=st.integers(1, 700),
        bytes_=st.booleans())
-def test_sums_of_several_weights_are_products_summed_in_float32(rows, share, key, outputs, d, bytes_):
+def test_sums_of_several_weights_are_products_summed_in_float32(rows, split_size, key, outputs, d, bytes_):
     one, *others = lf.random.split(key, 1 + len(outputs))
     x = lf.random.normal(one, (rows, d), torch.float64).to(HALF).to(DEVICE)
     weights = [lf.random.normal(k, (o, d), torch.float64) for k, o in zip(others, outputs, strict=True)]
     weights = [(40 * w).clamp(-128, 127).to(torch.int8) if bytes_ else w.to(HALF) for w in weights]
     weights = [w.to(DEVICE) for w in weights]
-    y = sums(weights, x, share)
+    y = sums(weights, x, split_size)
     assert y.dtype == torch.float32 and y.shape[1:] == (rows, sum(outputs)) and y.isfinite().all()
     whole = torch.cat(weights).double()
     exact, terms = (written_out(a, b) for a, b in ((whole, x.double()), (whole.abs(), x.double().abs())))
@@ -140,9 +141,9 @@ def test_queries_and_keys_are_turned_and_keys_and_values_kept(rows, key, k, g, p
     turn = Rotation(*(part[:, None] for part in angles))
     queries, keys_ = (rotate(part[:, None], turn)[:, 0] for part in (queries, keys_))
     after[0][every, :, slots], after[1][every, :, slots] = keys_, values
-    y = gpu_after.turned(weights, x, Turned(*angles, *leaves, slots), None)
-    for mine, other in zip((y.view_as(queries), *leaves), (queries, *after), strict=True):
-        assert mine.dtype == HALF and (mine - other).abs().max() <= 2e-3 * max(1, other.abs().max())
+    y = gpu_after.rotated(weights, x, Rotated(*angles, *leaves, slots), None)
+    for ours, other in zip((y.view_as(queries), *leaves), (queries, *after), strict=True):
+        assert ours.dtype == HALF and (ours - other).abs().max() <= 2e-3 * max(1, other.abs().max())
     leaves[0][every, :, slots], leaves[1][every, :, slots] = keys_, values
     assert (leaves[0] == after[0]).all() and (leaves[1] == after[1]).all()  # no other slot was written to
 
@@ -161,12 +162,12 @@ def test_a_head_is_turned_kept_and_attended_to_and_reads_no_slot_beyond(slots, k
     queries, *own = (written_out(w, x.double()).to(HALF).view(rows, 1, k, h) for w in wide)
     turn = Rotation(*(part[:, None] for part in angles))
     queries, own[0] = rotate(queries, turn), rotate(own[0], turn)
-    mine = torch.arange(slots + 1, device=DEVICE) == positions[:, None]
+    ours = torch.arange(slots + 1, device=DEVICE) == positions[:, None]
     beyond = torch.arange(slots + 1, device=DEVICE) >= positions[:, None]
     leaves = [leaf.masked_fill(beyond[:, None, :, None], math.nan) for leaf in leaves]
-    after = [torch.where(mine[:, None, :, None], new[:, 0, :, None], leaf)
+    after = [torch.where(ours[:, None, :, None], new[:, 0, :, None], leaf)
              for new, leaf in zip(own, leaves, strict=True)]
-    y = gpu_heads.attended(weights, x, Turned(*angles, *leaves, positions), slots)
+    y = gpu_heads.attended(weights, x, Rotated(*angles, *leaves, positions), slots)
     exact = written_attention(queries[:, 0, :, None, None].double(), *(leaf[:, :, :slots].nan_to_num().double()
                                   for leaf in after), positions[:, None])[..., 0, 0, :]
     assert y.dtype == HALF and (y - exact).abs().max() <= 4e-3 * max(1, exact.abs().max())
@@ -185,7 +186,7 @@ def test_a_head_of_a_query_or_key_that_is_none_says_none(which, position):
     positions = torch.full((2,), position, device=DEVICE)
     angles = [part.contiguous() for part in rotation(positions, 8, 1e4)]
     leaves = [torch.zeros((2, 3, 7, 8), dtype=HALF, device=DEVICE) for _ in range(2)]
-    y = gpu_heads.attended(Weights(weights, []), x, Turned(*angles, *leaves, positions), 7)
+    y = gpu_heads.attended(Weights(weights, []), x, Rotated(*angles, *leaves, positions), 7)
     assert y[:, 0].isnan().all() and y[:, 1:].isfinite().all()
 
 
@@ -197,7 +198,7 @@ def test_gated_sums_are_the_gate_of_products(key, o, d, rows, bytes_, unit):
     weights, wide = matrices(others, [o, o], d, bytes_)
     gate, up = (written_out(w, x.double()) for w in wide)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_sums, "share", lambda weights, x: -(-x.shape[1] // unit) * unit)
+        patch.setattr(gpu_sums, "split_size", lambda weights, x: -(-x.shape[1] // unit) * unit)
         y = gpu_sums.gated_sums(weights, x)
     exact = F.silu(gate) * up
     assert (y.dtype, y.shape) == (HALF, exact.shape)
@@ -227,8 +228,8 @@ def test_all_layers_of_a_token_are_block_after_block(many, batch, key, heads, wi
         angles = frequencies(width, config.rope_theta, None, tokens.device)
         y = gpu_token.fused_trunk(params, torch.stack((tokens, tokens + 1), -1)[..., 0], apart, 41, angles)
     assert y.dtype == HALF and (y - exact).abs().max() <= 8e-3 * exact.abs().max()
-    for mine, other in zip(noise.k + noise.v, after.k + after.v, strict=True):
-        assert (mine - other).abs().max() <= 4e-3 * other.abs().max()
+    for ours, other in zip(noise.k + noise.v, after.k + after.v, strict=True):
+        assert (ours - other).abs().max() <= 4e-3 * other.abs().max()
 
 
 @pytest.mark.parametrize("token", [-1, 37])
@@ -290,7 +291,7 @@ def test_a_step_by_these_kernels_is_the_step(bits, batch):
     calls = Calls()
     with pytest.MonkeyPatch.context() as patch, calls:
         patch.setattr(torch.compiler, "_is_compiling_flag", True)
-        patch.setattr(linear, "_for_triton", lambda weight, x: not isinstance(weight, linear.Grouped))
+        patch.setattr(gpu_linear, "accepts", lambda weight, x: not isinstance(weight, linear.Grouped))
         by_triton = linear.Implementation(linear.by_triton, lambda weight, x: not isinstance(weight, linear.Grouped))
         patch.setattr(linear, "TABLE", (by_triton, *linear.TABLE))
         patch.setattr(attending, "TABLE", (attending.Implementation(attending.by_triton, lambda *args: True),))
@@ -354,7 +355,7 @@ def test_these_kernels_are_chosen_in_a_compiled_step_on_a_gpu(monkeypatch, kind,
             return attending._for_triton(queries, slots, slots, places)
 
         assert takes(heads) and not takes(heads.double())
-        torch.vmap(lambda row: seen.append(linear._for_triton(weight, row)) or row)(x)
+        torch.vmap(lambda row: seen.append(gpu_linear.accepts(weight, row)) or row)(x)
         torch.vmap(lambda one: seen.append(takes(one)) or one)(heads)
         assert linear.chosen(weight, x.requires_grad_(), written_out).__name__ == "product"
         assert not takes(heads.requires_grad_())

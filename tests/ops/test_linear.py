@@ -15,6 +15,7 @@ import llama_fn as lf
 from llama_fn.model.linear import linear as linear_map
 from llama_fn.model.linear import written_out
 from llama_fn.ops import linear
+from llama_fn.ops.aten import linear as aten
 from llama_fn.ops.aten.inductor_sums import sums
 from llama_fn.ops.cpu import build as avx2
 from llama_fn.ops.quantized import dequantized, grouped, quantized
@@ -67,7 +68,7 @@ def test_torchs_product_computes_what_is_written_out(drawn):
 def test_pieces_compute_what_is_written_out_and_round_once(drawn, piece):
     weight, x = drawn
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "PIECE", piece)
+        patch.setattr(aten, "PIECE", piece)
         assert near(linear.in_pieces(weight, x), weight, x)
 
 
@@ -170,7 +171,7 @@ def chosen(kind: str, dtype: torch.dtype, rows: int, d: int = 64, device: str = 
     ("int4", torch.float32, 9, 128, "in_pieces", "in_pieces"),
 ])
 def test_the_kernel_is_chosen_by_kind_rows_and_mode(monkeypatch, kind, dtype, rows, d, eager, compiled):
-    monkeypatch.setattr(linear, "HAS_BFLOAT16", False)
+    monkeypatch.setattr(aten, "HAS_BFLOAT16", False)
     monkeypatch.setattr(avx2, "level", lambda: "AVX2")
     assert chosen(kind, dtype, rows, d) == eager
     assert chosen(kind, dtype, rows, d, "meta") == "product"
@@ -182,7 +183,7 @@ def test_the_kernel_is_chosen_by_kind_rows_and_mode(monkeypatch, kind, dtype, ro
     assert chosen(kind, dtype, rows, d) == compiled
     monkeypatch.setattr(avx2, "level", lambda: "")  # a processor without AVX2
     assert chosen(kind, dtype, rows, d) == without
-    monkeypatch.setattr(linear, "HAS_BFLOAT16", True)  # a good product of bfloat16 is torch's
+    monkeypatch.setattr(aten, "HAS_BFLOAT16", True)  # a good product of bfloat16 is torch's
     if kind != "int4" and compiled == "in_pieces":
         assert chosen(kind, dtype, rows, d) == "product"
 

@@ -1,0 +1,1 @@
+"""Implementations made of torch's own operators."""

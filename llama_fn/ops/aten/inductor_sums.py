@@ -1,4 +1,4 @@
-"""Few rows times a matrix at the speed of memory, in the words that inductor makes loops of (on the CPU)."""
+"""A few rows times a matrix on the CPU, at the memory's speed, in operations that inductor fuses into loops."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,18 +9,20 @@ from torch import Tensor
 
 from llama_fn.modes import under_dynamo
 from llama_fn.ops.quantized import GROUP, Grouped, Quantized, as_made
+from llama_fn.ops.weight import values_alone
 from llama_fn.shapes import typed
 
 Flat = Float[Tensor, "o d"] | Quantized | Grouped
 
-FEW = 8  # rows that a processor holds the sums of in its registers, while it reads a weight once
+FEW = 8  # rows whose accumulators fit in the registers, so that a weight is read once
 
 
 @typed
 def sums(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
-    """`written_out` for a few rows, as products summed in float32 at least: a weight is read once, as words of 32 bits
-    and in streams side by side, so that pages are on their way at once (34 GB/s where oneDNN's kernel reaches 20, two
-    cores, bfloat16).
+    """`written_out` for a few rows, accumulated in float32 at least.
+
+    A weight is read once, as words of 32 bits, and in several streams side by side, so that several pages are
+    prefetched at once: 34 GB/s, where oneDNN's kernel reaches 20 (two cores, bfloat16).
     """
     exact = torch.promote_types(x.dtype, torch.float32)
     rows = in_memory(x.reshape(-1, x.shape[-1]).to(exact))
@@ -37,39 +39,44 @@ def sums(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
 
 def _word_sums(words: Tensor, numbers: Callable[[Tensor], list[Tensor]], rows: Tensor) -> Tensor:
     """The sum over all `numbers` of all words, of number times input; number i of word j is that of input n j + i."""
-    ways = apart(rows.unflatten(-1, (words.shape[-1], -1)).mT)  # "b n j"
+    columns = apart(rows.unflatten(-1, (words.shape[-1], -1)).mT)  # "b n j"
     parts = -(-words.shape[-1] // 4096)  # inductor sums more numbers with a detour, twice as slow
     parts = parts if words.shape[-1] % parts == 0 else 1
     streams = [[number.to(rows.dtype) for part in stream.chunk(parts, -1) for number in numbers(part)]
                for stream in words.chunk(_streams(words, rows))]
-    factors = [[part[i] for part in row.chunk(parts, -1) for i in range(len(row))] for row in ways]
+    factors = [[part[i] for part in row.chunk(parts, -1) for i in range(len(row))] for row in columns]
     return _rows([[sum(n * x for n, x in zip(stream, row, strict=True)).sum(-1) for stream in streams]
                   for row in factors])
 
 
 def _streams(words: Tensor, rows: Tensor) -> int:
-    """Into how many parts the outputs of a weight go, of which one loop reads each at once."""
+    """The number of streams: parts of a weight's outputs that one loop reads side by side."""
     return 1 if len(words) < 1024 else 4 if len(rows) <= 2 else 2
 
 
 def _rows(sums: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The outputs of each row, stream after stream. Flat, inductor has sums written where they belong; of a stack it
-    would copy them."""
+    """The outputs of each row, stream after stream.
+
+    Inductor writes the parts of a `cat` where they belong; those of a `stack` it would copy.
+    """
     return torch.cat([y for row in sums for y in row]).view(len(sums), -1)
 
 
 def _halves(words: Tensor) -> list[Tensor]:
-    """Two numbers of bfloat16 lie in a word, the first below. Each is the upper half of a float32. (Words are loaded as
-    float32: inductor loads integers with a detour, six times slower.)
+    """The two bfloat16 numbers of each word, the lower half first, each as the upper half of a float32.
+
+    Words are loaded as float32, since inductor's loops load integers six times slower.
     """
     bits = words.view(torch.int32)
     return [(bits << 16).view(torch.float32), (bits & -65536).view(torch.float32)]
 
 
 def _byte_sums(weight: Quantized, rows: Tensor) -> Tensor:
-    """Four integers lie in a word, the first below. The highest is a shift away. To each of the others 128 is added, so
-    that it can be masked out without its sign; where it lies it counts 256**i times, which the inputs make good, and
-    the 128 count once for all.
+    """`sums` of 8-bit weights, four of which lie in a word, the first in the lowest byte.
+
+    The highest byte is shifted down with its sign. To each of the others 128 is added, so that it can be masked without
+    its sign. Byte i stays in place and so counts 256**i times: its input is divided by that. The added 128 are
+    subtracted once for all.
     """
     def numbers(words: Tensor) -> list[Tensor]:
         bits = words.view(torch.int32)
@@ -84,11 +91,13 @@ def _byte_sums(weight: Quantized, rows: Tensor) -> Tensor:
 
 
 def _nibble_sums(weight: Grouped, rows: Tensor) -> Tensor:
-    """Eight integers lie in a word, that of input 8 j + i in nibble i of word j. Where it lies it counts 16**i times,
-    which the inputs make good. A group's minimum counts once for all of its inputs.
+    """`sums` of 4-bit weights, eight of which lie in a word: that of input 8 j + i in nibble i of word j.
+
+    Nibble i stays in place and so counts 16**i times: its input is divided by that. A group's minimum is multiplied
+    with the sum of its inputs.
     """
     place = torch.tensor([16.0 ** -i for i in range(7)] + [1.0], dtype=rows.dtype, device=rows.device)
-    ways = apart((rows.unflatten(-1, (-1, 8)) * place).mT).unflatten(-1, (-1, GROUP // 8))  # "b i groups j"
+    columns = apart((rows.unflatten(-1, (-1, 8)) * place).mT).unflatten(-1, (-1, GROUP // 8))  # "b i groups j"
     whole = in_memory(rows.unflatten(-1, (-1, GROUP)).sum(-1))  # "b groups"
     streams = []
     for words, pair in zip(weight.values.view(torch.float32).chunk(max(1, 2 // len(rows))),
@@ -102,7 +111,7 @@ def _nibble_sums(weight: Grouped, rows: Tensor) -> Tensor:
         group = sum(products[:4]) + sum(products[4:])  # of two chains, 6 % faster than of one
         return (group * scale[..., None]).flatten(1).sum(-1) + (minimum * total).sum(-1)
 
-    return _rows([[one(row, total, *stream) for stream in streams] for row, total in zip(ways, whole, strict=True)])
+    return _rows([[one(row, total, *stream) for stream in streams] for row, total in zip(columns, whole, strict=True)])
 
 
 def whole_words(matrix: Flat) -> bool:
@@ -114,13 +123,23 @@ def whole_words(matrix: Flat) -> bool:
 
 
 def in_memory(x: Tensor) -> Tensor:
-    """With strides of its own, x has to lie in memory: inductor would else compute it, and the norm before it, again
-    for each output."""
+    """The tensor x, in memory with fixed strides.
+
+    Inductor would otherwise compute x, and the norm before it, again for each output.
+    """
     x = x.contiguous()
     return x.as_strided(x.shape, x.stride())
 
 
 def apart(x: Tensor) -> Tensor:
-    """`in_memory`, its rows a cache line further apart: rows of a power of two would drive each other out of the cache
-    (eight rows take 1.4 times as long)."""
+    """`in_memory`, with rows one cache line further apart.
+
+    Rows whose size is a power of two would evict each other from the cache (eight rows take 1.4 times as long).
+    """
     return in_memory(x if len(x) == 1 else F.pad(x, (0, 64 // x.itemsize)))[..., :x.shape[-1]]
+
+
+def accepts_few_rows(matrix: Flat, x: Tensor) -> bool:
+    """Whether `sums` computes these: a few rows on the CPU, of which no axis is hidden by a transform."""
+    return (x.device.type == "cpu" and 0 < x.shape[:-1].numel() <= FEW
+            and (isinstance(matrix, Tensor) or whole_words(matrix)) and values_alone(x))

@@ -1,7 +1,9 @@
 """What torch's fused attention lacks on the CPU (2.13): a batching rule, and derivatives of its derivative.
 
-Both are registered with the kernel itself, for the whole process: whoever calls it, mapped or twice differentiated,
-gets values where torch alone is slow or raises. (Its kernels for CUDA have the batching rule, and not the derivatives.)
+Importing this package registers both with torch's own operator, for the whole process. A user's own call of
+`scaled_dot_product_attention` on the CPU then runs once under `vmap`, where torch alone loops and warns, and can be
+differentiated twice, where torch alone raises. No value changes that torch alone computes. (Torch's kernels for CUDA
+have the batching rule, but not the derivatives.)
 """
 
 import math
@@ -110,7 +112,7 @@ class _Derivative(private.OneLevelFunction):
 
 
 def register() -> torch.library.Library:
-    """Holds for as long as the result lives."""
+    """Register the rules with torch's dispatcher, for as long as the result lives."""
     library = torch.library.Library("aten", "IMPL")
     for name in (FORWARD, BACKWARD):
         if private.rules_can_be_set() and not private.has_batching_rule(name):

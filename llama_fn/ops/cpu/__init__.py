@@ -1,0 +1,1 @@
+"""Kernels for a processor with AVX2 or AVX-512, in C++."""

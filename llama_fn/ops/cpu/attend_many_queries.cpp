@@ -1,8 +1,8 @@
 // Attention of many queries a row on a processor with AVX2: softmax(q k) v over the slots up to each query's position.
 //
-// The queries of all heads that share a key lie side by side in registers, and what a slot's key or value says to them
-// is a number in all places of another. So the largest score, the sum of weights and what is summed of values are found
-// place by place, over one block of slots after the other (flash attention: Dao et al. 2022).
+// A register holds one number of WIDTH queries, side by side, of all heads that share a key. A number of a key or value
+// is broadcast to all lanes of another register. So each lane keeps its own query's largest score, sum of weights and
+// accumulated values, over one block of slots after the other (flash attention: Dao et al. 2022).
 
 #include "words.h"
 
@@ -23,8 +23,8 @@ struct Held {
     static int64_t size(int64_t h) { return 2 * h * (WIDTH + SLOTS) + (SLOTS + 4) * WIDTH; }
 };
 
-// Scores of `count` slots from `begin` made weights, relative to the largest so far, of which hidden ones have none;
-// and by what factor what was summed before is to become smaller. `scale` is log2 e / sqrt(h).
+// Turns the scores of `count` slots from `begin` into weights relative to the largest score so far, 0 where masked; and
+// computes the factor by which earlier accumulators are scaled down. `scale` is log2 e / sqrt(h).
 template <class Words>
 void weights_of(const Held& held, int64_t begin, int64_t count, bool hides, float scale) {
     Vector most[VECTORS];
@@ -70,7 +70,7 @@ void attend_many(const Queries& queries, const Leaf& keys, const Leaf& values, c
                  const Queries& heads) {
     using Type = typename Number::Type;
     const int64_t width = h / Words::COUNT, count = std::min(WIDTH, g * t - first);
-    const auto place = [&](const Queries& of, int64_t m) {  // in place of queries beyond the last, the last
+    const auto place = [&](const Queries& of, int64_t m) {  // lanes after the last query repeat it
         m = first + std::min(m, count - 1);
         return (Type*)of.data + row * of.row + head * of.head + m % g * of.group + m / g * of.query;
     };
@@ -131,7 +131,7 @@ void attend_many(const Queries& queries, const Leaf& keys, const Leaf& values, c
     }
 }
 
-// Of queries "b k g t h", and keys and values "b k s h": heads "b t k g h".
+// Attention of queries "b k g t h" over keys and values "b k s h": heads "b t k g h".
 Tensor many_queries(Tensor queries, Tensor keys, Tensor values, Tensor positions, int64_t threads) {
     const int64_t b = queries.size(0), k = queries.size(1), g = queries.size(2), t = queries.size(3);
     const int64_t h = queries.size(4), room = keys.size(2), tasks = (g * t + WIDTH - 1) / WIDTH;

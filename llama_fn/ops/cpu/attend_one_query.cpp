@@ -1,8 +1,8 @@
 // Attention of one query a row on a processor with AVX2: softmax(q k) v over the slots up to the row's position.
 //
-// Slots go by in chunks, whose scores stay in the nearest cache; what is summed counts relative to the largest score so
-// far (flash attention: Dao et al. 2022). Eight scores fill a register: those of eight heads that share a key, or of
-// fewer heads and several slots.
+// Slots are processed in chunks, whose scores stay in the L1 cache. Accumulators are relative to the largest score so
+// far (flash attention: Dao et al. 2022). A register holds eight scores: of eight heads that share a key, or of fewer
+// heads and several slots.
 
 #include "avx2.h"
 
@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t CHUNK = 16;  // slots
 
-// What slots say to the heads that share them: of each the largest score, the sum of exp(score - largest), and that of
-// exp(score - largest) times the values, "g h".
+// The accumulators of the heads that share keys: each head's largest score, its sum of exp(score - largest), and
+// that of exp(score - largest) times the values, "g h".
 struct Said {
     float *most, *total, *values;
 
@@ -48,20 +48,20 @@ __m256 of_each(__m256 v, const Join& join) {
     return v;
 }
 
-// Have numbers on their way.
+// Prefetches numbers.
 template <class Type>
 void ask(const Type* at, int64_t count) {
     for (int64_t i = 0; i < count; i += 64 / sizeof(Type)) _mm_prefetch((const char*)(at + i), _MM_HINT_T0);
 }
 
-// The scores of `count` slots, of `HEADS` heads by turns; the largest in each place, or that of before. What is read
-// next is asked for: the values of these slots, and the keys of the next chunk.
+// The scores of `count` slots, of `HEADS` heads by turns, and the largest in each lane so far. It prefetches what is
+// read next: the values of these slots, and the keys of the next chunk.
 template <class Number, int HEADS>
 __m256 score(const float* queries, const typename Number::Type* keys, int64_t slot, int64_t count, int64_t h,
              float* scores, __m256 most, const typename Number::Type* values, int64_t value_slot) {
     constexpr int SLOTS = 8 / HEADS;
     for (int64_t s = 0; s < count; s += SLOTS) {
-        const typename Number::Type* at[SLOTS];  // in place of slots beyond the last, the last
+        const typename Number::Type* at[SLOTS];  // entries after the last slot repeat it
         UNROLLED for (int j = 0; j < SLOTS; j++) at[j] = keys + std::min(s + j, count - 1) * slot;
         UNROLLED for (int j = 0; j < SLOTS; j++)
             ask(values + (s + j) * value_slot, h), ask(keys + (CHUNK + s + j) * slot, h);
@@ -117,7 +117,7 @@ void mix(const float* weights, const typename Number::Type* values, int64_t slot
         UNROLLED for (int w = 0; w < WIDE; w++) _mm256_storeu_ps(to + n * h + 8 * w, sums[n][w]);
 }
 
-// Add a chunk of slots to what was said to `HEADS` heads.
+// Adds a chunk of slots to the accumulators of `HEADS` heads.
 template <class Number, int HEADS>
 void attend(const float* queries, const typename Number::Type* keys, int64_t key_slot,
             const typename Number::Type* values, int64_t value_slot, int64_t count, int64_t h, Said said) {
@@ -138,7 +138,7 @@ void attend(const float* queries, const typename Number::Type* keys, int64_t key
     }
 }
 
-// What the slots from `begin` to `end` of a row say to the heads that share them.
+// Accumulates the slots from `begin` to `end` of a row for the heads that share them.
 template <class Number>
 void slots(const float* queries, const Leaf& keys, const Leaf& values, int64_t row, int64_t head, int64_t begin,
            int64_t end, int64_t g, int64_t h, Said said) {
@@ -158,7 +158,7 @@ void slots(const float* queries, const Leaf& keys, const Leaf& values, int64_t r
         }
 }
 
-// The mean of what parts of the slots said, one after the other in memory, to "g h".
+// The weighted mean of the accumulators of several parts of the slots, which lie one after the other, into "g h".
 void join(float* said, int64_t parts, int64_t g, int64_t h, float* heads) {
     const int64_t size = Said::size(g, h);
     for (int64_t n = 0; n < g; n++, heads += h) {
@@ -179,7 +179,7 @@ void join(float* said, int64_t parts, int64_t g, int64_t h, float* heads) {
 void query(const float* queries, ScalarType kind, const Leaf& keys, const Leaf& values, const int64_t* positions,
            int64_t b, int64_t k, int64_t g, int64_t h, int64_t room, int64_t threads, float* heads) {
     const auto some = of_kind(kind, [](auto number) { return slots<decltype(number)>; });
-    // Each row's slots go in as many parts as it takes for every thread to have the same number.
+    // Each row's slots are split into parts, so that every thread has the same number of parts.
     const int64_t rows = b * k, parts = threads / std::gcd(rows, threads), size = Said::size(g, h);
     const Floats said(rows * parts * size);
 #pragma omp parallel num_threads(threads)

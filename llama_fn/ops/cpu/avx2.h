@@ -1,5 +1,5 @@
-// What the kernels for a processor with AVX2 or AVX-512 share. They are compiled as one file, since half of the time
-// goes to torch's headers: no two of them have a name in common.
+// What the kernels for a processor with AVX2 or AVX-512 have in common. They are compiled as one file, since half of
+// the time goes to torch's headers. So no two files may define the same name.
 
 #pragma once
 
@@ -22,7 +22,7 @@
 
 namespace {
 
-#define UNROLLED _Pragma("GCC unroll 8")  // so that sums stay in registers
+#define UNROLLED _Pragma("GCC unroll 8")  // so that accumulators stay in registers
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -79,8 +79,8 @@ auto of_kind(ScalarType kind, const Some& some) {
                                         : some(Float32());
 }
 
-// Room for floats, of which the first lies where a line of the cache begins: half of what lies across two is read at
-// half the speed. Nothing is written there: a product asks for some at every call.
+// Uninitialized memory for floats, aligned to a cache line: loads across two lines have half the speed. It is allocated
+// at every call of a product.
 class Floats {
     const std::unique_ptr<float[]> memory;
 
@@ -101,7 +101,7 @@ struct Rows {
 };
 
 // A matrix "outputs d" of floats; of 8 bits, with a scale an output; or of 4 bits, with two numbers a group.
-// What asks a tensor takes 50 ns an answer, and more where the tensor has left the cache.
+// A question to a tensor takes 50 ns, and more where the tensor has left the processor's cache.
 struct Matrix {
     const void *values, *scales;
     ScalarType kind;
@@ -130,17 +130,16 @@ float sum_of(__m256 v) {
 float sum_of(__m512 v) { return _mm512_reduce_add_ps(v); }
 #endif
 
-// How many pieces of a thread's share are taken; alone in its line of the cache.
+// How many pieces of one thread's part are done, on a cache line of its own.
 struct alignas(64) Taken {
     std::atomic<int64_t> pieces{0};
 };
 
-constexpr int64_t CLAIM = 128 << 10;  // bytes that are taken at once; of half of that a product is 1 % slower
+constexpr int64_t CLAIM = 128 << 10;  // bytes of weights in a piece; with half of that a product is 1 % slower
 
-// Of matrices side by side, whose outputs are of so many bytes each: y "r total". `some` computes pieces, each of
-// `size` outputs, of those from `begin` to `end`. A thread takes those of its share in their order, then what is left
-// of others': of two cores that read fast memory one is 7 % slower, now this one and now that, and OpenMP may give
-// fewer threads than were asked for.
+// Divides the outputs of matrices among the threads, and computes y "r total". `some` computes pieces of `size` outputs
+// from `begin` to `end`. A thread computes its own part piece by piece, then helps with what is left of other parts: of
+// two cores one is 7 % slower at a time, and OpenMP may start fewer threads than requested.
 template <class Some>
 void shared(const Matrices& matrices, float* y, int64_t threads, int64_t size, int64_t bytes, const Some& some) {
     const int64_t total = outputs_of(matrices), count = std::max(int64_t(1), CLAIM / (size * bytes));
@@ -154,7 +153,7 @@ void shared(const Matrices& matrices, float* y, int64_t threads, int64_t size, i
                 const int64_t outputs = matrices[m].outputs, begin = outputs * share / threads;
                 const int64_t end = outputs * (share + 1) / threads, pieces = (end - begin + size - 1) / size;
                 auto& next = taken[m * threads + share].pieces;
-                while (next.load(std::memory_order_relaxed) < pieces) {  // many threads may look, few take
+                while (next.load(std::memory_order_relaxed) < pieces) {  // many threads look, few write
                     const int64_t piece = next.fetch_add(count, std::memory_order_relaxed);
                     if (piece < pieces)
                         some(matrices[m], to, total, begin, end, piece, std::min(piece + count, pieces));

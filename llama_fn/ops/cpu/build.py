@@ -1,10 +1,12 @@
-"""A step of a few rows on a processor with AVX2, or AVX-512, by kernels in C++: products (`linear_floats.cpp`,
-`linear_integers.cpp`), attention of one query a row (`attend_one_query.cpp`), and all layers at once (`step.cpp`, see
-`compiled/whole_step.py`); and attention of many queries (`attend_many_queries.cpp`).
+"""The kernels in C++: how they are compiled, what they compute, and the operators that call them.
 
-Torch has none that read at the memory's speed there (its own of four bits reads 7 GB/s of 30). Inductor's loops know
-floats alone, go through a weight's numbers for each row by itself, reach a third of these kernels' speed in attention,
-and take twice as long to trace.
+They need a processor with AVX2 or AVX-512. There are linear maps of a few rows (`linear_floats.cpp`,
+`linear_integers.cpp`), attention of one query a row (`attend_one_query.cpp`) and of many (`attend_many_queries.cpp`),
+and all layers of one token at once (`step.cpp`, see `compiled/whole_step.py`).
+
+Torch's own kernels do not read at the memory's speed there (that for four bits reads 7 GB/s of 30). Inductor's loops
+compute with floats alone, read a weight again for each row, reach a third of these kernels' speed in attention, and
+take twice as long to trace.
 """
 
 import functools
@@ -32,7 +34,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def takes(weight: Any, x: Tensor) -> bool:
-    """Whether `sums` computes this; integers, but for what inputs lose, which must be few bits already."""
+    """Whether `sums` computes this product. For quantized weights it rounds inputs, so they must have 16 bits."""
     rows, d = x.shape[:-1].numel(), x.shape[-1]
     if x.device.type != "cpu" or not 0 < rows <= most(weight) or d == 0 or not level():
         return False
@@ -43,13 +45,14 @@ def takes(weight: Any, x: Tensor) -> bool:
 
 
 def most(weight: Any) -> int:
-    """The rows for which these kernels are the fastest."""
+    """The number of rows up to which these kernels are the fastest."""
     return 32 if isinstance(weight, Tensor) and level() else 8
 
 
 def sums(weights: Sequence[Tensor | Quantized | Grouped], x: Tensor) -> list[Tensor]:
-    """Of weights "... d" of one kind and rows "r d", in float32, the outputs "r o". Beside integers, an input is off by
-    at most 2^-16 of the largest of its 64.
+    """W x in float32 for weights "... d" of one kind and rows "r d": for each weight, its outputs "r o".
+
+    For quantized weights, inputs are rounded, by at most 2^-16 of the largest of a group of 64.
     """
     _loaded(x, STEP)
     values, scales = parts(weights)
@@ -61,7 +64,7 @@ def sums(weights: Sequence[Tensor | Quantized | Grouped], x: Tensor) -> list[Ten
 
 
 def parts(weights: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """What kernels are given of weights: their numbers, and of integers their scales."""
+    """A kernel's arguments for these weights: their numbers, and the scales of quantized ones (or an empty list)."""
     if all(isinstance(weight, Quantized | Grouped) for weight in weights):
         return [weight.values for weight in weights], [weight.scale for weight in weights]
     return list(weights), []
@@ -83,8 +86,9 @@ def attends(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 
 def one_query(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """Of queries "b k g h" in float32 over the slots up to `positions` "b" of keys and values "b k s h": heads
-    "b k g h". Slots beyond are not read.
+    """Attention of float32 queries "b k g h" over keys and values "b k s h": heads "b k g h".
+
+    Row b attends to the slots up to `positions` "b". Slots after a row's position are not read.
     """
     _loaded(queries, STEP)
     keys, values = (leaf if leaf.stride(-1) == 1 else leaf.contiguous() for leaf in (keys, values))
@@ -98,8 +102,10 @@ def _empty_heads(queries: Tensor, keys: Tensor, values: Tensor, positions: Tenso
 
 
 def many_queries(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """Of queries "b k g t h" over the slots up to `positions` "b t" of keys and values "b k s h": heads "b k g t h" of
-    the queries' dtype, which lie as "b t k g h". Slots beyond a row's largest position are not read.
+    """Attention of queries "b k g t h" over keys and values "b k s h": heads "b k g t h".
+
+    A query attends to the slots up to its `positions` "b t". The result has the queries' dtype and lies in
+    memory as "b t k g h". Slots after a row's largest position are not read.
     """
     _loaded(queries, PROMPT)
     alike = (x.to(queries.dtype) for x in (queries, keys, values))
@@ -115,13 +121,13 @@ def _empty_many(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor
 
 
 def level() -> str:
-    """What the processor has, "AVX2" or "AVX512"; "" where these kernels are not made."""
+    """The processor's vector instructions, "AVX2" or "AVX512"; "" where these kernels cannot be compiled."""
     capability = torch.backends.cpu.get_cpu_capability() if sys.platform == "linux" else ""
     return capability if capability in ("AVX2", "AVX512") else ""
 
 
 def ready(graph: Graph) -> None:
-    """Wait for the kernels that a graph has."""
+    """Wait until the kernels that a graph calls are compiled and loaded."""
     there = {node.target for node in graph.nodes}
     for kernels in (STEP, PROMPT):
         if any(getattr(torch.ops.llama_fn, kernel).default in there for kernel in kernels):
@@ -129,23 +135,24 @@ def ready(graph: Graph) -> None:
 
 
 def load(kernels: tuple[str, ...] = STEP) -> None:
-    """Have these kernels there."""
+    """Compile and load these kernels, if they are not loaded yet."""
     try:
         _made()[kernels].result()
     except Exception:
-        _made.cache_clear()  # a disk may be full but once
+        _made.cache_clear()  # so that the next call tries again: a full disk, say, may have room by then
         raise
 
 
 def _loaded(x: Tensor, kernels: tuple[str, ...]) -> None:
-    """`load`, or begin to where this is tracing."""
+    """`load`; while tracing, only start to, since nothing runs yet."""
     _made() if isinstance(x, FakeTensor) else load(kernels)
 
 
 @functools.cache
 def _made() -> dict[tuple[str, ...], Future]:
-    """The kernels, some beside others, soon to be loaded. They are compiled as inductor's loops are, and kept between
-    processes with them; meanwhile the rest is traced, since that takes six seconds.
+    """The kernels being compiled, in threads, because a step is traced meanwhile: compiling takes six seconds.
+
+    They are compiled as inductor's loops are, and kept on disk between processes in the same folder.
     """
     compiler = ThreadPoolExecutor(2)
     flags = ("-mavx2", "-mfma", "-mf16c")
@@ -153,8 +160,9 @@ def _made() -> dict[tuple[str, ...], Future]:
 
 
 def _source(kernels: tuple[str, ...]) -> str:
-    """These files as one, with what they include. A folder of compilations may be shared by processors: they are
-    compiled for this one's instructions.
+    """The source files of these kernels and what they include, as one text.
+
+    Its first line names the instructions: different processors may share the folder of compiled kernels.
     """
     source, seen = f"// {level()}\n", set()
 

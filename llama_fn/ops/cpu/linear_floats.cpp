@@ -1,19 +1,19 @@
-// Few rows times matrices of floats: y[r, o] = sum over d of W[o, d] x[r, d].
+// A few rows times matrices of floats: y[r, o] = sum over d of W[o, d] x[r, d].
 //
-// Of one row and of two a weight is read at the memory's speed in streams side by side, so that pages are on their way
-// at once. Of more, three outputs of four rows are summed at once (with AVX-512 of eight), which is what the registers
-// hold: a register of weights meets the inputs of these rows, one of inputs the weights of three outputs. The next
-// three are on their way meanwhile.
+// For one or two rows, a weight is read at the memory's speed in several streams, so that several pages are prefetched
+// at once. For more rows, the registers hold the accumulators of three outputs and four rows (eight with AVX-512): each
+// loaded weight is multiplied with all of these rows, each loaded input with all three outputs. Meanwhile the weights
+// of the next three outputs are prefetched.
 
 #include "avx2.h"
 
 namespace {
 
-constexpr int64_t TILE = 3;  // outputs that are summed at once
-constexpr int64_t BLOCK = 1024, TILES = 16;  // inputs that stay in the nearest cache, and for how many tiles
+constexpr int64_t TILE = 3;  // outputs whose accumulators are in registers
+constexpr int64_t BLOCK = 1024, TILES = 16;  // a block of inputs stays in the L1 cache for so many tiles
 
-// How a register of sums takes `COUNT` weights and inputs; how many rows are summed at once, and in how many streams
-// weights are read of one or two; and what takes one row.
+// A step of the inner loop: it multiplies COUNT weights and inputs and adds them to one register of accumulators. PACK
+// rows are accumulated at once. For one or two rows, weights are read in STREAMS streams, by the step `One`.
 template <class Number>
 struct Eight {
     using One = Eight;
@@ -66,7 +66,7 @@ struct Sixteen<BFloat16> {  // of pairs
     }
 };
 
-// Of one row: memory is read 2 % faster by 32 bytes than by 64.
+// The step for one row: loads of 32 bytes read memory 2 % faster than loads of 64.
 struct Halves : Sixteen<BFloat16> {
     struct Words {
         __m256i first, last;
@@ -89,9 +89,9 @@ struct Halves : Sixteen<BFloat16> {
 float sum_of(Halves::Sums sums) { return sum_of(_mm256_add_ps(sums.first, sums.last)); }
 #endif
 
-// Some outputs of `rows` rows, or one fewer, whose inputs lie as "d/COUNT ROWS COUNT", of the inputs from `begin` to
-// `end`: what is summed so far is kept from call to call, and the last writes to y "r total". `next` are the weights
-// that come next.
+// Accumulates the inputs from `begin` to `end` for some outputs of ROWS rows (or one fewer), whose inputs lie in memory
+// as "d/COUNT ROWS COUNT". The accumulators are kept from call to call; the last call writes them to y "r total".
+// `next` are the weights to prefetch.
 template <class Step, int OUTPUTS, int ROWS>
 void tile(const typename Step::Weight* weight, const typename Step::Weight* next, int64_t d, int64_t begin, int64_t end,
           const typename Step::Input* x, int64_t rows, typename Step::Sums* kept, float* y, int64_t total) {
@@ -107,7 +107,7 @@ void tile(const typename Step::Weight* weight, const typename Step::Weight* next
             UNROLLED for (int o = 0; o < OUTPUTS; o++) _mm_prefetch((const char*)(next + o * d + i), _MM_HINT_T1);
         UNROLLED for (int r = 0; r < ROWS; r++) {
             auto inputs = Step::inputs(x + COUNT * r);
-            asm("" : "+v"(inputs));  // else gcc loads them for every output: a tenth slower
+            asm("" : "+v"(inputs));  // otherwise gcc loads them again for every output: 10 % slower
             UNROLLED for (int o = 0; o < OUTPUTS; o++) sums[o][r] = Step::add(sums[o][r], weights[o], inputs);
         }
     }
@@ -126,12 +126,12 @@ constexpr decltype(&tile<Step, 1, 1>) TILE_OF[] = {
     tile<Step, OUTPUTS, Step::PACK / 4>, tile<Step, OUTPUTS, Step::PACK / 2>, tile<Step, OUTPUTS, Step::PACK * 3 / 4>,
     tile<Step, OUTPUTS, Step::PACK>};
 
-// How many outputs a piece has. Tiles of few rows take a block of inputs one after the other, so that it stays in the
-// nearest cache: of eight rows a third faster. Of many rows a tile's weights are what comes again.
+// The outputs of a piece. For few rows, tile after tile reads the same block of inputs, which stays in the L1 cache (a
+// third faster for eight rows). For many rows, a tile's weights are what is read again.
 template <class Step>
 int64_t outputs_of_rows(int64_t rows) { return rows <= Step::PACK ? TILES * TILE : TILE; }
 
-// Of a matrix's outputs from `begin` to `end` some pieces, of rows that are packed, to y "r total".
+// Computes pieces of a matrix's outputs from `begin` to `end`, for packed rows, into y "r total".
 template <class Step>
 void tiles(const void* values, const void* x, int64_t rows, int64_t d, float* y, int64_t total, int64_t begin,
            int64_t end, int64_t piece, int64_t last_piece) {
@@ -180,7 +180,7 @@ void streams(const void* values, const void* packed, int64_t d, float* y, int64_
                     sums[s][r] = Step::add(sums[s][r], weights, Step::inputs(x + ROWS * i + COUNT * r));
             }
         UNROLLED for (int s = 0; s < STREAMS; s++)
-            if (begin + s * each + piece < end)  // else the last is computed again, and may be another thread's
+            if (begin + s * each + piece < end)  // otherwise an output that another thread may write
                 UNROLLED for (int r = 0; r < ROWS; r++) y[r * total + o[s]] = sum_of(sums[s][r]);
     }
 }
@@ -221,7 +221,7 @@ void many_by(const Matrices& matrices, const Rows& x, float* y, int64_t threads)
     });
 }
 
-// Of matrices of one dtype side by side, and rows of the same numbers: "r o".
+// The product of matrices of one dtype, side by side, with rows of the same dtype: "r o".
 void floats_times(const Matrices& matrices, const Rows& x, float* y, int64_t threads) {
     STD_TORCH_CHECK(0 < x.rows && 0 < x.d && x.d % 8 == 0, "floats: rows of whole registers");
     const auto by = [&](auto step) {

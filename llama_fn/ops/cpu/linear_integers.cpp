@@ -1,14 +1,15 @@
-// Few rows times matrices of 8 or 4 bits: y[r, o] = sum over d of W[o, d] x[r, d].
+// A few rows times matrices of 8 or 4 bits: y[r, o] = sum over d of W[o, d] x[r, d].
 //
-// Inputs are made integers of 16 bits, of each group of 64 the largest 32767. So one instruction multiplies sixteen
-// numbers (with AVX-512 thirty-two) and adds what it gets in pairs, where eight floats take one, and more to be made of
-// bytes. Weights are read once, in streams side by side, so that pages are on their way at once.
+// Inputs are rounded to integers of 16 bits, so that the largest of each group of 64 becomes 32767. Then one
+// instruction multiplies sixteen numbers (thirty-two with AVX-512) and adds the products in pairs. Floats
+// take one for eight, and more to convert bytes. Weights are read once, in several streams, so that several pages are
+// prefetched at once.
 
 #include "avx2.h"
 
 namespace {
 
-constexpr int64_t GROUP = 64;  // inputs that share a step, and in four bits a scale and a minimum
+constexpr int64_t GROUP = 64;  // inputs that are rounded together; of 4-bit weights they share a scale and a minimum
 
 // Registers of sixteen integers, or of eight floats.
 struct Narrow {
@@ -42,7 +43,7 @@ struct Narrow {
     static Sums times(Sums a, Sums b) { return _mm256_mul_ps(a, b); }
     static Sums floats(Words n) { return _mm256_cvtepi32_ps(n); }
     static Sums add(Sums sums, Sums a, Sums b) { return _mm256_fmadd_ps(a, b, sums); }
-    static void scales(const uint16_t* pairs, Sums& scale, Sums& minimum) {  // a bfloat16 is half a float
+    static void scales(const uint16_t* pairs, Sums& scale, Sums& minimum) {  // a bfloat16 is the upper half of a float
         const __m256i both = _mm256_loadu_si256((const __m256i*)pairs);
         scale = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
         minimum = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(-65536)));
@@ -83,7 +84,7 @@ struct Wide {
     static void nibbles(const uint8_t* at, Words n[4]) {
         Words words = _mm512_loadu_si512(at);
         const Words low = _mm512_set1_epi16(15);
-        asm("" : "+v"(words));  // else gcc loads it four times
+        asm("" : "+v"(words));  // otherwise gcc loads it four times
         n[0] = _mm512_and_si512(words, low);
         n[1] = _mm512_and_si512(_mm512_srli_epi16(words, 4), low);
         n[2] = _mm512_and_si512(_mm512_srli_epi16(words, 8), low);
@@ -151,7 +152,7 @@ void take(const float* x, int64_t rows, const Inputs& to) {
             const int64_t first = g / Weight::GROUPS * Weight::GROUPS, half = g % Weight::GROUPS * 16;
             int16_t* const numbers = to.numbers() + r * to.d + first * GROUP + half;
             UNROLLED for (int i = 0; i < GROUP; i++) numbers[Weight::place(i)] = int16_t(whole[i]);
-            // An infinite or NaN input makes that of its sum; integers cannot say it.
+            // An infinite or NaN input makes the group's sum infinite or NaN, since integers cannot be either.
             to.step.at[r * to.padded + g] = largest / 32767 + 0 * total, to.sum.at[r * to.padded + g] = total;
         }
     }
@@ -203,7 +204,7 @@ void outputs(const uint8_t* values, const void* scale, const Inputs& x, float* y
                 UNROLLED for (int r = 0; r < ROWS; r++)
                     UNROLLED for (int i = 0; i < COUNT; i++) {
                         Words some = Weight::at(numbers + r * d + (g + k) * GROUP + 2 * Weight::LANES * i);
-                        if (STREAMS > 1) asm("" : "+v"(some));  // else gcc loads them for every stream
+                        if (STREAMS > 1) asm("" : "+v"(some));  // otherwise gcc loads them for every stream
                         inputs[r][i] = some;
                     }
                 UNROLLED for (int s = 0; s < STREAMS; s++, at[s - 1] += Weight::SIZE) {
@@ -218,7 +219,7 @@ void outputs(const uint8_t* values, const void* scale, const Inputs& x, float* y
             }
         }
         UNROLLED for (int s = 0; s < STREAMS; s++) {
-            if (begin + s * each + piece >= end) break;  // the last is computed again, and may be another thread's
+            if (begin + s * each + piece >= end) break;  // another thread may write this output
             UNROLLED for (int r = 0; r < ROWS; r++) {
                 const float sum = sum_of(sums[s][r]);
                 y[r * total + o[s]] = Weight::SCALED ? sum : sum * ((const float*)scale)[o[s]];
@@ -227,7 +228,7 @@ void outputs(const uint8_t* values, const void* scale, const Inputs& x, float* y
     }
 }
 
-// Of 1 to 8 rows: as many streams as are fastest (of one row, 3 are 8 % faster than 4 in four bits).
+// For 1 to 8 rows, the fastest number of streams (for one row in four bits, 3 are 8 % faster than 4).
 constexpr int STREAMS_OF[] = {3, 2, 2, 1, 1, 1, 1, 1};
 
 template <class Weight, size_t... ROWS>
@@ -246,7 +247,7 @@ void integers_by(const Matrices& matrices, const Rows& x, float* y, int64_t thre
     });
 }
 
-// Of matrices side by side, and 1 to 8 rows: "r o".
+// The product of matrices, side by side, with 1 to 8 rows: "r o".
 void integers_times(const Matrices& matrices, const Rows& x, float* y, int64_t threads) {
     STD_TORCH_CHECK(0 < x.rows && x.rows <= 8 && 0 < x.d && x.d % GROUP == 0, "integers: 1 to 8 rows of whole groups");
     const auto by = [&](auto lanes) {

@@ -1,17 +1,17 @@
-// Layers of one token a row, each x + attention(norm x), then x + feed_forward(norm x), as `block` is written, in
-// float32; and the head.
+// All layers of one token a row in float32, each as `block` computes it: x + attention(norm x), then
+// x + feed_forward(norm x); and the head.
 
 #include "avx2.h"
 
 namespace {
 
-// Of matrices of one kind side by side, and rows: "r o".
+// The product of matrices of one kind, side by side, with rows: "r o".
 void times(const Matrices& matrices, const Rows& x, float* y, int64_t threads) {
     const bool integers = matrices[0].kind == ScalarType::Char || matrices[0].kind == ScalarType::Byte;
     (integers ? integers_times : floats_times)(matrices, x, y, threads);
 }
 
-// What a layer reads and writes, in the order of `Block`.
+// The tensors that a layer reads and writes, in the order of `Block`.
 struct Layer {
     Matrices inner, output, gates, down;  // inner: of queries, keys and values
     const void *attention_norm, *ffn_norm;
@@ -73,7 +73,7 @@ void angles(const int64_t* positions, const float* frequencies, int64_t rows, in
         }
 }
 
-// Eight numbers, every pair turned by its angle.
+// Eight numbers, every pair rotated by its angle.
 __m256 turned(const float* x, const float* cos, const float* sin) {
     const __m256 pairs = _mm256_loadu_ps(x), others = _mm256_permute_ps(pairs, 0b10110001);
     return _mm256_fmadd_ps(pairs, _mm256_loadu_ps(cos), _mm256_mul_ps(others, _mm256_loadu_ps(sin)));
@@ -117,7 +117,7 @@ Tensor one_token(Tensor tokens, Tensor embedding, Tensor frequencies, std::vecto
         STD_TORCH_CHECK(0 <= token[r] && token[r] < embedding.size(0), "the vocabulary has no token ", token[r]);
     }
 
-    // Whether all is still what it was when the caller looked, and where it lies.
+    // Checks that all tensors are what the caller checked before, and finds their memory.
     const ScalarType kept = keys[0].scalar_type(), normed = norms[0].scalar_type();
     const auto matrix = [&](int64_t n, int64_t outputs, int64_t d) {
         const Tensor* const scale = scales.empty() ? nullptr : &scales[n];

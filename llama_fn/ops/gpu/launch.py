@@ -1,7 +1,11 @@
-"""What a GPU's kernels have in common.
+"""What the Triton kernels have in common.
 
-On Hopper a kernel is there before the one before it has ended (programmatic launch), waits for it before it reads or
-writes what is not older than the step, and lets the next one come before it ends itself.
+From Hopper on, a kernel may start before the previous one has ended (programmatic dependent launch, PDL). It may read
+at once what earlier steps wrote, such as weights. It waits for the previous kernel (`gdc_wait`) before it reads or
+writes anything of this step, and it allows the next kernel to start (`gdc_launch_dependents`) before it ends itself.
+
+Names in all kernels: w0 to w2 are up to three weights, s0 to s2 their scales, o0 to o2 their numbers of outputs;
+SCALED says whether there are scales, PDL whether the kernel was launched dependently, P counts the split-K parts.
 """
 
 import torch
@@ -9,28 +13,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST = 3  # weights that one kernel takes
+MOST = 3  # weights in one kernel call
 
 
-def early(x: Tensor) -> bool:
-    """Whether this GPU can begin a kernel before the one before it has ended."""
+def has_pdl(x: Tensor) -> bool:
+    """Whether this GPU has programmatic dependent launch."""
     return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
-def launch(ahead: bool) -> dict[str, bool]:
-    """How a kernel is launched that may."""
-    return {"launch_pdl": True} if ahead else {}  # not every GPU's compiler knows the word
+def launch(pdl: bool) -> dict[str, bool]:
+    """The launch options of a kernel, with or without programmatic dependent launch."""
+    return {"launch_pdl": True} if pdl else {}  # compilers for other GPUs do not know the option
 
 
 def filled(some: list[Tensor]) -> list[Tensor]:
-    """As many as a kernel takes."""
+    """The list filled up to `MOST` tensors; a kernel does not read the added ones."""
     return some + some[-1:] * (MOST - len(some))
 
 
 @triton.jit
-def mine(w0, w1, w2, s0, s1, s2, o0, o1, o2, OUTPUTS: tl.constexpr):
-    """Of this program: its weight and that one's scales, how many outputs it has, which of them are this program's own,
-    and where they go.
+def own_outputs(w0, w1, w2, s0, s1, s2, o0, o1, o2, OUTPUTS: tl.constexpr):
+    """The program's part of the work, when the programs are divided among up to three weights.
+
+    Five values: the weight, its scales, its number of outputs, the outputs that this program computes, and where the
+    weight's outputs begin in the result.
     """
     program, weight, scale, outputs, first = tl.program_id(0), w0, s0, o0, 0
     if program >= tl.cdiv(o0, OUTPUTS):
@@ -42,13 +48,13 @@ def mine(w0, w1, w2, s0, s1, s2, o0, o1, o2, OUTPUTS: tl.constexpr):
 
 @triton.jit
 def silu(x, dtype: tl.constexpr):
-    """Of float32, rounded as by itself."""
+    """The function silu of a float32, rounded to `dtype` as a kernel of its own would round."""
     return (x / (1 + tl.exp(-x))).to(dtype).to(tl.float32)
 
 
 @triton.jit
-def ask(at, size: tl.constexpr):
-    """Have `size` bytes come into the second cache."""
+def prefetch(at, size: tl.constexpr):
+    """Prefetch `size` bytes into the L2 cache."""
     tl.inline_asm_elementwise("""{
         .reg .pred first;
         .reg .b32 thread;

@@ -1,9 +1,12 @@
-"""Few rows times matrices on a GPU, which torch has no kernel for that reads them, bytes too, at the memory's speed.
+"""A few rows times matrices on a GPU, at the memory's speed. Torch has no such kernel, least of all for 8 bits.
 
-The first block of weights is older than the step: it comes into registers while the kernel before ends, and programs of
-the kernel after may come as soon as these have begun, each in the place of one that ends. Sizes of blocks are the
-fastest of some fifty that were measured (H100).
+Weights do not change during a step. So a program loads its first block of weights while the previous kernel still runs,
+and the next kernel's programs may start as soon as this one's have. Block sizes are the fastest of some fifty measured
+(H100).
 """
+
+# The checker takes a Triton kernel's body and its launch `kernel[grid](...)` for plain Python.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from typing import NamedTuple
 
@@ -14,65 +17,69 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_fn.ops.gpu import launch as gpu
-from llama_fn.ops.gpu.launch import mine, silu
+from llama_fn.ops.gpu.launch import own_outputs, silu
 from llama_fn.ops.operators import define
 
-OUTPUTS, BLOCK = 64, 128  # that a program multiplies at once, and inputs
+OUTPUTS, BLOCK = 64, 128  # the outputs of a program, and the inputs that it multiplies at a time
 FIRST = 512  # inputs of the first block of bytes, for up to 16 rows
-ENOUGH = 256  # programs: two on each of a Hopper's processors
+ENOUGH = 256  # programs: two for each of a Hopper's multiprocessors
 
 
 class Weights(NamedTuple):
-    """What takes the same rows: matrices "o d" of one dtype, and the scales of their outputs if they have any."""
+    """Matrices "o d" of one dtype that meet the same rows, and their outputs' scales (or an empty list)."""
 
     values: list[Tensor]
     scales: list[Tensor]
 
 
-def sums(weights: list[Tensor], x: Tensor, share: int) -> Tensor:
-    """Products summed in float32, of up to `gpu.MOST` weights "o d" of one dtype and rows "b d": "p b o", the outputs
-    of all weights side by side. The sum over p is missing: a program sums a `share` of the inputs.
+def sums(weights: list[Tensor], x: Tensor, split_size: int) -> Tensor:
+    """The split-K parts of W x in float32, for up to `gpu.MOST` weights "o d" of one dtype and rows "b d": "p b o".
+
+    The outputs of all weights stand side by side. Each part is the sum over `split_size` inputs; the caller adds up p.
     """
-    y = empty_sums(weights, x, share)
-    _launch(weights, [], x, y, share, len(y), gated=False)
+    y = empty_sums(weights, x, split_size)
+    _launch(weights, [], x, y, split_size, len(y), gated=False)
     return y
 
 
-def empty_sums(weights: list[Tensor], x: Tensor, share: int) -> Tensor:
-    """Where `sums` go."""
+def empty_sums(weights: list[Tensor], x: Tensor, split_size: int) -> Tensor:
+    """Memory for the result of `sums`."""
     rows, d = x.shape
-    return x.new_empty((triton.cdiv(d, share), rows, sum(len(weight) for weight in weights)), dtype=torch.float32)
+    return x.new_empty((triton.cdiv(d, split_size), rows, sum(len(weight) for weight in weights)), dtype=torch.float32)
 
 
 def sums_of(weights: Weights, x: Tensor) -> tuple[Tensor, tuple]:
-    """The sums, and what `summed` is told of them: parts, scales and outputs."""
-    parts, outputs = sums(weights.values, x, share(weights.values, x)), [len(value) for value in weights.values]
+    """The result of `sums`, and the first arguments of a kernel that calls `summed`."""
+    parts, outputs = sums(weights.values, x, split_size(weights.values, x)), [len(value) for value in weights.values]
     return parts, (parts, *gpu.filled(weights.scales or [parts]), *outputs, *[0] * (gpu.MOST - len(outputs)))
 
 
 def gated_sums(weights: Weights, x: Tensor) -> Tensor:
-    """silu(W0 x) * W1 x of rows "b d" and two weights "o d": "b o". For weights of which a program sums all inputs, by
-    their `share`.
+    """The gated product silu(W0 x) * W1 x of rows "b d" and two weights "o d": "b o".
+
+    It needs a `split_size` of all inputs, so that one program has the whole sum.
     """
     y = x.new_empty((len(x), len(weights.values[0])))
-    _launch(*weights, x, y, share(weights.values, x), 1, gated=True)
+    _launch(*weights, x, y, split_size(weights.values, x), 1, gated=True)
     return y
 
 
-def _launch(weights: list[Tensor], scales: list[Tensor], x: Tensor, y: Tensor, share: int, parts: int, gated: bool):
+def _launch(weights: list[Tensor], scales: list[Tensor], x: Tensor, y: Tensor, split_size: int,
+            parts: int, gated: bool) -> None:
     outputs, (rows, d), bytes_ = [len(weight) for weight in weights], x.shape, weights[0].dtype == torch.int8
     programs = triton.cdiv(2 * outputs[0], OUTPUTS) if gated else sum(triton.cdiv(o, OUTPUTS) for o in outputs)
-    ahead, first = gpu.early(x), FIRST if bytes_ and rows <= 16 and share % FIRST == 0 else BLOCK
+    pdl, first = gpu.has_pdl(x), FIRST if bytes_ and rows <= 16 and split_size % FIRST == 0 else BLOCK
     _few_rows[programs, parts](
         *gpu.filled(weights), *gpu.filled(scales or [y]), *outputs, *[0] * (gpu.MOST - len(outputs)), x.contiguous(), y,
-        rows, d, share, max(16, triton.next_power_of_2(rows)), OUTPUTS, first, BLOCK, 3 if bytes_ else 4, bytes_,
-        gated, bool(scales), ahead, num_warps=4, **gpu.launch(ahead))
+        rows, d, split_size, max(16, triton.next_power_of_2(rows)), OUTPUTS, first, BLOCK, 3 if bytes_ else 4, bytes_,
+        gated, bool(scales), pdl, num_warps=4, **gpu.launch(pdl))
 
 
-def share(weights: list[Tensor], x: Tensor) -> int:
-    """How many of the inputs, in whole blocks, a program should sum, so that there are some hundred programs. (It is an
-    argument of `sums` so that it stands in a compiled graph: torch's cache between processes does not look at sizes
-    within one.)
+def split_size(weights: list[Tensor], x: Tensor) -> int:
+    """How many inputs a program sums (split-K), in whole blocks, so that there are some hundred programs.
+
+    It is an argument of the operator, so that it stands in the compiled graph. Torch's on-disk cache of graphs would
+    not notice a size that is computed inside the operator.
     """
     bytes_, tiles = weights[0].dtype == torch.int8, sum(len(weight) for weight in weights) / OUTPUTS
     parts = max(1, round((396 if bytes_ else 256) / tiles))
@@ -81,7 +88,7 @@ def share(weights: list[Tensor], x: Tensor) -> int:
 
 
 def _pairs(power: str, kind: str) -> str:
-    """Of four bytes two times two numbers: see `_exact`."""
+    """PTX that makes two pairs of 16-bit numbers from four bytes; `_exact` says how."""
     two = """
         prmt.b32 two, $2, 0, {};
         lop3.b32 low, two, 0x007f007f, {power}, 0xea;
@@ -97,8 +104,10 @@ FLOAT16 = tl.constexpr(_pairs("0x64006400", "f16x2"))
 
 @triton.jit
 def _exact(number, dtype: tl.constexpr, PAIRS: tl.constexpr):
-    """Bytes as numbers of 16 bits. In `PAIRS`: the seven lower bits as the last ones of a power of two, less that power
-    or, where the eighth is set, less what it is with that, too (128 and 256 in bfloat16, 1024 and 1152 in float16).
+    """Signed bytes as 16-bit floats, exactly.
+
+    With PAIRS, two at a time: the seven lower bits are put into the mantissa of a power of two, and that power is
+    subtracted. Where the sign bit is set, 128 more is subtracted (128 or 256 in bfloat16, 1024 or 1152 in float16).
     """
     if not PAIRS:
         exact = number.to(dtype)
@@ -110,19 +119,19 @@ def _exact(number, dtype: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _few_rows(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, y, rows, d: tl.constexpr, share: tl.constexpr, ROWS: tl.constexpr,
-              OUTPUTS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-              BYTES: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, EARLY: tl.constexpr):
-    if GATED:  # an output of the first weight, the same of the second, the next of the first
+def _few_rows(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, y, rows, d: tl.constexpr, split_size: tl.constexpr,
+              ROWS: tl.constexpr, OUTPUTS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+              BYTES: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr):
+    if GATED:  # outputs of the two weights alternate, so that a gate and its factor are in one program
         outputs, first, both = o0, 0, tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
         o, weight = both // 2, tl.where(both % 2 == 1, w1, w0)
         if SCALED:
             factors = tl.load(tl.where(both % 2 == 1, s1, s0) + o, mask=o < o0, other=0)
         weight = weight[None, :] if BYTES else weight[:, None]
     else:
-        weight, _, outputs, o, first = mine(w0, w1, w2, s0, s1, s2, o0, o1, o2, OUTPUTS)
-    row, k, begin = tl.arange(0, ROWS), tl.arange(0, FIRST), tl.program_id(1) * share
-    if BYTES:  # rows times outputs: where a byte is made a number, there the product takes it
+        weight, _, outputs, o, first = own_outputs(w0, w1, w2, s0, s1, s2, o0, o1, o2, OUTPUTS)
+    row, k, begin = tl.arange(0, ROWS), tl.arange(0, FIRST), tl.program_id(1) * split_size
+    if BYTES:  # rows times outputs: the product takes a converted byte from the register that it is in
         row, o, of_row, of_output = row[:, None], o[None, :], k[None, :], k[:, None]
     else:  # outputs times rows: 6 % faster
         row, o, of_row, of_output = row[None, :], o[:, None], k[:, None], k[None, :]
@@ -130,18 +139,18 @@ def _few_rows(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, y, rows, d: tl.constexpr, s
     x += row * d + begin
     weight += o.to(tl.int64) * d + begin
     numbers = tl.load(weight + of_output, mask=own & (begin + of_output < d), other=0)
-    if EARLY:
+    if PDL:
         gdc_wait()  # for x; the weight is older
         gdc_launch_dependents()
     inputs = tl.load(x + of_row, mask=there & (begin + of_row < d), other=0)
     total = tl.zeros([ROWS, OUTPUTS] if BYTES else [OUTPUTS, ROWS], tl.float32)
     k = tl.arange(0, BLOCK)
     of_row, of_output = (k[None, :], k[:, None]) if BYTES else (k[:, None], k[None, :])
-    for start in tl.range(FIRST, share, BLOCK, num_stages=STAGES):
+    for start in tl.range(FIRST, split_size, BLOCK, num_stages=STAGES):
         more = tl.load(weight + start + of_output, mask=own & (begin + start + of_output < d), other=0)
         taken = tl.load(x + start + of_row, mask=there & (begin + start + of_row < d), other=0)
-        total = _product(more, taken, total, BYTES, EARLY)
-    total = _product(numbers, inputs, total, BYTES, EARLY)
+        total = _product(more, taken, total, BYTES, PDL)
+    total = _product(numbers, inputs, total, BYTES, PDL)
     if GATED:
         dtype: tl.constexpr = y.dtype.element_ty
         out = total if BYTES else tl.trans(total)
@@ -163,7 +172,7 @@ def _product(weights, inputs, total, BYTES: tl.constexpr, PAIRS: tl.constexpr):
 @triton.jit
 def summed(parts, s0, s1, s2, o0, o1, o2, row, rows, o, there, dtype: tl.constexpr, P: tl.constexpr,
            SCALED: tl.constexpr):
-    """Outputs `o` of a row's `sums`, times their scales, rounded as by themselves."""
+    """Outputs `o` of one row: the sum of the split-K parts, times the scales, rounded as in a kernel of its own."""
     total = tl.zeros(o.shape, tl.float32)
     for p in tl.static_range(P):
         total += tl.load(parts + (p * rows + row).to(tl.int64) * (o0 + o1 + o2) + o, mask=there, other=0)
@@ -173,4 +182,4 @@ def summed(parts, s0, s1, s2, o0, o1, o2, row, rows, o, there, dtype: tl.constex
     return total.to(dtype).to(tl.float32)
 
 
-define("sums(Tensor[] weights, Tensor x, int share) -> Tensor", empty_sums, CUDA=sums)
+define("sums(Tensor[] weights, Tensor x, int split_size) -> Tensor", empty_sums, CUDA=sums)

@@ -1,9 +1,12 @@
-"""One row times matrices on a GPU, at the memory's speed, and what is done with the result: by itself, a gate or a sum
-is a small kernel of 2 us, in which no weight is read.
+"""One row times matrices on a GPU, at the memory's speed, with its epilogue: a rotation, a gate or a residual sum.
 
-Weights are older than the step, so that their loads begin before the kernel before has ended, and the last programs ask
-for the first of the next. Sizes of blocks are the fastest of some ten that were measured (H100).
+An epilogue in a kernel of its own takes 2 us, in which no weight is read. Weights do not change during a step, so their
+loads begin before the previous kernel has ended, and the last programs prefetch the first weights of the next kernel.
+Block sizes are the fastest of some ten measured (H100).
 """
+
+# The checker takes a Triton kernel's body and its launch `kernel[grid](...)` for plain Python.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from typing import NamedTuple
 
@@ -14,15 +17,17 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_fn.ops.gpu import launch as gpu
-from llama_fn.ops.gpu.launch import ask, mine, silu
+from llama_fn.ops.gpu.launch import own_outputs, prefetch, silu
 from llama_fn.ops.operators import define
 
-ASKED = 4096  # bytes of the next weights that a program asks for
+PREFETCH_BYTES = 4096  # bytes of the next weight that one program prefetches
 
 
-class Turned(NamedTuple):
-    """What becomes of queries, keys and values: queries and keys are turned by the angles of `rope.Rotation`, "b p";
-    keys and values go to the slots `positions` of leaves "b k s h".
+class Rotated(NamedTuple):
+    """The epilogue of queries, keys and values.
+
+    Queries and keys are rotated by the angles whose cosines and sines "b p" these are. Keys and values are written to
+    the slots `positions` "b" of the cache's leaves "b k s h".
     """
 
     cos: Tensor
@@ -33,66 +38,71 @@ class Turned(NamedTuple):
 
 
 def row(weights: list[Tensor], scales: list[Tensor], x: Tensor, residual: Tensor | None = None, gated: bool = False,
-        turned: Turned | None = None, following: Tensor | None = None) -> Tensor:
-    """W x of a row "1 d", of up to `gpu.MOST` weights "o d" of one dtype, times their outputs' scales if there are any:
-    the outputs of all weights side by side, "1 o". With a `residual` "1 o", residual + W x; or, `gated`, of two weights
-    silu(W0 x) * W1 x; or, `turned`, of three weights the queries alone. `following` is the weight that will be read
-    next.
+        rotated: Rotated | None = None, following: Tensor | None = None) -> Tensor:
+    """W x of one row "1 d" and up to `gpu.MOST` weights "o d" of one dtype: all outputs side by side, "1 o".
+
+    Outputs are multiplied by their scales, if there are any. At most one epilogue follows: with `residual` "1 o" the
+    result is residual + W x; with `gated`, silu(W0 x) * W1 x of two weights; with `rotated`, the queries alone, while
+    keys and values go to the cache. `following` is the weight that the next kernel reads; it is prefetched.
     """
-    y, at_once = x.new_empty((1, len(weights[0]) if gated or turned else sum(map(len, weights)))), ways(weights, x)
-    weights, x, ahead = words(weights, x)
+    y = x.new_empty((1, len(weights[0]) if gated or rotated else sum(map(len, weights))))
+    width = vector_width(weights, x)
+    weights, x, pdl = words(weights, x)
     outputs, d = [len(weight) for weight in weights], weights[0].shape[1]
-    count, block, warps = (2 if d % 512 == 0 else 4, 256, 4) if at_once > 1 else (
-        (2, 2048, 8) if gated or turned or d % 2048 == 0 else (1, 4096, 4))
+    count, block, warps = (2 if d % 512 == 0 else 4, 256, 4) if width > 1 else (
+        (2, 2048, 8) if gated or rotated or d % 2048 == 0 else (1, 4096, 4))
     programs = triton.cdiv(outputs[0], count // 2) if gated else sum(triton.cdiv(o, count) for o in outputs)
-    asking = 0
-    if ahead and following is not None and following.data_ptr() % 16 == 0:
-        asking = min(1024, programs // 4, following.nbytes // ASKED)
-    places, (slots, h) = turned or [x] * len(Turned._fields), turned.keys.shape[-2:] if turned else (1, 1)
+    prefetching = 0
+    if pdl and following is not None and following.data_ptr() % 16 == 0:
+        prefetching = min(1024, programs // 4, following.nbytes // PREFETCH_BYTES)
+    places, (slots, h) = rotated or [x] * len(Rotated._fields), rotated.keys.shape[-2:] if rotated else (1, 1)
     _row[programs,](
         *gpu.filled(weights), *gpu.filled(scales or [x]), *outputs, *[0] * (gpu.MOST - len(outputs)), x,
-        x if residual is None else residual.contiguous(), *places, slots, following if asking else x, y,
-        ZERO, d, at_once, count, block, h, bool(scales), residual is not None, gated, turned is not None, asking, ASKED,
-        ahead, num_warps=warps, **gpu.launch(ahead))
+        x if residual is None else residual.contiguous(), *places, slots, following if prefetching else x, y,
+        ZERO, d, width, count, block, h, bool(scales), residual is not None, gated, rotated is not None, prefetching,
+        PREFETCH_BYTES, pdl, num_warps=warps, **gpu.launch(pdl))
     return y
 
 
 def empty_row(weights: list[Tensor], scales: list[Tensor], x: Tensor) -> Tensor:
-    """Where it goes."""
+    """Memory for the result of `row` without an epilogue."""
     return x.new_empty((1, sum(map(len, weights))))
 
 
-def ways(weights: list[Tensor], x: Tensor) -> int:
-    """How many numbers are read at once: four bytes as a word, and the inputs that they meet as another."""
+def vector_width(weights: list[Tensor], x: Tensor) -> int:
+    """How many numbers a load reads: four bytes as one word (and their four inputs as another), or one."""
     return 4 if weights[0].dtype == torch.int8 and x.itemsize == 2 and x.shape[-1] % 4 == 0 else 1
 
 
 def words(weights: list[Tensor], x: Tensor) -> tuple[list[Tensor], Tensor, bool]:
-    """The weights as what is read at once and the rows as they can be, and whether a kernel may begin `early`. Weights
-    must be older than the step, and in one piece.
+    """The weights and the row as they are loaded, and whether to use programmatic dependent launch.
+
+    Weights must be contiguous, and written before this step began.
     """
-    ahead, x = gpu.early(x), aligned(x.contiguous())
-    if any(weight.data_ptr() % 16 for weight in weights):  # it begins where no word does
-        weights, ahead = [weight.clone() for weight in weights], False
-    return [weight.view(torch.int32) if ways(weights, x) > 1 else weight for weight in weights], x, ahead
+    pdl, x = gpu.has_pdl(x), aligned(x.contiguous())
+    if any(weight.data_ptr() % 16 for weight in weights):  # loads of words need alignment; the copy is of this step
+        weights, pdl = [weight.clone() for weight in weights], False
+    return [weight.view(torch.int32) if vector_width(weights, x) > 1 else weight for weight in weights], x, pdl
 
 
 def aligned(x: Tensor) -> Tensor:
-    """With its first number where words begin."""
+    """The tensor, copied if its memory is not aligned to 16 bytes."""
     return x.clone() if x.data_ptr() % 16 else x
 
 
 @triton.jit
 def number(fours, i: tl.constexpr, dtype: tl.constexpr):
-    """Number i of each four of 16 bits."""
+    """The i-th of the four 16-bit numbers in each word of 64 bits."""
     return (fours >> 16 * i).to(tl.int16).to(dtype, bitcast=True)
 
 
 @triton.jit
 def _lying(words, i: tl.constexpr, zero):
-    """Byte i of each word as a float, as it lies there: the odd bytes 256**i times. The highest can be converted. The
-    others become the last bits of 2**23 + 128, which is taken off again; `zero`, that float's bits, would take one
-    operation more if the compiler knew them.
+    """Signed byte i of each word as a float, times the power of two that its position in the word gives it.
+
+    Byte 3 is masked and converted: 2**24 times its value. Bytes 0 to 2 become the last bits of the float 2**23 + 128,
+    which is then subtracted: byte 1 stays in place and counts 256 times. `zero` holds the bits of that float; it is an
+    argument, because the compiler spends one more operation on a constant.
     """
     if i == 3:
         lies = (words & -16777216).to(tl.float32)
@@ -108,35 +118,38 @@ ZERO = 0x4B000080  # 2**23 + 128, the float that `_lying` makes of a byte of 0
 
 @triton.jit
 def _place(i: tl.constexpr):
-    """What makes good how many times byte i counts in `_lying`."""
+    """The inverse of the power of two that byte i has in `_lying`."""
     return 5.9604644775390625e-08 if i == 3 else 0.00390625 if i == 1 else 1.0
 
 
 @triton.jit
 def _row(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, residual, cos, sin, keys, values, position, slots, following, y, zero,
-         d: tl.constexpr, ways: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, h: tl.constexpr,
-         SCALED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr, TURNED: tl.constexpr, ASKING: tl.constexpr,
-         ASKED: tl.constexpr, EARLY: tl.constexpr):
+         d: tl.constexpr, vector_width: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, h: tl.constexpr,
+         SCALED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr, ROTATED: tl.constexpr,
+         PREFETCHING: tl.constexpr, PREFETCH_BYTES: tl.constexpr, PDL: tl.constexpr):
+    # w, s, o: weights, scales, numbers of outputs (`launch.py`). cos to position: see `Rotated`. slots: of the cache.
+    # following: the weight to prefetch, by the last PREFETCHING programs, PREFETCH_BYTES each. zero: see `_lying`.
+    # A program computes OUTPUTS outputs, BLOCK loads at a time. ADDED, GATED, ROTATED: the epilogue.
     k = tl.arange(0, BLOCK)
     dtype: tl.constexpr = y.dtype.element_ty
-    if GATED:  # an output of the first weight, the same of the second, the next of the first
+    if GATED:  # outputs of the two weights alternate, so that a program has both
         o, outputs, first = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS) // 2, o0, 0
         second = tl.arange(0, OUTPUTS) % 2 == 1
         at, scale = tl.where(second[:, None], w1, w0), tl.where(second, s1, s0)
     else:
-        at, scale, outputs, o, first = mine(w0, w1, w2, s0, s1, s2, o0, o1, o2, OUTPUTS)
+        at, scale, outputs, o, first = own_outputs(w0, w1, w2, s0, s1, s2, o0, o1, o2, OUTPUTS)
     at += o[:, None].to(tl.int64) * d + k[None, :]
     there = (o < outputs)[:, None]
-    if ways == 4:
-        at = tl.max_contiguous(at, [1, 2])  # two words a thread, as many as it reads fours of inputs
+    if vector_width == 4:
+        at = tl.max_contiguous(at, [1, 2])  # two words a thread, as of the inputs
     words = tl.load(at, mask=there & (k < d)[None, :], other=0, eviction_policy="evict_first")
     if SCALED:
         factors = tl.load(scale + o, mask=o < outputs, other=0)
-    if EARLY:
+    if PDL:
         gdc_wait()  # for x; the weight is older
     if ADDED:
         before = tl.load(residual + o, mask=o < outputs, other=0).to(tl.float32)
-    if TURNED:
+    if ROTATED:
         angle, slot = o % h // 2, tl.load(position).to(tl.int64)
         cosine, sine = tl.load(cos + angle), tl.load(sin + angle)
     total = tl.zeros([OUTPUTS, BLOCK], tl.float32)
@@ -144,11 +157,11 @@ def _row(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, residual, cos, sin, keys, values
         next_words, inside = words, start + k < d
         if start + BLOCK < d:
             beyond = at + start + BLOCK
-            if ways == 4:
+            if vector_width == 4:
                 beyond = tl.max_contiguous(beyond, [1, 2])
             next_words = tl.load(beyond, mask=there & (start + BLOCK + k < d)[None, :], other=0,
                                  eviction_policy="evict_first")
-        if ways == 1:
+        if vector_width == 1:
             inputs = tl.load(x + start + k, mask=inside, other=0).to(tl.float32)
             total += words.to(tl.float32) * inputs[None, :]
         else:
@@ -157,16 +170,16 @@ def _row(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, residual, cos, sin, keys, values
                 inputs = number(fours, i, dtype).to(tl.float32) * _place(i)
                 total += _lying(words, i, zero) * inputs[None, :]
         words = next_words
-    if ASKING > 0:
-        last = tl.program_id(0) - (tl.num_programs(0) - ASKING)
+    if PREFETCHING > 0:
+        last = tl.program_id(0) - (tl.num_programs(0) - PREFETCHING)
         if last >= 0:
-            ask(following.to(tl.pointer_type(tl.int8)) + last.to(tl.int64) * ASKED, ASKED)
-    if EARLY:
+            prefetch(following.to(tl.pointer_type(tl.int8)) + last.to(tl.int64) * PREFETCH_BYTES, PREFETCH_BYTES)
+    if PDL:
         gdc_launch_dependents()
     out = tl.sum(total, 1)
     if SCALED:
         out *= factors
-    out = out.to(dtype)  # as it is where this is a kernel by itself
+    out = out.to(dtype)  # rounded as a product without an epilogue
     if GATED:
         o = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
         gate, up = tl.split(tl.reshape(out.to(tl.float32), [OUTPUTS // 2, 2]))
@@ -174,7 +187,7 @@ def _row(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, residual, cos, sin, keys, values
     if ADDED:
         out = before + out.to(tl.float32)
     place, kept = first + o.to(tl.int64), o < outputs
-    if TURNED:
+    if ROTATED:
         even, odd = tl.split(tl.reshape(out.to(tl.float32), [OUTPUTS // 2, 2]))
         cosine, _ = tl.split(tl.reshape(cosine, [OUTPUTS // 2, 2]))
         sine, _ = tl.split(tl.reshape(sine, [OUTPUTS // 2, 2]))
