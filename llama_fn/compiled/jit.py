@@ -23,9 +23,10 @@ MOST_SHAPES = 64  # compilations of one function; torch gives up after 8
 def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
     """`f` compiled as one graph for every combination of shapes: the same signature and, up to rounding, same results.
 
-    An argument named in `donate` (JAX's ``donate_argnames``) gives its memory to the part of the result that has the
-    same structure, shapes and dtypes. So a decode step that donates its cache writes one slot and copies nothing. A donated
-    value must not be used again: its memory holds the new one. No other part of the result may be a view of it.
+    An argument named in `donate` (JAX's ``donate_argnames``) gives its memory to the part of the result that has
+    the same structure, shapes and dtypes. So a decode step that donates its cache writes one slot and copies nothing.
+    A donated value must not be used again: its memory holds the new one. No other part of the result may be a view of
+    it.
 
     Transforms go inside: `jit(vmap(f))`, not `vmap(jit(f))`. Raises `ValueError` for a donated name that `f` does not
     have; a call raises torch's ``Unsupported`` for one that no part of the result can take. Where nothing can be

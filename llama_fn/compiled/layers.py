@@ -44,9 +44,9 @@ def jit_layers(f: Callable[..., Any] = forward, donate: str | Sequence[str] = "c
     """A decode step compiled by its parts, with the signature and, up to rounding, the results of `f`.
 
     `f` is `forward`, ``trunk``, or a function that hands them ``layer``, ``head`` and ``trunk``. All layers share one
-    compiled block, so that the first call takes as long for 80 layers as for one. If the cache is donated, it is written in
-    place. A step reads as many slots of the cache as its length needs. On a GPU, the launches of a step are recorded
-    and replayed as one (``cuda_graph.py``).
+    compiled block, so that the first call takes as long for 80 layers as for one. If the cache is donated, it is
+    written in place. A step reads as many slots of the cache as its length needs. On a GPU, the launches of a step are
+    recorded and replayed as one (``cuda_graph.py``).
 
     Only plain values are compiled: what is differentiated, mapped or traced runs as it is. Where nothing can be
     compiled, a warning says why, and everything runs as it is.
