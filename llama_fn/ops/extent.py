@@ -27,13 +27,13 @@ def extent(length: Tensor) -> Extent | None:
     On a GPU they are read once in the tensor's life, since the host has to wait for them, and the result of `grown` is
     known without reading. A write through `.data` is not noticed.
     """
-    if length.is_cuda and not traced() and (known := remembered(length)) is not None:
+    if on_gpu(length) and not traced() and (known := remembered(length)) is not None:
         return known
     if not concrete(length) or not length.numel():
         return None
     least, most = ends(length)
     known = Extent(least, most, most)
-    return noted(length, known) if length.is_cuda else known
+    return noted(length, known) if on_gpu(length) else known
 
 
 def remembered(length: Tensor) -> Extent | None:
