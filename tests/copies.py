@@ -35,19 +35,22 @@ def warm() -> None:
         importlib.import_module(name)
 
 
-def copy(root: Path) -> Path:
-    """The tree in a new temporary folder. Python recompiles a file whose contents changed, whatever its time says."""
-    folder = Path(tempfile.mkdtemp(prefix="planted-"))
+def copy(root: Path, parent: str) -> Path:
+    """The tree in a new folder. Python recompiles a file whose contents changed, whatever its time says."""
+    folder = Path(tempfile.mkdtemp(dir=parent))
     shutil.copytree(root, folder / "tree", ignore=LEFT)
     compileall.compile_dir(folder / "tree/llama_fn", quiet=2,
                            invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
     return folder / "tree"
 
 
-def pool(workers: int, begin: Callable[[], None]) -> ProcessPoolExecutor:
-    """Processes, each with a copy of its own, that are forked from this one."""
+@contextlib.contextmanager
+def pool(workers: int, begin: Callable[[str], None]) -> Iterator[ProcessPoolExecutor]:
+    """Processes forked from this one. Each begins with a folder for its copy, which is removed at the end."""
     warm()
-    return ProcessPoolExecutor(workers, get_context("fork"), begin)
+    with tempfile.TemporaryDirectory(prefix="planted-") as folder:
+        with ProcessPoolExecutor(workers, get_context("fork"), begin, (folder,)) as executor:
+            yield executor
 
 
 @contextlib.contextmanager

@@ -112,10 +112,10 @@ def survivors(bugs: Sequence[Bug], workers: int = 1) -> list[Bug]:
     return left
 
 
-def begin() -> None:
+def begin(folder: str) -> None:
     """Give a worker a tree of its own."""
     global tree
-    tree = copies.copy(ROOT)
+    tree = copies.copy(ROOT, folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,42 @@
+"""The records of planted bugs fit the code, and the replayer tells a bug that is found from one that survives."""
+
+import ast
+from pathlib import Path
+
+import plant
+import pytest
+
+BUGS = plant.records()
+
+
+def tests_of(path: Path) -> set[str]:
+    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("room", sorted({bug.room for bug in BUGS}))
+def test_every_record_fits_the_code(room):
+    bugs = [bug for bug in BUGS if bug.room == room]
+    assert bugs
+    wrong = []
+    for bug in bugs:
+        file, _, test = bug.where.partition("::")
+        try:
+            if plant.planted(bug, plant.ROOT) == (plant.ROOT / bug.file).read_text():
+                wrong.append((bug.why, "changes nothing"))
+        except (OSError, ValueError) as error:
+            wrong.append((bug.why, str(error)))
+        if not (plant.ROOT / file).is_file() or test not in tests_of(plant.ROOT / file):
+            wrong.append((bug.why, f"there is no {bug.where}"))
+    assert not wrong
+
+
+def test_no_bug_is_planted_twice():
+    assert len(BUGS) == len(set(bug[:-1] for bug in BUGS))
+
+
+@pytest.mark.slow
+def test_planted_bugs_are_found_and_what_changes_nothing_survives(capfd):
+    fast = [bug for bug in BUGS if bug.file.startswith("llama_fn/model/") and bug.test.startswith("test_model.py")]
+    harmless = fast[0]._replace(instead=fast[0].words.replace(" ", "  "), why="a space more")
+    assert plant.survivors([*fast[:: len(fast) // 7], harmless]) == [harmless]
+    assert "SURVIVES" in capfd.readouterr().out
