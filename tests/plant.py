@@ -70,10 +70,10 @@ def replay(bug: Bug, alone: float) -> tuple[str, float]:
             status, output = copies.run(tree, [bug.where, "--hypothesis-profile", profile], limit)
             if status == 1:
                 fate = "found"
-            elif status is None:
-                fate = "found, for it hangs"
+            elif status is None or status < 0:
+                fate = "found: it hangs" if status is None else "found: it ends the process"
             elif status != 0:
-                fate = f"SURVIVES, for pytest's status is {status}: {output[-1500:]}"
+                fate = f"SURVIVES: pytest's status is {status}: {output[-1500:]}"
             if status != 0:
                 break
     return fate, time.perf_counter() - begun
