@@ -48,9 +48,9 @@ def copy(root: Path, parent: str) -> Path:
 def pool(workers: int, begin: Callable[[str], None]) -> Iterator[ProcessPoolExecutor]:
     """Processes forked from this one. Each begins with a folder for its copy, which is removed at the end."""
     warm()
-    with tempfile.TemporaryDirectory(prefix="planted-") as folder:
-        with ProcessPoolExecutor(workers, get_context("fork"), begin, (folder,)) as executor:
-            yield executor
+    with (tempfile.TemporaryDirectory(prefix="planted-") as folder,
+          ProcessPoolExecutor(workers, get_context("fork"), begin, (folder,)) as executor):
+        yield executor
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import copies
+import mutants
 
 ROOT = Path(__file__).parent.parent
 tree = ROOT  # in a worker, its copy
@@ -112,6 +113,35 @@ def survivors(bugs: Sequence[Bug], workers: int = 1) -> list[Bug]:
     return left
 
 
+def score(path: str, every: int, workers: int) -> int:
+    """Try every K-th mutant of a file or folder on the fast tests of its room, and print the share that is found."""
+    files = sorted((ROOT / path).rglob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]
+    some = [mutant for file in files for mutant in mutants.mutants(ROOT, file.relative_to(ROOT).as_posix())][::every]
+    same = mutants.equivalent(ROOT)
+    some = [mutant for mutant in some if mutant[:4] not in same]
+    left = []
+    with copies.pool(workers, begin) as pool:
+        for mutant, fate in zip(some, pool.map(tried, some), strict=True):
+            if fate == 0:
+                left.append(mutant)
+                print(f"SURVIVES {mutant}", flush=True)
+    share = 1 - len(left) / max(1, len(some))
+    print(f"{len(some) - len(left)} of {len(some)} mutants are found: {100 * share:.1f} %")
+    return 1 if left else 0
+
+
+def tried(mutant: mutants.Mutant) -> int | None:
+    """pytest's status with the mutant in place."""
+    room = Path("tests", Path(mutant.file).parts[1]).as_posix()
+    status: int | None = 0
+    with copies.edited(tree / mutant.file, mutant.text):
+        for profile in ("quick", "unshrunk"):
+            status, _ = copies.run(tree, [room, "-m", "not slow", "--hypothesis-profile", profile], 300)
+            if status != 0:
+                break
+    return status
+
+
 def begin(folder: str) -> None:
     """Give a worker a tree of its own."""
     global tree
@@ -126,6 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mutate", metavar="PATH", help="a file or folder to mutate, rather than records")
     parser.add_argument("--every", type=int, default=1, metavar="K", help="every K-th mutant alone")
     options = parser.parse_args(arguments)
+    if options.mutate:
+        return score(options.mutate, options.every, options.j)
     bugs = list(chosen(records(), options.words, options.changed))
     left = survivors(bugs, options.j) if bugs else []
     print(f"{len(bugs) - len(left)} of {len(bugs)} planted bugs are found")

@@ -3,13 +3,14 @@
 import ast
 from pathlib import Path
 
+import mutants
 import plant
 import pytest
 
 BUGS = plant.records()
 
 
-def tests_of(path: Path) -> set[str]:
+def functions(path: Path) -> set[str]:
     return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
@@ -25,13 +26,21 @@ def test_every_record_fits_the_code(room):
                 wrong.append((bug.why, "changes nothing"))
         except (OSError, ValueError) as error:
             wrong.append((bug.why, str(error)))
-        if not (plant.ROOT / file).is_file() or test not in tests_of(plant.ROOT / file):
+        if not (plant.ROOT / file).is_file() or test not in functions(plant.ROOT / file):
             wrong.append((bug.why, f"there is no {bug.where}"))
     assert not wrong
 
 
 def test_no_bug_is_planted_twice():
-    assert len(BUGS) == len(set(bug[:-1] for bug in BUGS))
+    assert len(BUGS) == len({bug[:-1] for bug in BUGS})
+
+
+def test_mutants_are_programs_that_differ_and_what_is_listed_as_equivalent_is_one():
+    files = [file.relative_to(plant.ROOT).as_posix() for file in sorted((plant.ROOT / "llama_fn/model").glob("*.py"))]
+    found = [mutant for file in files for mutant in mutants.mutants(plant.ROOT, file)]
+    assert len({mutant.text for mutant in found}) == len(found) > 200
+    assert "llama_fn/model/norm.py rms_norm: exact * scale -> (exact / scale)" in map(str, found)
+    assert mutants.equivalent(plant.ROOT) <= {mutant[:4] for mutant in found}
 
 
 @pytest.mark.slow
