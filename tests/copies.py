@@ -2,6 +2,7 @@
 
 import compileall
 import contextlib
+import gc
 import importlib
 import os
 import py_compile
@@ -22,7 +23,8 @@ import torch
 LEFT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "run", "shared")
 MODULES = ("torch.func", "torch.export", "torch._dynamo", "torch._inductor.compile_fx", "torch.testing", "numpy",
            "einops", "jaxtyping", "safetensors.torch", "hypothesis.strategies", "pytest", "xdist.plugin",
-           "_hypothesis_pytestplugin", "hypothesis.internal.conjecture.engine", "hypothesis.extra.numpy")
+           "_hypothesis_pytestplugin", "hypothesis.internal.conjecture.engine", "hypothesis.extra.numpy", "sentencepiece",
+           "beartype.door", "pdb")
 
 
 def warm() -> None:
@@ -33,6 +35,7 @@ def warm() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # as conftest.py does, for triton is imported here
     for name in MODULES:
         importlib.import_module(name)
+    gc.freeze()  # else every process looks through all of it for garbage, and has a copy of its own
 
 
 def copy(root: Path, parent: str) -> Path:

@@ -67,7 +67,7 @@ def _changes(node: ast.AST, where: str) -> Iterator[tuple[str, ast.AST, str]]:
 
 
 def _is_left_alone(node: ast.AST) -> bool:
-    if isinstance(node, ast.Raise | ast.JoinedStr):
+    if isinstance(node, ast.Raise | ast.JoinedStr) or (isinstance(node, ast.keyword) and node.arg == "strict"):
         return True
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return True
