@@ -90,12 +90,15 @@ def unplanted(tests: Sequence[str]) -> dict[str, float]:
 
 
 def chosen(bugs: Sequence[Bug], words: Sequence[str], changed: bool) -> Iterator[Bug]:
-    """Those of a room or with one of the words in them; with `changed`, those of files that a commit would take."""
+    """Those of a room, "." for the tests outside of all, or with one of the words in them; with `changed`, those whose
+    file or test differs from the last commit."""
     files = subprocess.run(["git", "diff", "--name-only", "HEAD"], cwd=ROOT, capture_output=True,
                            text=True).stdout.split() if changed else []
+    rooms = {bug.room for bug in bugs}
     for bug in bugs:
-        told = any(word == bug.room or word in f"{bug.file} {bug.where} {bug.why}" for word in words) or not words
-        if told and (not changed or bug.file in files or f"tests/{bug.room}/{bug.test.split('::')[0]}" in files):
+        said = f"{bug.file} {bug.where} {bug.why}"
+        meant = not words or any(word == bug.room if word in rooms else word in said for word in words)
+        if meant and (not changed or bug.file in files or bug.where.split("::")[0] in files):
             yield bug
 
 
