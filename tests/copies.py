@@ -4,6 +4,7 @@ import compileall
 import contextlib
 import gc
 import importlib
+import math
 import os
 import py_compile
 import shutil
@@ -23,8 +24,8 @@ import torch
 LEFT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "run", "shared")
 MODULES = ("torch.func", "torch.export", "torch._dynamo", "torch._inductor.compile_fx", "torch.testing", "numpy",
            "einops", "jaxtyping", "safetensors.torch", "hypothesis.strategies", "pytest", "xdist.plugin",
-           "_hypothesis_pytestplugin", "hypothesis.internal.conjecture.engine", "hypothesis.extra.numpy", "sentencepiece",
-           "beartype.door", "pdb")
+           "_hypothesis_pytestplugin", "hypothesis.internal.conjecture.engine", "hypothesis.extra.numpy",
+           "sentencepiece", "beartype.door", "pdb")
 
 
 def warm() -> None:
@@ -68,17 +69,18 @@ def edited(file: Path, text: str) -> Iterator[None]:
 
 
 class Clock:
-    """A plugin of pytest: the seconds that each test takes, all its parameters together."""
+    """A plugin of pytest: the seconds that each test takes, all its parameters together; infinite if one fails."""
 
     def __init__(self):
         self.seconds = Counter()
 
     def pytest_runtest_logreport(self, report) -> None:
-        self.seconds[report.nodeid.split("[")[0]] += report.duration
+        self.seconds[report.nodeid.split("[")[0]] += math.inf if report.failed else report.duration
 
 
 def run(tree: Path, arguments: Sequence[str], limit: float) -> tuple[int | None, str]:
-    """pytest's status, or None if it took longer than `limit` seconds; and what it printed, the times of tests last."""
+    """pytest's status, or None if it took longer than `limit` seconds; and what it printed, the
+    seconds of each test last."""
     output = tree.parent / "output"
     child = os.fork()
     if child == 0:
@@ -105,7 +107,7 @@ def _run(tree: Path, arguments: Sequence[str], output: Path) -> None:
         os.dup2(file, 1), os.dup2(file, 2)
         clock = Clock()
         known = "ignore::pytest.PytestAssertRewriteWarning"  # its plugins are imported already
-        status = pytest.main(["-n", "0", "-x", "-p", "no:cacheprovider", "-W", known, *arguments], plugins=[clock])
+        status = pytest.main(["-n", "0", "-p", "no:cacheprovider", "-W", known, *arguments], plugins=[clock])
         for test, seconds in clock.seconds.items():
             print(seconds, test)
         sys.stdout.flush()
