@@ -15,6 +15,7 @@ from numerics import close, direction_like, finite_difference
 from strategies import SCALINGS, cache_for, configs, keys, models, random_params, scaled, token_rows
 
 import llama_fn as lf
+from llama_fn.model.attention import written_out
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotate, rotation
 from llama_fn.model.rope import scaled as slowed
@@ -382,6 +383,14 @@ def test_a_full_cache_is_refused():
         lf.init_cache(params.config, max_len=0)
 
 
+def test_a_cache_may_be_of_no_rows():
+    params = random_params(lf.Config(48, 1, 6, 2, 77, 70), lf.random.key(0))
+    cache = lf.init_cache(params.config, (0, 3), max_len=5)
+    assert cache.length.shape == (0, 3) and cache.k[0].shape == cache.v[0].shape == (0, 3, 2, 5, 8)
+    with pytest.raises(ValueError, match="an axis of batch must be at least 0, got -1"):
+        lf.init_cache(params.config, (-1,), max_len=5)
+
+
 def test_a_cache_or_config_of_another_model_is_refused():
     params = random_params(lf.Config(48, 1, 6, 2, 77, 70), lf.random.key(0))
     deep = random_params(lf.Config(48, 2, 6, 2, 77, 70), lf.random.key(0))
@@ -394,6 +403,16 @@ def test_a_cache_or_config_of_another_model_is_refused():
         lf.forward(params._replace(config=lf.Config(48, 1, 6, 2, 78, 70)), tokens)
     with pytest.raises(ValueError, match="a cache's length must be at least 0, got -1"):
         lf.forward(params, tokens, cache_for(params)._replace(length=torch.tensor(-1)))
+
+
+@given(keys(), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+def test_attention_is_written_out_in_the_dtype_of_its_queries(key, dtype):
+    queries, k, v = (lf.random.normal(each, shape, torch.float64) for each, shape in
+                     zip(lf.random.split(key, 3), ((2, 3, T, 8), (2, S, 8), (2, S, 8)), strict=True))
+    positions = torch.arange(S - T, S)
+    heads = written_out(*(x.to(dtype) for x in (queries, k, v)), positions)
+    assert heads.dtype == dtype
+    assert (heads - written_out(queries, k, v, positions)).abs().max() < 8 * torch.finfo(dtype).eps
 
 
 @given(models(max_layers=1), st.sampled_from([torch.int32, torch.int16, torch.int8]))
