@@ -138,15 +138,10 @@ def score(path: str, every: int, workers: int) -> int:
 
 
 def tried(mutant: mutants.Mutant) -> int | None:
-    """pytest's status with the mutant in place."""
+    """pytest's status with the mutant in place, 0 if no test finds it."""
     room = Path("tests", Path(mutant.file).parts[1]).as_posix()
-    status: int | None = 0
     with copies.edited(tree / mutant.file, mutant.text):
-        for profile in ("quick", "unshrunk"):
-            status, _ = copies.run(tree, ["-x", room, "-m", "not slow", "--hypothesis-profile", profile], 120)
-            if status != 0:
-                break
-    return status
+        return copies.run(tree, ["-x", room, "-m", "not slow"], 120)[0]
 
 
 def begin(folder: str) -> None:

@@ -216,6 +216,11 @@ def test_forks_that_cannot_be_are_refused():
         lf.fork(lf.init_cache(params.config, (2,), max_len=9)._replace(length=torch.tensor([5, 4])), (2,), max_len=20)
     with pytest.raises(ValueError, match=r"fork: batch is a tuple of sizes, as \(5,\) for five rows, got 5"):
         lf.fork(cache, 5, max_len=20)
+    with pytest.raises(ValueError, match="fork: a size in batch must be at least 1, got 0"):
+        lf.fork(cache, (2, 0), max_len=20)
+    with pytest.raises(ValueError, match="fork: max_len must be an integer, got 20.5"):
+        lf.fork(cache, (2,), max_len=20.5)
+    assert lf.fork(cache, (2,), max_len=20, at=0).length.tolist() == [0, 0]
     for at in (-1, 6):
         with pytest.raises(ValueError, match=f"fork: rows part after 0 tokens or more, of .* got at={at}"):
             lf.fork(cache, (2,), max_len=20, at=at)

@@ -341,6 +341,14 @@ def test_init_has_the_deviations_of_the_abstract_tree():
     assert not torch.equal(params.blocks[0].attention.wq, params.blocks[1].attention.wq)
 
 
+def test_a_matrix_has_the_axes_that_it_sums_over_and_those_that_it_makes():
+    weights = lf.tree.paths(lf.abstract_params(lf.Config(48, 1, 6, 2, 77, 70)))
+    axes = {path.split(".")[-1]: (weight.outer, weight.inner) for path, weight in weights.items()}
+    assert axes["wq"] == ((2, 3, 8), (48,)) and axes["wk"] == axes["wv"] == ((2, 8), (48,))
+    assert axes["wo"] == ((48,), (2, 3, 8)) and axes["w_down"] == ((48,), (70,))
+    assert axes["w_gate"] == axes["w_up"] == ((70,), (48,)) and axes["output"] == ((77,), (48,))
+
+
 def test_the_real_70b_runs_without_a_number():
     params = lf.init_params(lf.random.key(0), lf.Config(48, 1, 6, 2, 77, 70), device="meta")
     logits, _ = lf.forward(params, torch.zeros((B, T), dtype=torch.int64, device="meta"))
