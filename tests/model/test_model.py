@@ -15,6 +15,7 @@ from numerics import close, direction_like, finite_difference
 from strategies import SCALINGS, cache_for, configs, keys, models, random_params, scaled, token_rows
 
 import llama_fn as lf
+from llama_fn.model import room
 from llama_fn.model.attention import written_out
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotate, rotation
@@ -336,6 +337,11 @@ def test_init_has_the_deviations_of_the_abstract_tree():
             assert (x == 1).all()
         else:
             assert float(x.std()) == pytest.approx(weight.std, rel=0.05), path
+    stds = {path.split(".")[-1]: weight.std for path, weight in lf.tree.paths(abstract).items()}
+    into_the_residual = 2 / (4 * math.sqrt(96))  # with four layers; with one it is the other's, which is less
+    assert stds["wq"] == stds["w_up"] == stds["output"] == math.sqrt(2 / (5 * 96))
+    assert stds["wo"] == stds["w_down"] == into_the_residual
+    assert lf.abstract_params(dataclasses.replace(config, n_layers=1)).blocks[0].attention.wo.std == stds["wq"]
     other = lf.init_params(lf.random.key(1), config)
     assert not torch.equal(params.embedding, other.embedding)
     assert not torch.equal(params.blocks[0].attention.wq, params.blocks[1].attention.wq)
@@ -389,6 +395,15 @@ def test_a_full_cache_is_refused():
         lf.forward(params, token_rows(params.config, 2, 3), cache)
     with pytest.raises(ValueError, match="max_len must be at least 1, got 0"):
         lf.init_cache(params.config, max_len=0)
+
+
+@given(st.lists(st.integers(0, 40), min_size=B, max_size=B), st.integers(1, 9), st.integers(1, 60))
+def test_a_step_reads_whole_pages_up_to_its_last_token(lengths, new, slots):
+    config, last = lf.Config(48, 1, 6, 2, 77, 70), max(lengths) + new
+    cache = lf.init_cache(config, (B,), max_len=slots)._replace(length=torch.tensor(lengths))
+    read = room.reach(cache, new)
+    assert read == slots <= last + room.PAGE or (read % room.PAGE == 0 and last <= read < last + room.PAGE)
+    assert last < room.ample(last) <= last + room.PAGE and room.ample(last) % room.PAGE == 1
 
 
 def test_a_cache_may_be_of_no_rows():
