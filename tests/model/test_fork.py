@@ -120,6 +120,8 @@ def test_an_index_into_each_leaf_of_a_fork_is_right_or_an_error():
                 assert logits.shape[:2] == new.shape and torch.allclose(logits, alone(params, tokens, whole)[:, 1:])
                 told += 1
         assert told > 4
+    with pytest.raises(ValueError, match=r"rows of axes \[2\], and what they share is of \[0\], .* with lf.select"):
+        lf.forward(params, last[1:], lf.tree.map(lambda x: x[1:], after))
 
 
 @given(models(max_layers=1))
