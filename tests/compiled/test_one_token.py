@@ -146,6 +146,9 @@ def test_layers_of_several_kinds_are_left_to_others():
     assert one_token.one_token(params, tokens, cache._replace(k=(*cache.k[:-1], cache.k[-1].float()),
                                                               v=(*cache.v[:-1], cache.v[-1].float())), 9) is None
     assert one_token.one_token(params, tokens.to("meta"), cache, 9) is None
+    thin = lf.Config(48, 1, 12, 2, 77, 64)  # heads of four numbers, half a register
+    few = lf.init_params(lf.random.key(0), thin, torch.bfloat16)
+    assert one_token.one_token(few, tokens, lf.init_cache(thin, max_len=9, dtype=torch.bfloat16), 9) is None
     narrow = bytes_.output._replace(values=bytes_.output.values[:, :128].contiguous())
     assert one_token.head(params.norm, bytes_.output, torch.ones(1, 192, dtype=torch.bfloat16), 1e-5) is not None
     assert one_token.head(params.norm, narrow, torch.ones(1, 192, dtype=torch.bfloat16), 1e-5) is None
