@@ -428,6 +428,22 @@ def test_a_cache_or_config_of_another_model_is_refused():
         lf.forward(params, tokens, cache_for(params)._replace(length=torch.tensor(-1)))
 
 
+@given(models(max_layers=1), st.booleans())
+def test_a_trunk_of_ones_own_computes_all_layers_or_leaves_them(params, able):
+    tokens, cache = token_rows(params.config, B, T), cache_for(params, (B,))
+    x = torch.ones(B, T, params.config.dim, dtype=params.norm.dtype)
+    asked = []
+
+    def own(*given):
+        asked.append(given)
+        return x if able else None
+
+    logits, after = lf.forward(params, tokens, cache, trunk=own)
+    expected = lf.head(params.norm, params.output, x, params.config.norm_eps) if able else lf.forward(params, tokens)[0]
+    assert close(logits, expected) and after.length.tolist() == [T] * B
+    assert [(given[:3], given[3]) for given in asked] == [((params, tokens, cache), room.reach(cache, T))]
+
+
 @given(keys(), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
 def test_attention_is_written_out_in_the_dtype_of_its_queries(key, dtype):
     queries, k, v = (lf.random.normal(each, shape, torch.float64) for each, shape in
