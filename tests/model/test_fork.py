@@ -222,7 +222,8 @@ def test_forks_that_cannot_be_are_refused():
         lf.fork(cache, (2, 0), max_len=20)
     with pytest.raises(ValueError, match="fork: max_len must be an integer, got 20.5"):
         lf.fork(cache, (2,), max_len=20.5)
-    assert lf.fork(cache, (2,), max_len=20, at=0).length.tolist() == [0, 0]
+    for at in (0, P):
+        assert lf.fork(cache, (2,), max_len=20, at=at).length.tolist() == [at, at]
     for at in (-1, 6):
         with pytest.raises(ValueError, match=f"fork: rows part after 0 tokens or more, of .* got at={at}"):
             lf.fork(cache, (2,), max_len=20, at=at)
