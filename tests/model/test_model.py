@@ -15,7 +15,7 @@ from numerics import close, direction_like, finite_difference
 from strategies import SCALINGS, cache_for, configs, keys, models, random_params, scaled, token_rows
 
 import llama_fn as lf
-from llama_fn.model import room
+from llama_fn.model import room, transformer
 from llama_fn.model.attention import written_out
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotate, rotation
@@ -379,6 +379,13 @@ def test_a_token_outside_the_vocabulary_is_refused():
             torch.vmap(lf.forward, (None, 0))(params, rows)
         with pytest.raises(ValueError, match=r"token (77|99) is outside"):
             torch.func.grad(lambda params, rows: lf.forward(params, rows)[0].sum())(params, rows)
+
+
+def test_where_nothing_reads_the_numbers_a_token_outside_is_nan(monkeypatch):
+    monkeypatch.setattr(transformer, "unread", lambda x: True)  # as in a graph for a GPU
+    weight = torch.arange(6.0).reshape(3, 2)
+    rows = transformer.embed(weight, torch.tensor([-1, 0, 1, 2, 3], dtype=torch.int16))
+    assert rows[[0, 4]].isnan().all() and torch.equal(rows[1:4], weight)
 
 
 def test_an_empty_prompt_is_refused():
