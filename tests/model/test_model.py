@@ -279,6 +279,15 @@ def test_llama3_scaling_keeps_what_turns_often_and_divides_what_turns_rarely(fac
     assert (after.diff() < 0).all() and (after <= before).all() and (after >= before / factor).all()
 
 
+def test_rope_is_computed_in_float32_whatever_torchs_default():
+    expected, before = rotation(torch.arange(9), 8, 1e4), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert trees_equal(rotation(torch.arange(9), 8, 1e4), expected) and expected.cos.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_rope_counts_positions_exactly_whatever_the_dtype():
     angles = rotation(torch.tensor([257]), 4, 1e4)  # in bfloat16, 257 is 256
     assert angles.cos.dtype == torch.float32
@@ -419,6 +428,8 @@ def test_a_cache_may_be_of_no_rows():
     assert cache.length.shape == (0, 3) and cache.k[0].shape == cache.v[0].shape == (0, 3, 2, 5, 8)
     with pytest.raises(ValueError, match="an axis of batch must be at least 0, got -1"):
         lf.init_cache(params.config, (-1,), max_len=5)
+    with pytest.raises(ValueError, match="keys and values are of a floating dtype, got torch.int8"):
+        lf.init_cache(params.config, max_len=5, dtype=torch.int8)
 
 
 def test_a_cache_or_config_of_another_model_is_refused():
