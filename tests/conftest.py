@@ -5,7 +5,8 @@ import signal
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.internal.conjecture import engine
 
 import llama_fn as lf
 from llama_fn.ops import room
@@ -18,9 +19,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # or transformers asks the network for what 
 
 # No deadline and no complaint about slow draws: a test machine may be busy, and time is no law.
 PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
-settings.register_profile("quick", derandomize=True, max_examples=4, **PATIENT)  # pytest -m "not slow"
+FIRST = (Phase.explicit, Phase.generate)  # the first example that fails is reported, and no smaller one looked for
+settings.register_profile("quick", derandomize=True, max_examples=4, phases=FIRST, **PATIENT)  # pytest -m "not slow"
 settings.register_profile("ci", derandomize=True, max_examples=15, **PATIENT)
+settings.register_profile("unshrunk", derandomize=True, max_examples=15, phases=FIRST, **PATIENT)  # plant.py
 settings.register_profile("deep", max_examples=300, **PATIENT)  # pytest --hypothesis-profile deep
+engine.MAX_SHRINKING_SECONDS = 30  # five minutes as hypothesis has it
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -28,6 +28,7 @@ ELSEWHERE = {
     "pytest": "this is pytest",
     "python examples/": "test_examples.py and its neighbors",
     "python -m tests": "by hand",
+    "python tests/plant.py": "test_planted.py",
 }
 # Commands that take long: their arguments are parsed, and the work is not done.
 PARSED = ("llama-fn bench", "llama-fn train --out my-stories", "llama-fn evaluate")

@@ -54,8 +54,9 @@ def test_none_is_no_leaf(value):
 
 @given(trees)
 def test_map_takes_corresponding_leaves_of_several_trees(value):
-    doubled = tree.map(lambda x: 2 * x, value)
+    doubled, tripled = (tree.map(lambda x, n=n: n * x, value) for n in (2, 3))
     assert tree.map(lambda x, y: y - x, value, doubled) == value
+    assert tree.map(lambda x, y, z: 2 * y - z, value, doubled, tripled) == value
 
 
 def test_map_over_trees_of_different_structure_is_an_error():

@@ -148,6 +148,9 @@ def test_layers_of_several_kinds_are_left_to_others():
                                                 v=(*cache.v[:-1], cache.v[-1].float())), 9) is None
     assert trunk(params, tokens.to("meta"), cache, 9) is None
     assert trunk(params, tokens, cache._replace(length=cache.length.int()), 9) is None
+    thin = lf.Config(48, 1, 12, 2, 77, 64)  # heads of four numbers, half a register
+    few = lf.init_params(lf.random.key(0), thin, torch.bfloat16)
+    assert trunk(few, tokens, lf.init_cache(thin, max_len=9, dtype=torch.bfloat16), 9) is None
     narrow = bytes_.output._replace(values=bytes_.output.values[:, :128].contiguous())
     assert fused_head(params.norm, bytes_.output, torch.ones(1, 192, dtype=torch.bfloat16), 1e-5) is not None
     assert fused_head(params.norm, narrow, torch.ones(1, 192, dtype=torch.bfloat16), 1e-5) is None

@@ -77,6 +77,7 @@ def test_rows_that_choose_nothing_are_refused():
     assert lf.select(cache, torch.tensor([[True, False], [True, True], [False, True]])).length.shape == (4,)
     for rows, told in (([True, False], r"the mask is of shape \[2\], the cache's rows of \[3, 2\]"),
                        (torch.ones(3, 3, dtype=torch.bool), r"the mask is of shape \[3, 3\]"),
+                       (torch.tensor(True), r"the mask is of shape \[\]"),
                        ([0.0, 1.0], "rows are integers or a mask of booleans, got torch.float32")):
         with pytest.raises(ValueError, match=told):
             lf.select(cache, rows)

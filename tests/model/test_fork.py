@@ -120,6 +120,8 @@ def test_an_index_into_each_leaf_of_a_fork_is_right_or_an_error():
                 assert logits.shape[:2] == new.shape and torch.allclose(logits, alone(params, tokens, whole)[:, 1:])
                 told += 1
         assert told > 4
+    with pytest.raises(ValueError, match=r"rows of axes \[2\], and what they share is of \[0\], .* with lf.select"):
+        lf.forward(params, last[1:], lf.tree.map(lambda x: x[1:], after))
 
 
 @given(models(max_layers=1))
@@ -216,6 +218,12 @@ def test_forks_that_cannot_be_are_refused():
         lf.fork(lf.init_cache(params.config, (2,), max_len=9)._replace(length=torch.tensor([5, 4])), (2,), max_len=20)
     with pytest.raises(ValueError, match=r"fork: batch is a tuple of sizes, as \(5,\) for five rows, got 5"):
         lf.fork(cache, 5, max_len=20)
+    with pytest.raises(ValueError, match="fork: a size in batch must be at least 1, got 0"):
+        lf.fork(cache, (2, 0), max_len=20)
+    with pytest.raises(ValueError, match="fork: max_len must be an integer, got 20.5"):
+        lf.fork(cache, (2,), max_len=20.5)
+    for at in (0, P):
+        assert lf.fork(cache, (2,), max_len=20, at=at).length.tolist() == [at, at]
     for at in (-1, 6):
         with pytest.raises(ValueError, match=f"fork: rows part after 0 tokens or more, of .* got at={at}"):
             lf.fork(cache, (2,), max_len=20, at=at)

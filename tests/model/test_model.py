@@ -15,6 +15,8 @@ from numerics import close, direction_like, finite_difference
 from strategies import SCALINGS, cache_for, configs, keys, models, random_params, scaled, token_rows
 
 import llama_fn as lf
+from llama_fn.model import room, transformer
+from llama_fn.model.attention import written_out
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotate, rotation
 from llama_fn.model.rope import scale_frequencies as slowed
@@ -277,6 +279,15 @@ def test_llama3_scaling_keeps_what_turns_often_and_divides_what_turns_rarely(fac
     assert (after.diff() < 0).all() and (after <= before).all() and (after >= before / factor).all()
 
 
+def test_rope_is_computed_in_float32_whatever_torchs_default():
+    expected, before = rotation(torch.arange(9), 8, 1e4), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert trees_equal(rotation(torch.arange(9), 8, 1e4), expected) and expected.cos.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_rope_counts_positions_exactly_whatever_the_dtype():
     angles = rotation(torch.tensor([257]), 4, 1e4)  # in bfloat16, 257 is 256
     assert angles.cos.dtype == torch.float32
@@ -335,9 +346,22 @@ def test_init_has_the_deviations_of_the_abstract_tree():
             assert (x == 1).all()
         else:
             assert float(x.std()) == pytest.approx(weight.std, rel=0.05), path
+    stds = {path.split(".")[-1]: weight.std for path, weight in lf.tree.paths(abstract).items()}
+    into_the_residual = 2 / (4 * math.sqrt(96))  # with four layers; with one it is the other's, which is less
+    assert stds["wq"] == stds["w_up"] == stds["output"] == math.sqrt(2 / (5 * 96))
+    assert stds["wo"] == stds["w_down"] == into_the_residual
+    assert lf.abstract_params(dataclasses.replace(config, n_layers=1)).blocks[0].attention.wo.std == stds["wq"]
     other = lf.init_params(lf.random.key(1), config)
     assert not torch.equal(params.embedding, other.embedding)
     assert not torch.equal(params.blocks[0].attention.wq, params.blocks[1].attention.wq)
+
+
+def test_a_matrix_has_the_axes_that_it_sums_over_and_those_that_it_makes():
+    weights = lf.tree.paths(lf.abstract_params(lf.Config(48, 1, 6, 2, 77, 70)))
+    axes = {path.split(".")[-1]: (weight.outer, weight.inner) for path, weight in weights.items()}
+    assert axes["wq"] == ((2, 3, 8), (48,)) and axes["wk"] == axes["wv"] == ((2, 8), (48,))
+    assert axes["wo"] == ((48,), (2, 3, 8)) and axes["w_down"] == ((48,), (70,))
+    assert axes["w_gate"] == axes["w_up"] == ((70,), (48,)) and axes["output"] == ((77,), (48,))
 
 
 def test_the_real_70b_runs_without_a_number():
@@ -366,6 +390,13 @@ def test_a_token_outside_the_vocabulary_is_refused():
             torch.func.grad(lambda params, rows: lf.forward(params, rows)[0].sum())(params, rows)
 
 
+def test_where_nothing_reads_the_numbers_a_token_outside_is_nan(monkeypatch):
+    monkeypatch.setattr(transformer, "unread", lambda x: True)  # as in a graph for a GPU
+    weight = torch.arange(6.0).reshape(3, 2)
+    rows = transformer.embed(weight, torch.tensor([-1, 0, 1, 2, 3], dtype=torch.int16))
+    assert rows[[0, 4]].isnan().all() and torch.equal(rows[1:4], weight)
+
+
 def test_an_empty_prompt_is_refused():
     params = random_params(lf.Config(48, 1, 6, 2, 77, 70), lf.random.key(0))
     with pytest.raises(ValueError, match=r"there are no tokens \(an empty prompt\)"):
@@ -382,6 +413,25 @@ def test_a_full_cache_is_refused():
         lf.init_cache(params.config, max_len=0)
 
 
+@given(st.lists(st.integers(0, 40), min_size=B, max_size=B), st.integers(1, 9), st.integers(1, 60))
+def test_a_step_reads_whole_pages_up_to_its_last_token(lengths, new, slots):
+    config, last = lf.Config(48, 1, 6, 2, 77, 70), max(lengths) + new
+    cache = lf.init_cache(config, (B,), max_len=slots)._replace(length=torch.tensor(lengths))
+    read = room.reach(cache, new)
+    assert read == slots <= last + room.PAGE or (read % room.PAGE == 0 and last <= read < last + room.PAGE)
+    assert last < room.ample(last) <= last + room.PAGE and room.ample(last) % room.PAGE == 1
+
+
+def test_a_cache_may_be_of_no_rows():
+    params = random_params(lf.Config(48, 1, 6, 2, 77, 70), lf.random.key(0))
+    cache = lf.init_cache(params.config, (0, 3), max_len=5)
+    assert cache.length.shape == (0, 3) and cache.k[0].shape == cache.v[0].shape == (0, 3, 2, 5, 8)
+    with pytest.raises(ValueError, match="an axis of batch must be at least 0, got -1"):
+        lf.init_cache(params.config, (-1,), max_len=5)
+    with pytest.raises(ValueError, match="keys and values are of a floating dtype, got torch.int8"):
+        lf.init_cache(params.config, max_len=5, dtype=torch.int8)
+
+
 def test_a_cache_or_config_of_another_model_is_refused():
     params = random_params(lf.Config(48, 1, 6, 2, 77, 70), lf.random.key(0))
     deep = random_params(lf.Config(48, 2, 6, 2, 77, 70), lf.random.key(0))
@@ -394,6 +444,32 @@ def test_a_cache_or_config_of_another_model_is_refused():
         lf.forward(params._replace(config=lf.Config(48, 1, 6, 2, 78, 70)), tokens)
     with pytest.raises(ValueError, match="a cache's length must be at least 0, got -1"):
         lf.forward(params, tokens, cache_for(params)._replace(length=torch.tensor(-1)))
+
+
+@given(models(max_layers=1), st.booleans())
+def test_a_trunk_of_ones_own_computes_all_layers_or_leaves_them(params, able):
+    tokens, cache = token_rows(params.config, B, T), cache_for(params, (B,))
+    x = torch.ones(B, T, params.config.dim, dtype=params.norm.dtype)
+    asked = []
+
+    def own(*given):
+        asked.append(given)
+        return x if able else None
+
+    logits, after = lf.forward(params, tokens, cache, trunk=own)
+    expected = lf.head(params.norm, params.output, x, params.config.norm_eps) if able else lf.forward(params, tokens)[0]
+    assert close(logits, expected) and after.length.tolist() == [T] * B
+    assert [(given[:3], given[3]) for given in asked] == [((params, tokens, cache), room.reach(cache, T))]
+
+
+@given(keys(), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+def test_attention_is_written_out_in_the_dtype_of_its_queries(key, dtype):
+    queries, k, v = (lf.random.normal(each, shape, torch.float64) for each, shape in
+                     zip(lf.random.split(key, 3), ((2, 3, T, 8), (2, S, 8), (2, S, 8)), strict=True))
+    positions = torch.arange(S - T, S)
+    heads = written_out(*(x.to(dtype) for x in (queries, k, v)), positions)
+    assert heads.dtype == dtype
+    assert (heads - written_out(queries, k, v, positions)).abs().max() < 8 * torch.finfo(dtype).eps
 
 
 @given(models(max_layers=1), st.sampled_from([torch.int32, torch.int16, torch.int8]))

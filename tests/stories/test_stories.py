@@ -113,6 +113,7 @@ def test_a_story_names_two_at_most_and_calls_them_rightly(sample):
         girl, hero = re.search(r"(girl|boy) (?:named|called) (\w+)", text).groups()
         friend = re.findall(r"(?:named|called) (\w+)", text)[1]
         assert set(re.findall(rf"\b(?:{'|'.join(NAMES + FRIENDS)})\b", text)) == {hero, friend}
+        assert hero != friend
         sexes = {"girl" if name in tale.GIRLS + tale.GIRL_FRIENDS else "boy" for name in (hero, friend)}
         assert (hero in tale.GIRLS) == (girl == "girl")
         said = set(re.findall(r"\b(?:she|he|her|his|him)\b", text.lower()))
