@@ -52,20 +52,26 @@ def test_what_is_saved_is_loaded(small, tmp_path_factory, format, template, ends
         assert config.eos_token_id == ([2, *sorted(ends)] if ends else 2)
 
 
+@pytest.mark.parametrize("legacy", [False, True])
 @given(systems, st.lists(st.tuples(questions, answers), max_size=2), questions)
-def test_the_template_that_is_written_gives_metas_tokens_in_transformers(theirs, tokenizer, system, turns, question):
+def test_the_template_that_is_written_gives_metas_tokens_in_transformers(theirs, tokenizer, legacy, system, turns,
+                                                                         question):
     told = dialog(system, turns, question)
-    ids = theirs.apply_chat_template(told, add_generation_prompt=True, return_dict=False)
+    ids = theirs[legacy].apply_chat_template(told, add_generation_prompt=True, return_dict=False)
     assert ids == dialog_ids(tokenizer, told)
     with pytest.raises(Exception, match="a dialog goes"):
-        theirs.apply_chat_template([{"role": "assistant", "content": "x"}])
+        theirs[legacy].apply_chat_template([{"role": "assistant", "content": "x"}])
 
 
 @pytest.fixture(scope="module")
-def theirs(small, tmp_path_factory) -> AutoTokenizer:
-    folder = tmp_path_factory.mktemp("exported")
-    lf.save(small, folder, format="hf")
-    return AutoTokenizer.from_pretrained(folder)
+def theirs(small, tmp_path_factory) -> dict[bool, AutoTokenizer]:
+    """transformers' tokenizers of folders; if `legacy`, a space comes before every part of a text."""
+    read = {}
+    for legacy in (False, True):
+        folder = tmp_path_factory.mktemp("exported")
+        lf.save(small._replace(tokenizer=dataclasses.replace(small.tokenizer, legacy=legacy)), folder, format="hf")
+        read[legacy] = AutoTokenizer.from_pretrained(folder)
+    return read
 
 
 def test_a_template_is_read_from_every_file_the_newest_first(small, tmp_path):

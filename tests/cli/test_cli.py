@@ -124,6 +124,7 @@ def test_arguments_that_are_none_are_one_line_and_status_2(monkeypatch, capsys, 
     status, out, err = cli(monkeypatch, capsys, *args)
     assert (status, out) == (2, "") and err.startswith("llama-fn: ") and err.endswith(" --help\n")
     assert err.count("\n") == 1 and all(word in err for word in words) and not set(err) & {"│", "─", "╭"}
+    assert "---" not in err  # of a box without a terminal
 
 
 @pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])

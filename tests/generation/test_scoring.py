@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from dialogs import talker
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import unicode_texts
 
@@ -87,6 +87,7 @@ def test_no_option_changes_anothers_numbers(scorer, prompt, options):
 
 
 @given(PREFIXES, st.lists(ENDINGS, min_size=2, max_size=4))
+@example("In the end s", ["he", "lept"])  # " she" takes the place of " s"
 def test_log_ratios_of_options_differ_as_those_of_the_whole_texts(scorer, prompt, options):
     scores = lf.score_options(scorer, prompt, options)
     whole = lf.score(scorer, [prompt + option for option in options])
@@ -95,6 +96,7 @@ def test_log_ratios_of_options_differ_as_those_of_the_whole_texts(scorer, prompt
 
 
 @given(st.lists(st.tuples(PREFIXES, ENDINGS), max_size=5), st.integers(1, 7))
+@example([("In the end s", "he"), ("Once upon a ", "fox")], 2)  # tokens of both prefixes are replaced
 def test_a_text_after_a_prefix_is_scored_as_an_option(scorer, pairs, batch_size):
     found = lf.score(scorer, [text for _, text in pairs], batch_size, prefixes=[prefix for prefix, _ in pairs])
     for (prefix, text), score in zip(pairs, found, strict=True):

@@ -126,6 +126,12 @@ def test_names_of_special_tokens_in_what_is_said_are_plain_text(talkers, name, q
     assert answer.strip() in tokenizer.decode(ids) and "\u2047" not in tokenizer.decode(ids)
 
 
+def test_names_that_overlap_are_all_plain_text(tokenizer):
+    names = ((401, "<|a|>"), (402, "|>b|"))
+    told = dataclasses.replace(tokenizer, chat_template=ZEPHYR, added=names, special=(401, 402))
+    assert not {401, 402} & {*dialog_ids(told, dialog(None, [], "<|a|>b|"))}
+
+
 drawn_answers = st.one_of(st.lists(st.integers(0, 400), max_size=5), answers, st.sampled_from(
     ["[INST]", "a [/INST] b", "<</SYS>>", "</s>"]))
 
