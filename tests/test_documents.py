@@ -41,7 +41,7 @@ STEPS = {"2000": "3"}  # of training, and of that alone
 def place(tmp_path, monkeypatch, model, texts) -> Path:
     """The folder in which a reader of the documents would be: it holds the weights and texts that they name."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "jit", lambda f, donate: f)  # a training step compiles for 15 s, and is tested elsewhere
+    monkeypatch.setattr(loop, "jit_step", make_step)  # a training step compiles for 15 s, and is tested elsewhere
     for folder in ("llama-2-7b", "llama-2-7b-chat"):
         lf.save(model, folder)
     (tmp_path / "book.txt").write_text(" ".join(texts[:3]))

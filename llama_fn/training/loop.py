@@ -1,7 +1,7 @@
 """The loop: steps over batches that are a function of key and step, so that a run can stop and go on bit for bit."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,13 +10,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.compiled.jit import jit
 from llama_fn.model.transformer import Params
 from llama_fn.random import Key
 from llama_fn.training.data import Corpus, batch, rows
+from llama_fn.training.jit_step import jit_step
 from llama_fn.training.loss import loss_sum
 from llama_fn.training.optim import Optimizer
-from llama_fn.training.step import Metrics, make_step
+from llama_fn.training.step import Metrics
 
 
 class TrainState(NamedTuple):
@@ -40,7 +40,7 @@ def train(state: TrainState, optimizer: Optimizer, corpus: Corpus, key: Key, ste
     A step is compiled once (with the first state, which takes a while) and donates the state: each one that comes out
     takes the memory of the one before. Raises `ValueError` at the first loss that is not a number.
     """
-    step: Callable = jit(make_step(optimizer), donate=("params", "opt_state"))
+    step = jit_step(optimizer)
     for number in range(int(state.step), steps):
         tokens, mask = (x.to(state.params.embedding.device) for x in batch(corpus, key, number, shape))
         with deterministic():

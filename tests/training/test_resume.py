@@ -25,7 +25,7 @@ TEXTS = {"a.txt": "the cat sat on the mat.\n" * 30, "b.jsonl": '{"text": "the do
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch):
-    monkeypatch.setattr(loop, "jit", lambda f, donate: f)  # what compiles is tested elsewhere, and takes 15 s each time
+    monkeypatch.setattr(loop, "jit_step", make_step)  # what compiles is tested elsewhere, and takes 15 s each time
 
 
 def stop_after(step: int):

@@ -25,7 +25,7 @@ def records(folder) -> list[dict]:
 
 @pytest.mark.slow
 def test_resume_equals_not_stopping_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "jit", lambda f, donate: f)  # what compiles is tested elsewhere, and takes 15 s each time
+    monkeypatch.setattr(loop, "jit_step", make_step)  # what compiles is tested elsewhere, and takes 15 s each time
     whole = run(tmp_path / "whole", TINY, evaluate_every=2)
 
     def stop_after_three(record):
@@ -58,7 +58,7 @@ def test_resume_equals_not_stopping_bit_for_bit(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_whose_last_save_was_interrupted_goes_on_with_its_tokenizer(tmp_path, monkeypatch):
     """All files of the model may lie in `.complete` alone."""
-    monkeypatch.setattr(loop, "jit", lambda f, donate: f)
+    monkeypatch.setattr(loop, "jit_step", make_step)
     whole = run(tmp_path / "run", TINY)
     (tmp_path / "run" / ".complete").mkdir()
     for name in ("tokenizer.model", "params.json", "consolidated.00.pth"):
@@ -85,7 +85,7 @@ def test_a_text_of_ones_own_is_learned(tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     from llama_fn.training import loop
 
-    monkeypatch.setattr(loop, "jit", lambda f, donate: f)
+    monkeypatch.setattr(loop, "jit_step", make_step)
     params = lf.init_params(lf.random.key(0), TINY.config())
     broken = params._replace(norm=params.norm * float("nan"))
     texts = [story.text for story in lf.stories.stories(lf.random.key(0), 9)]
