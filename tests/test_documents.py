@@ -16,6 +16,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 import llama_fn as lf
 from llama_fn.cli import main as program
 from llama_fn.training import loop
+from llama_fn.training.step import make_step
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.md")

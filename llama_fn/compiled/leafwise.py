@@ -8,7 +8,6 @@ a learning rate) are left to torch.
 
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from llama_fn import private
+from llama_fn import private, tree
 from llama_fn.compiled.inductor import undisturbed
 from llama_fn.compiled.jit import donated
-from llama_fn.compiled.trace import compiled, filled, part, plain
+from llama_fn.compiled.trace import compiled, plain
 from llama_fn.modes import traced, tracing_layers
 
 P = ParamSpec("P")
@@ -41,23 +40,21 @@ def leafwise(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P,
 
     @functools.wraps(f)
     def called(*args: Any) -> Any:
-        tensors: list[Tensor] = []
-        rest: list[Any] = [torch.get_num_threads()]
-        part(args, tensors, rest)
-        if traced() or not plain(tensors):
+        tensors, structure = tree.flatten(args)
+        if traced() or not all(isinstance(x, Tensor) for x in tensors) or not plain(tensors):
             return f(*args)
-        key = (*rest, *((x.shape, x.stride(), x.dtype, x.device) for x in tensors))
+        key = (torch.get_num_threads(), structure, *((x.shape, x.stride(), x.dtype, x.device) for x in tensors))
         if (ready := known.get(key)) is None:
-            ready = known[key] = _program(run, args, tensors, loops)
+            ready = known[key] = _program(run, structure, tensors, loops)
         return ready(tensors)
 
     return called
 
 
 @undisturbed()
-def _program(f: Callable, args: tuple, tensors: list[Tensor], loops: dict) -> Callable[[list[Tensor]], Any]:
+def _program(f: Callable, structure: Any, tensors: list[Tensor], loops: dict) -> Callable[[list[Tensor]], Any]:
     """The function for arguments such as these, from their tensors."""
-    graph, result = _traced(f, args, tensors)
+    graph, result = _traced(f, structure, tensors)
     inputs = graph.find_nodes(op="placeholder")
     (values,) = next(iter(graph.find_nodes(op="output"))).args
     steps = _steps(graph, values, loops)
@@ -66,13 +63,13 @@ def _program(f: Callable, args: tuple, tensors: list[Tensor], loops: dict) -> Ca
         known = dict(zip(inputs, tensors, strict=True))
         for step, read, made in steps:
             known.update(zip(made, step(*(known[node] for node in read)), strict=True))
-        return filled(result, (known[node] for node in values))
+        return tree.unflatten([known[node] for node in values], result)
 
     return run
 
 
-def _traced(f: Callable, args: tuple, tensors: list[Tensor]) -> tuple[Graph, Any]:
-    """The graph of f, from all its tensors to all tensors of its result; and the result, with others in their place."""
+def _traced(f: Callable, structure: Any, tensors: list[Tensor]) -> tuple[Graph, Any]:
+    """The graph of f, from the tensors of its arguments to those of its result; and the structure of the result."""
     inductor = private.inductor()
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -80,10 +77,7 @@ def _traced(f: Callable, args: tuple, tensors: list[Tensor]) -> tuple[Graph, Any
 
     def flat(*numbers: Tensor) -> list[Tensor]:
         nonlocal result
-        values: list[Tensor] = []
-        result = f(*filled(args, iter(numbers)))
-        part((result,), values, [])
-        result = filled(result, itertools.repeat(torch.empty(0, device="cpu")))
+        values, result = tree.flatten(f(*tree.unflatten([*numbers], structure)))
         return values
 
     imagined = inductor.FakeTensorMode()

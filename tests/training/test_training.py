@@ -11,6 +11,7 @@ from llama_fn.training import loop, prepare
 from llama_fn.training.curve import plot_losses
 from llama_fn.training.plan import Plan
 from llama_fn.training.run import run
+from llama_fn.training.step import make_step
 
 TINY = Plan(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, hidden_dim=70, vocab_size=330, context=40, steps=6, batch=5,
             warmup=2, stories=60)
