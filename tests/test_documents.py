@@ -16,6 +16,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 import llama_fn as lf
 from llama_fn.cli import main as program
 from llama_fn.training import loop
+from llama_fn.training.step import make_step
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.md")
@@ -42,7 +43,7 @@ STEPS = {"2000": "3"}  # of training, and of that alone
 def place(tmp_path, monkeypatch, model, texts) -> Path:
     """The folder in which a reader of the documents would be: it holds the weights and texts that they name."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "jit", lambda f, donate: f)  # a training step compiles for 15 s, and is tested elsewhere
+    monkeypatch.setattr(loop, "jit_step", make_step)  # a training step compiles for 15 s, and is tested elsewhere
     for folder in ("llama-2-7b", "llama-2-7b-chat"):
         lf.save(model, folder)
     (tmp_path / "book.txt").write_text(" ".join(texts[:3]))

@@ -112,8 +112,8 @@ def _compiled(f: Callable, args: tuple, tensors: list[Tensor], wanted: list[int]
 
     def run_backward(values: list[Tensor]) -> Sequence[Tensor]:
         if not behind:  # compiled for the strides that the forward's values came to have
-            fakes = [imagined.from_tensor(x, static_shapes=True) for x in values]
-            behind.append(_by_inductor(backward, fakes, imagined, values[0]))
+            inputs = [imagined.from_tensor(x.detach(), static_shapes=True) for x in values]
+            behind.append(_by_inductor(backward, inputs, imagined, values[0]))
         return behind[0](values)
 
     return _Compiled(run, run_backward, len(tangents), wanted, result)

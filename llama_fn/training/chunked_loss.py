@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from llama_fn.modes import mapped
-from llama_fn.transforms.remat import remat
 from llama_fn.transforms.tapped import Tapped
 
 LOGITS = 2**24  # as many are in memory at once: 64 MiB in float32
@@ -23,12 +22,12 @@ def too_many_logits(output: Any, x: Tensor) -> bool:
     return _logits(output, x[..., 0].numel()) > LOGITS and not isinstance(output, Tapped)
 
 
-def in_chunks(f: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor], Tensor]:
-    """`f(output, x, targets)`, a number for each row of x, computed a chunk of rows at a time."""
-    def chunked(output: Any, x: Tensor, targets: Tensor) -> Tensor:
+def in_chunks(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`f(norm, output, x, targets, ...)`, a number for each row of x, computed a chunk of rows at a time."""
+    def chunked(norm: Any, output: Any, x: Tensor, targets: Tensor, *settings: float) -> Tensor:
         rows = max(1, LOGITS // _logits(output, 1))
         chunks = zip(x.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True)
-        return torch.cat([remat(f)(output, *chunk) for chunk in chunks]).reshape(targets.shape)
+        return torch.cat([f(norm, output, *chunk, *settings) for chunk in chunks]).reshape(targets.shape)
 
     return chunked
 

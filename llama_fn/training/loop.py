@@ -5,7 +5,7 @@ gives the same bits as a run that never stopped.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,13 +14,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.compiled.jit import jit
 from llama_fn.model.transformer import Params
 from llama_fn.random import Key
 from llama_fn.training.data import Corpus, batch, rows
+from llama_fn.training.jit_step import jit_step
 from llama_fn.training.loss import loss_sum
 from llama_fn.training.optim import Optimizer
-from llama_fn.training.step import Metrics, make_step
+from llama_fn.training.step import Metrics
 
 
 class TrainState(NamedTuple):
@@ -50,7 +50,7 @@ def train(state: TrainState, optimizer: Optimizer, corpus: Corpus, key: Key, ste
 
     Example: ``for state, metrics in train(state, optimizer, corpus, lf.random.key(0), 100, (1, 32)): ...``.
     """
-    step: Callable = jit(make_step(optimizer), donate=("params", "opt_state"))
+    step = jit_step(optimizer)
     for number in range(int(state.step), steps):
         tokens, mask = (x.to(state.params.embedding.device) for x in batch(corpus, key, number, shape))
         with deterministic():

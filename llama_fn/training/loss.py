@@ -1,21 +1,53 @@
 """The loss: cross-entropy of the next token, in nats."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llama_fn.model.block import block
-from llama_fn.model.linear import linear
-from llama_fn.model.norm import rms_norm
-from llama_fn.model.transformer import Params, trunk
+from llama_fn.model.transformer import Params, head, trunk
+from llama_fn.modes import compiling
 from llama_fn.ops.inside import held, inside
-from llama_fn.ops.weight import Matrix
+from llama_fn.ops.weight import Matrix, Vector
 from llama_fn.ranges import number
 from llama_fn.shapes import typed
 from llama_fn.training.chunked_loss import in_chunks, too_many_logits
+from llama_fn.transforms.remat import remat
+
+
+@typed
+def cross_entropy(norm: Float[Vector, "d"], output: Float[Matrix, "v d"], x: Float[Tensor, "*b t d"],
+                  targets: Int[Tensor, "*b t"], eps: float, z_loss: float = 0.0,
+                  label_smoothing: float = 0.0) -> Float[Tensor, "*b t"]:
+    """The definition: of logits z and the target y, -log p[y] = log sum over v of exp z[v] - z[y].
+
+    With `label_smoothing` e, the target is y with probability 1 - e, and any of the vocabulary, each as likely, with
+    probability e: (1 - e) (-log p[y]) + e mean over v of (-log p[v]) (Szegedy et al. 2016, section 7). `z_loss` times
+    the square of log sum exp z is added, which keeps the logits small (Chowdhery et al. 2022, "PaLM", section 5).
+    The softmax is taken in float32 at least.
+    """
+    logits = head(norm, output, x, eps)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_p = exact.log_softmax(-1)
+    nats = -_picked(log_p, targets)
+    if label_smoothing:
+        nats = (1 - label_smoothing) * nats - label_smoothing * log_p.mean(-1)
+    if z_loss:
+        nats = nats + z_loss * exact.logsumexp(-1).square()
+    return nats
+
+
+class Entropy(NamedTuple):
+    """What computes `cross_entropy` of all tokens; and of a chunk of them, of which the backward keeps no logits."""
+
+    of_all: Callable[..., Tensor]
+    of_chunk: Callable[..., Tensor]
+
+
+ENTROPY = Entropy(cross_entropy, remat(cross_entropy))
 
 
 @typed
@@ -34,46 +66,27 @@ def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"]
 
     >>> grads, loss = torch.func.grad_and_value(lf.loss)(params, tokens)
     """
-    nats, counts = _nats(params, tokens, mask, z_loss, label_smoothing, layer)
+    nats, counts = _nats(params, tokens, mask, z_loss, label_smoothing, layer, ENTROPY)
     # Divided after the sum, its compiled reverse-over-forward derivative would crash (torch 2.13, pytorch#197067).
     return (nats / counts.sum().clamp(min=1)).sum()
 
 
 @typed
 def loss_sum(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None, *,
-             z_loss: float = 0.0, label_smoothing: float = 0.0,
-             layer: Callable[..., Any] = block) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+             z_loss: float = 0.0, label_smoothing: float = 0.0, layer: Callable[..., Any] = block,
+             entropy: Entropy = ENTROPY) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """The sum of -log p over the tokens that count, and their number. The softmax is taken in float32 at least.
+
+    `entropy` is what computes it for each token, from the last layer's output.
 
     >>> total, count = lf.loss_sum(params, batch)
     """
-    nats, counts = _nats(params, tokens, mask, z_loss, label_smoothing, layer)
+    nats, counts = _nats(params, tokens, mask, z_loss, label_smoothing, layer, entropy)
     return nats.sum(), counts.sum()
 
 
-@typed
-def cross_entropy(output: Float[Matrix, "v d"], x: Float[Tensor, "*n d"], targets: Int[Tensor, "*n"],
-                  z_loss: float = 0.0, label_smoothing: float = 0.0) -> Float[Tensor, "*n"]:
-    """The definition: of logits z = output x and the target y, -log p[y] = log sum over v of exp z[v] - z[y].
-
-    With `label_smoothing` e, the target is y with probability 1 - e, and any of the vocabulary, each as likely, with
-    probability e: (1 - e) (-log p[y]) + e mean over v of (-log p[v]) (Szegedy et al. 2016, section 7). `z_loss` times
-    the square of log sum exp z is added, which keeps the logits small (Chowdhery et al. 2022, "PaLM", section 5).
-    The softmax is taken in float32 at least.
-    """
-    logits = linear(output, x)
-    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_p = exact.log_softmax(-1)
-    nats = -log_p.gather(-1, targets[..., None])[..., 0]
-    if label_smoothing:
-        nats = (1 - label_smoothing) * nats - label_smoothing * log_p.mean(-1)
-    if z_loss:
-        nats = nats + z_loss * exact.logsumexp(-1).square()
-    return nats
-
-
 def _nats(params: Params, tokens: Tensor, mask: Tensor | None, z_loss: float, label_smoothing: float,
-          layer: Callable) -> tuple[Tensor, Tensor]:
+          layer: Callable, entropy: Entropy) -> tuple[Tensor, Tensor]:
     """The cross-entropy of every token but the first, 0 where it does not count; and whether it does."""
     z_loss = number("loss: z_loss", z_loss)
     label_smoothing = number("loss: label_smoothing", label_smoothing, high=1.0)
@@ -84,13 +97,20 @@ def _nats(params: Params, tokens: Tensor, mask: Tensor | None, z_loss: float, la
         last = places[1:].where(mask[..., 1:], -1).amax(-1, keepdim=True)  # of the tokens that count
         tokens = tokens.where(places <= last, 0)
     x, _ = trunk(params, tokens[..., :-1], layer=layer)
-    x = rms_norm(params.norm, x, params.config.norm_eps)
     targets, v = tokens[..., 1:].long(), params.config.vocab_size
     counts = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask[..., 1:]
     targets, outside = held(inside(targets, "target", 0, v), 0, v)
 
-    def of_each(output: Matrix, x: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(output, x, targets, z_loss, label_smoothing)
-
-    nats = (in_chunks(of_each) if too_many_logits(params.output, x) else of_each)(params.output, x, targets)
+    f = in_chunks(entropy.of_chunk) if too_many_logits(params.output, x) else entropy.of_all
+    nats = f(params.norm, params.output, x, targets, params.config.norm_eps, z_loss, label_smoothing)
     return nats.masked_fill(outside, torch.nan).masked_fill(~counts, 0), counts
+
+
+def _picked(x: Tensor, index: Tensor) -> Tensor:
+    """The numbers of x at an index of its last axis.
+
+    Compiled, they are picked by a sum, which becomes part of the loop over x. Torch's gather would end that loop.
+    """
+    if compiling():
+        return x.where(torch.arange(x.shape[-1], device=x.device) == index[..., None], 0).sum(-1)
+    return x.gather(-1, index[..., None])[..., 0]

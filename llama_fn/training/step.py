@@ -14,21 +14,40 @@ from llama_fn.shapes import typed
 from llama_fn.training.loss import loss_sum
 from llama_fn.training.optim import Optimizer, apply_updates, global_norm
 
+Step = Callable[..., tuple[Params, Any, "Metrics"]]  # step(params, opt_state, tokens "a b t", mask "a b t")
+# From parameters, tokens "b t" and mask "b t" to gradients, the sum of the loss, and the number of tokens that count.
+Gradient = Callable[[Params, Tensor, Tensor], tuple[Params, Tensor, Tensor]]
+
 
 class Metrics(NamedTuple):
     """The mean loss over the tokens that count (nats), the gradient's norm before clipping, and their number."""
 
     loss: Float[Tensor, ""]
     grad_norm: Float[Tensor, ""]
-    count: Int[Tensor, ""]
+    count: Int[Tensor, ""]  # pyright: ignore[reportIncompatibleMethodOverride]  nobody counts in a tuple of tensors
 
 
-def make_step(optimizer: Optimizer, layer: Callable = block) -> Callable[..., tuple[Params, Any, Metrics]]:
+def make_step(optimizer: Optimizer, layer: Callable = block, *, loss_sum: Callable = loss_sum,
+              compute_dtype: torch.dtype | None = None) -> Step:
     """The train step of an optimizer, ready for `jit(step, donate=("params", "opt_state"))`.
 
-    `layer` is that of `forward`: with `remat(block)` the step takes less memory, and about a quarter more time.
+    `layer` is that of `forward`: with `remat(block)` the step takes less memory, and about a quarter more time. With
+    `compute_dtype` the model computes in that dtype, and parameters, gradients and optimizer state keep theirs: float32
+    parameters are the master weights of a bfloat16 model. `loss_sum` may have options:
+    `functools.partial(loss_sum, z_loss=1e-4)`.
     """
+    def gradient(params: Params, tokens: Tensor, mask: Tensor) -> tuple[Params, Tensor, Tensor]:
+        def summed(params: Params) -> tuple[Tensor, Tensor]:
+            return loss_sum(in_dtype(params, compute_dtype), tokens, mask, layer=layer)
 
+        grads, (nats, number) = torch.func.grad_and_value(summed, has_aux=True)(params)
+        return grads, nats, number
+
+    return accumulated(gradient, make_update(optimizer))
+
+
+def accumulated(gradient: Gradient, update: Callable[..., tuple[Params, Any, Metrics]]) -> Step:
+    """The step that adds up gradients over the micro-batches, and updates once."""
     @typed
     def step(params: Params, opt_state: Any, tokens: Int[Tensor, "a b t"],
              mask: Bool[Tensor, "a b t"]) -> tuple[Params, Any, Metrics]:
@@ -37,17 +56,27 @@ def make_step(optimizer: Optimizer, layer: Callable = block) -> Callable[..., tu
         Their gradients are those of *sums* of losses, divided at the end by the number of all tokens that count: the
         update is that of one large batch, however the tokens are spread over the micro-batches.
         """
-        total, count, grads = 0.0, 0, None
-        for micro, counts in zip(tokens, mask, strict=True):
-            def summed(params: Params) -> tuple[Tensor, Tensor]:
-                return loss_sum(params, micro, counts, layer=layer)  # noqa: B023, called at once
+        grads, total, count = gradient(params, tokens[0], mask[0])
+        for micro, counts in zip(tokens[1:], mask[1:], strict=True):
+            new, nats, number = gradient(params, micro, counts)
+            grads, total, count = tree.map(torch.add, grads, new), total + nats, count + number
+        return update(params, opt_state, grads, total, count)
 
-            new, (nats, number) = torch.func.grad_and_value(summed, has_aux=True)(params)
-            total, count = total + nats, count + number
-            grads = new if grads is None else tree.map(torch.add, grads, new)
+    return step
+
+
+def make_update(optimizer: Optimizer) -> Callable[..., tuple[Params, Any, Metrics]]:
+    """`update(params, opt_state, grads, total, count)`, of sums over as many tokens."""
+    def update(params: Params, opt_state: Any, grads: Params, total: Tensor,
+               count: Tensor) -> tuple[Params, Any, Metrics]:
         weight = count.clamp(min=1)
         grads = tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return apply_updates(params, updates), opt_state, Metrics(total / weight, global_norm(grads), count)
 
-    return step
+    return update
+
+
+def in_dtype(params: Params, dtype: torch.dtype | None) -> Params:
+    """The parameters in another dtype, but for those that are integers; None keeps them."""
+    return params if dtype is None else tree.map(lambda x: x.to(dtype) if x.is_floating_point() else x, params)

@@ -97,10 +97,11 @@ def test_weights_of_other_kinds_go_through(key, kind):
 def test_smoothing_and_z_loss_are_what_the_papers_say(key, smoothing, z):
     output, x = lf.random.normal(key, (7, 4), torch.float64), lf.random.normal(key, (5, 4), torch.float64)
     targets = torch.tensor([0, 6, 3, 3, 1])
-    logits = x @ output.T
+    norm = lf.random.normal(key, (4,), torch.float64)
+    logits = F.rms_norm(x, (4,), norm, 1e-5) @ output.T
     expected = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
     expected = expected + z * logits.exp().sum(-1).log() ** 2
-    assert torch.allclose(cross_entropy(output, x, targets, z, smoothing), expected, atol=1e-12)
+    assert torch.allclose(cross_entropy(norm, output, x, targets, 1e-5, z, smoothing), expected, atol=1e-12)
 
 
 class Largest(TorchDispatchMode):

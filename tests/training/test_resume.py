@@ -17,6 +17,7 @@ import llama_fn as lf
 from llama_fn.training import loop
 from llama_fn.training.plan import Plan
 from llama_fn.training.run import run
+from llama_fn.training.step import make_step
 
 SMALL = Plan(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=20, context=24, steps=4, batch=2)
 TEXTS = {"a.txt": "the cat sat on the mat.\n" * 30, "b.jsonl": '{"text": "the dog ran to the cat."}\n' * 30,
@@ -25,7 +26,7 @@ TEXTS = {"a.txt": "the cat sat on the mat.\n" * 30, "b.jsonl": '{"text": "the do
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch):
-    monkeypatch.setattr(loop, "jit", lambda f, donate: f)  # what compiles is tested elsewhere, and takes 15 s each time
+    monkeypatch.setattr(loop, "jit_step", make_step)  # what compiles is tested elsewhere, and takes 15 s each time
 
 
 def stop_after(step: int):
@@ -47,7 +48,7 @@ def begun(tmp_path_factory) -> Path:
     """A folder of texts, and the folder of a run on them that was stopped after step 2."""
     root = tmp_path_factory.mktemp("begun")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "jit", lambda f, donate: f)
+        patch.setattr(loop, "jit_step", make_step)
         run(root / "run", SMALL, write(root / "texts"), report=stop_after(2))
     return root
 
@@ -274,7 +275,7 @@ def test_a_compiler_that_ctrl_c_ends_too_is_no_error(tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         raise RuntimeError("C++ compile error")
 
-    monkeypatch.setattr(loop, "jit", lambda f, donate: killed)
+    monkeypatch.setattr(loop, "jit_step", lambda optimizer: killed)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", SMALL, write(tmp_path / "texts"))
 

@@ -11,6 +11,7 @@ from llama_fn.training import loop, prepare
 from llama_fn.training.curve import plot_losses
 from llama_fn.training.plan import Plan
 from llama_fn.training.run import run
+from llama_fn.training.step import make_step
 
 TINY = Plan(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, hidden_dim=70, vocab_size=330, context=40, steps=6, batch=5,
             warmup=2, stories=60)
@@ -25,7 +26,7 @@ def records(folder) -> list[dict]:
 
 @pytest.mark.slow
 def test_resume_equals_not_stopping_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "jit", lambda f, donate: f)  # what compiles is tested elsewhere, and takes 15 s each time
+    monkeypatch.setattr(loop, "jit_step", make_step)  # what compiles is tested elsewhere, and takes 15 s each time
     whole = run(tmp_path / "whole", TINY, evaluate_every=2)
 
     def stop_after_three(record):
@@ -57,8 +58,8 @@ def test_resume_equals_not_stopping_bit_for_bit(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_whose_last_save_was_interrupted_goes_on_with_its_tokenizer(tmp_path, monkeypatch):
-    """All files of the model may still lie in `.complete`."""
-    monkeypatch.setattr(loop, "jit", lambda f, donate: f)
+    """All files of the model may lie in `.complete` alone."""
+    monkeypatch.setattr(loop, "jit_step", make_step)
     whole = run(tmp_path / "run", TINY)
     (tmp_path / "run" / ".complete").mkdir()
     for name in ("tokenizer.model", "params.json", "consolidated.00.pth"):
@@ -85,7 +86,7 @@ def test_a_text_of_ones_own_is_learned(tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     from llama_fn.training import loop
 
-    monkeypatch.setattr(loop, "jit", lambda f, donate: f)
+    monkeypatch.setattr(loop, "jit_step", make_step)
     params = lf.init_params(lf.random.key(0), TINY.config())
     broken = params._replace(norm=params.norm * float("nan"))
     texts = [story.text for story in lf.stories.stories(lf.random.key(0), 9)]

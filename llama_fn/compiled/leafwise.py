@@ -1,0 +1,192 @@
+"""`leafwise`: a function of trees that treats leaf after leaf, as an optimizer does, compiled once for all leaves.
+
+The whole function is traced, and its graph cut into pieces: one for each sum over a leaf, as a norm needs it, and one
+for all that is made of a leaf in the end. A piece starts from the leaves, so that it reads each once. Pieces with the
+same operations are compiled once, as a loop for leaves of any size. The few single numbers between the pieces (a norm,
+a learning rate) are left to torch.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from llama_fn import private, tree
+from llama_fn.compiled.inductor import undisturbed
+from llama_fn.compiled.jit import donated
+from llama_fn.compiled.trace import compiled, plain
+from llama_fn.modes import traced, tracing_layers
+
+P = ParamSpec("P")
+R = TypeVar("R")
+COPY, SUM, TO = torch.ops.aten.copy_.default, torch.ops.aten.sum.default, torch.ops.aten._to_copy.default
+# A function of tensors, and the nodes that it reads and makes.
+Step = tuple[Callable[..., Sequence[Tensor]], list[Node], list[Node]]
+
+
+def leafwise(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
+    """`f` of positional trees, compiled by its leaves; the memory of an argument in `donate` takes its result."""
+    names = (donate,) if isinstance(donate, str) else tuple(donate)
+    parameters = tuple(inspect.signature(f).parameters)
+    known: dict[Hashable, Callable[[list[Tensor]], Any]] = {}
+    loops: dict[Hashable, Callable] = {}  # one for all pieces with the same operations
+
+    def run(*args: Any) -> Any:
+        return donated({name: args[parameters.index(name)] for name in names}, f(*args))
+
+    @functools.wraps(f)
+    def called(*args: Any) -> Any:
+        tensors, structure = tree.flatten(args)
+        if traced() or not all(isinstance(x, Tensor) for x in tensors) or not plain(tensors):
+            return f(*args)
+        key = (torch.get_num_threads(), structure, *((x.shape, x.stride(), x.dtype, x.device) for x in tensors))
+        if (ready := known.get(key)) is None:
+            ready = known[key] = _program(run, structure, tensors, loops)
+        return ready(tensors)
+
+    return called
+
+
+@undisturbed()
+def _program(f: Callable, structure: Any, tensors: list[Tensor], loops: dict) -> Callable[[list[Tensor]], Any]:
+    """The function for arguments such as these, from their tensors."""
+    graph, result = _traced(f, structure, tensors)
+    inputs = graph.find_nodes(op="placeholder")
+    (values,) = next(iter(graph.find_nodes(op="output"))).args
+    steps = _steps(graph, values, loops)
+
+    def run(tensors: list[Tensor]) -> Any:
+        known = dict(zip(inputs, tensors, strict=True))
+        for step, read, made in steps:
+            known.update(zip(made, step(*(known[node] for node in read)), strict=True))
+        return tree.unflatten([known[node] for node in values], result)
+
+    return run
+
+
+def _traced(f: Callable, structure: Any, tensors: list[Tensor]) -> tuple[Graph, Any]:
+    """The graph of f, from the tensors of its arguments to those of its result; and the structure of the result."""
+    inductor = private.inductor()
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    result: Any = None
+
+    def flat(*numbers: Tensor) -> list[Tensor]:
+        nonlocal result
+        values, result = tree.flatten(f(*tree.unflatten([*numbers], structure)))
+        return values
+
+    imagined = inductor.FakeTensorMode()
+    with torch.no_grad(), tracing_layers(), imagined:
+        graph = make_fx(flat)(*map(imagined.from_tensor, tensors)).graph
+    return inductor.same_once(graph), result
+
+
+def _steps(graph: Graph, values: Sequence[Node], loops: dict) -> list[Step]:
+    """What to do, in order: single numbers as they come, then all that is made of each leaf, then what is written."""
+    owners, steps, writes, made = _owners(graph), [], [], {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node in owners and _many(node):
+            if node.target is COPY or node in values:
+                made.setdefault(owners[node], []).append(node)
+        elif node in owners:
+            steps.append(_piece([node], owners, loops))
+        else:
+            (writes if node.target is COPY else steps).append(_by_torch(node))
+    return [*steps, *(_piece(nodes, owners, loops) for nodes in made.values()), *writes]
+
+
+def _owners(graph: Graph) -> dict[Node, Node]:
+    """To which leaf each node belongs that is made of leaves.
+
+    Leaves that meet in a node, as a parameter and its gradient, are one.
+    """
+    above: dict[Node, Node] = {}
+
+    def owner(node: Node) -> Node:
+        while above[node] is not node:
+            node = above[node]
+        return node
+
+    for node in graph.nodes:
+        if node.op == "placeholder" and _many(node):
+            above[node] = node
+        met = [owner(x) for x in node.all_input_nodes if x in above and _many(x)]
+        if node.op == "call_function" and met:
+            above[node] = met[0]
+            for other in met[1:]:
+                above[other] = met[0]
+    return {node: owner(node) for node in above}
+
+
+def _many(node: Node) -> bool:
+    """Whether it has more than one number; a single one is computed once, and no part of a piece that uses it."""
+    return isinstance(node.meta["val"], Tensor) and node.meta["val"].numel() != 1
+
+
+def _by_torch(node: Node) -> Step:
+    read = node.all_input_nodes
+
+    def step(*tensors: Tensor) -> Sequence[Tensor]:
+        known = dict(zip(read, tensors, strict=True))
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+        return [node.target(*args, **kwargs)]
+
+    return step, read, [node]
+
+
+def _piece(made: list[Node], owners: dict[Node, Node], loops: dict) -> Step:
+    """These nodes of one leaf, from what it is given and from single numbers, as one loop."""
+    inside: dict[Node, None] = {}
+    read: dict[Node, None] = {}
+
+    def visit(node: Node) -> None:
+        for x in node.all_input_nodes:
+            if x.op == "placeholder" or x not in owners or not _many(x):
+                read[x] = None
+            elif x not in inside:
+                visit(x)
+        if node.target is not COPY:
+            inside[node] = None
+
+    for node in made:
+        visit(node)
+    inside |= dict.fromkeys(node for node in made if node.target is COPY)  # when nobody reads the old numbers any more
+    graph = Graph()
+    copies = {node: graph.placeholder(f"x{i}") for i, node in enumerate(read)}
+    for node in inside:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].name = f"y{len(copies)}"
+    graph.output(tuple(copies[node] for node in made))
+    module, flat = GraphModule({}, graph), _by_number(inside, read)
+    key = (module.code, flat, *((_many(x), x.meta["val"].dtype, x.meta["val"].device, None if flat else
+                                 (x.meta["val"].shape, x.meta["val"].stride())) for x in read))
+    alike = loops.setdefault(key, [])
+    many, places = [_many(x) for x in read], [*read]
+    written = [places.index(node.args[0]) if node.target is COPY else None for node in made]
+    shapes = [node.meta["val"].shape for node in made]
+
+    def step(*tensors: Tensor) -> Sequence[Tensor]:
+        given = [x.view(-1) if flat and one else x for x, one in zip(tensors, many, strict=True)]
+        results = next((found for ready in alike if (found := ready(given)) is not None), None)
+        if results is None:
+            axes = [0 if flat and one else None for one in many]
+            alike.append(compiled(module, tuple(given), axes))
+            results = alike[-1](given)
+        return [y.view(shape) if place is None else tensors[place]
+                for y, shape, place in zip(results, shapes, written, strict=True)]
+
+    return step, places, made
+
+
+def _by_number(inside: dict[Node, None], read: dict[Node, None]) -> bool:
+    """Whether a piece computes number by number, so that it is the same for leaves of any shape."""
+    leaves = [x.meta["val"] for x in read if _many(x)]
+    pointwise = all(node.target in (COPY, SUM, TO) or torch.Tag.pointwise in node.target.tags for node in inside)
+    return pointwise and len({x.shape for x in leaves}) == 1 and all(x.is_contiguous() for x in leaves)
