@@ -217,3 +217,13 @@ def load_cpp(source: str, flags: tuple[str, ...]) -> Any:
     # The flags say which instructions there are. Torch 2.11 asks g++ all the same.
     known = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
     return CppCodeCache.load(source, extra_flags=flags, **({"needs_vec_isa": False} if known else {}))
+
+
+def onednn_product(a: Tensor, b: Tensor) -> Tensor:
+    """The product of two float32 matrices, "i j" and "j o", by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+
+
+def cast_operator() -> Any:
+    """The operator that a traced `Tensor.to` becomes."""
+    return torch.ops.aten._to_copy.default

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from llama_fn import private
 from llama_fn.compiled.inductor import prepared, undisturbed
 from llama_fn.compiled.products import by_onednn
 from llama_fn.compiled.trace import collect, rebuilt
-from llama_fn.modes import traced, tracing_layers, transforms
-from llama_fn.private import autocast
+from llama_fn.modes import autocast, gradients_enabled, traced, tracing_layers, transforms
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,16 +33,16 @@ def differentiable(f: Callable[P, R]) -> Callable[P, R]:
         tensors: list[Tensor] = []
         rest: list[Any] = [torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()]
         collect(args, tensors, rest)
-        wanted = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
+        wanted = [gradients_enabled() and x.requires_grad for x in tensors]
         if not any(wanted) or traced() or transforms() or autocast():
-            return f(*args)
+            return cast("Callable[..., R]", f)(*args)
         tensors = [x.contiguous() for x in tensors]
         key = (*rest, *wanted, *((x.shape, x.dtype, x.device) for x in tensors))
         if (ready := known.get(key)) is None:
             ready = known[key] = _compiled(f, args, tensors, [i for i, one in enumerate(wanted) if one])
         return rebuilt(ready.result, iter(_Applied.apply(ready, *tensors)))
 
-    return called
+    return cast("Callable[P, R]", called)
 
 
 class _Compiled(NamedTuple):
@@ -65,8 +64,8 @@ class _Applied(torch.autograd.Function):
         return tuple(values[:ready.outputs])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    @torch.autograd.function.once_differentiable  # which loses the type of a static method:
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradients: list[Tensor | None] = [None] * ctx.count
         values = ctx.ready.backward([*ctx.saved_tensors, *(x.contiguous() for x in cotangents)])
         for place, value in zip(ctx.ready.wanted, values, strict=True):
@@ -98,7 +97,7 @@ def _compiled(f: Callable, args: tuple, tensors: list[Tensor], wanted: list[int]
                 numbers[i] = x
             return values(*numbers)
 
-        outputs, pullback = torch.func.vjp(of_wanted, *(primals[i] for i in wanted))
+        outputs, pullback, *_ = torch.func.vjp(of_wanted, *(primals[i] for i in wanted))
         return [*outputs], [*pullback(tuple(tangents))]
 
     primals = [imagined.from_tensor(x.detach(), static_shapes=True) for x in tensors]

@@ -9,46 +9,48 @@ a learning rate) are left to torch.
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from llama_fn import private, tree
 from llama_fn.compiled.inductor import undisturbed
 from llama_fn.compiled.jit import donated
-from llama_fn.compiled.trace import compiled, plain
-from llama_fn.modes import traced, tracing_layers
+from llama_fn.compiled.trace import compiled
+from llama_fn.modes import plain, traced, tracing_layers
 
 P = ParamSpec("P")
 R = TypeVar("R")
-COPY, SUM, TO = torch.ops.aten.copy_.default, torch.ops.aten.sum.default, torch.ops.aten._to_copy.default
+COPY, SUM, TO = torch.ops.aten.copy_.default, torch.ops.aten.sum.default, private.cast_operator()
 # A function of tensors, and the nodes that it reads and makes.
 Step = tuple[Callable[..., Sequence[Tensor]], list[Node], list[Node]]
 
 
 def leafwise(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
     """`f` of positional trees, compiled by its leaves; the memory of an argument in `donate` takes its result."""
+    whole = cast("Callable[..., Any]", f)
     names = (donate,) if isinstance(donate, str) else tuple(donate)
     parameters = tuple(inspect.signature(f).parameters)
     known: dict[Hashable, Callable[[list[Tensor]], Any]] = {}
     loops: dict[Hashable, Callable] = {}  # one for all pieces with the same operations
 
     def run(*args: Any) -> Any:
-        return donated({name: args[parameters.index(name)] for name in names}, f(*args))
+        return donated({name: args[parameters.index(name)] for name in names}, whole(*args))
 
     @functools.wraps(f)
     def called(*args: Any) -> Any:
         tensors, structure = tree.flatten(args)
         if traced() or not all(isinstance(x, Tensor) for x in tensors) or not plain(tensors):
-            return f(*args)
+            return whole(*args)
         key = (torch.get_num_threads(), structure, *((x.shape, x.stride(), x.dtype, x.device) for x in tensors))
         if (ready := known.get(key)) is None:
             ready = known[key] = _program(run, structure, tensors, loops)
         return ready(tensors)
 
-    return called
+    return cast("Callable[P, R]", called)
 
 
 @undisturbed()
@@ -135,8 +137,8 @@ def _by_torch(node: Node) -> Step:
 
     def step(*tensors: Tensor) -> Sequence[Tensor]:
         known = dict(zip(read, tensors, strict=True))
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-        return [node.target(*args, **kwargs)]
+        args, kwargs = cast(Any, map_arg((node.args, node.kwargs), known.__getitem__))
+        return [cast("Callable[..., Tensor]", node.target)(*args, **kwargs)]
 
     return step, read, [node]
 
@@ -169,7 +171,7 @@ def _piece(made: list[Node], owners: dict[Node, Node], loops: dict) -> Step:
                                  (x.meta["val"].shape, x.meta["val"].stride())) for x in read))
     alike = loops.setdefault(key, [])
     many, places = [_many(x) for x in read], [*read]
-    written = [places.index(node.args[0]) if node.target is COPY else None for node in made]
+    written = [places.index(cast(Node, node.args[0])) if node.target is COPY else None for node in made]
     shapes = [node.meta["val"].shape for node in made]
 
     def step(*tensors: Tensor) -> Sequence[Tensor]:
@@ -188,5 +190,6 @@ def _piece(made: list[Node], owners: dict[Node, Node], loops: dict) -> Step:
 def _by_number(inside: dict[Node, None], read: dict[Node, None]) -> bool:
     """Whether a piece computes number by number, so that it is the same for leaves of any shape."""
     leaves = [x.meta["val"] for x in read if _many(x)]
-    pointwise = all(node.target in (COPY, SUM, TO) or torch.Tag.pointwise in node.target.tags for node in inside)
+    operators = [cast(Any, node.target) for node in inside]
+    pointwise = all(x in (COPY, SUM, TO) or torch.Tag.pointwise in x.tags for x in operators)
     return pointwise and len({x.shape for x in leaves}) == 1 and all(x.is_contiguous() for x in leaves)
