@@ -149,6 +149,16 @@ def times_bytes(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return torch._weight_int8pack_mm(rows, weight, scale)
 
 
+def onednn_product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply two float32 matrices on the CPU by oneDNN, whatever their strides."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+
+
+def computes_by_number(target: Any) -> bool:
+    """Whether an operator of a graph makes each number of its result from one number of each argument."""
+    return target is torch.ops.aten._to_copy.default or torch.Tag.pointwise in target.tags
+
+
 # --- The compiler. `torch.compile` traces a layer five times as long, and looks for changes 0.1 ms a call.
 
 _bypass = _found("torch._higher_order_ops.wrap", "dynamo_bypassing_wrapper", None)

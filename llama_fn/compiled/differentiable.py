@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +16,10 @@ from llama_fn.compiled.trace import filled, part
 from llama_fn.modes import traced, tracing_layers, transforms
 from llama_fn.private import autocast
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def differentiable(f: Callable[P, R]) -> Callable[P, R]:
+def differentiable(f: Callable[..., R]) -> Callable[..., R]:
     """`f` of positional trees, compiled for every combination of shapes, and its derivative for `torch.autograd`.
 
     Forward and backward are cut out of one graph, so that what the forward keeps is what the backward cannot compute
@@ -66,7 +65,7 @@ class _Applied(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradients: list[Tensor | None] = [None] * ctx.count
         values = ctx.ready.backward([*ctx.saved_tensors, *(x.contiguous() for x in cotangents)])
         for place, value in zip(ctx.ready.wanted, values, strict=True):
@@ -98,7 +97,7 @@ def _compiled(f: Callable, args: tuple, tensors: list[Tensor], wanted: list[int]
                 numbers[i] = x
             return values(*numbers)
 
-        outputs, pullback = torch.func.vjp(of_wanted, *(primals[i] for i in wanted))
+        outputs, pullback, *_ = torch.func.vjp(of_wanted, *(primals[i] for i in wanted))
         return [*outputs], [*pullback(tuple(tangents))]
 
     primals = [imagined.from_tensor(x.detach(), static_shapes=True) for x in tensors]

@@ -9,11 +9,12 @@ a learning rate) are left to torch.
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from llama_fn import private, tree
 from llama_fn.compiled.inductor import undisturbed
@@ -21,14 +22,13 @@ from llama_fn.compiled.jit import donated
 from llama_fn.compiled.trace import compiled, plain
 from llama_fn.modes import traced, tracing_layers
 
-P = ParamSpec("P")
 R = TypeVar("R")
-COPY, SUM, TO = torch.ops.aten.copy_.default, torch.ops.aten.sum.default, torch.ops.aten._to_copy.default
+COPY, SUM = torch.ops.aten.copy_.default, torch.ops.aten.sum.default
 # A function of tensors, and the nodes that it reads and makes.
 Step = tuple[Callable[..., Sequence[Tensor]], list[Node], list[Node]]
 
 
-def leafwise(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
+def leafwise(f: Callable[..., R], donate: str | Sequence[str] = ()) -> Callable[..., R]:
     """`f` of positional trees, compiled by its leaves; the memory of an argument in `donate` takes its result."""
     names = (donate,) if isinstance(donate, str) else tuple(donate)
     parameters = tuple(inspect.signature(f).parameters)
@@ -131,12 +131,13 @@ def _many(node: Node) -> bool:
 
 
 def _by_torch(node: Node) -> Step:
-    read = node.all_input_nodes
+    read, operator = node.all_input_nodes, node.target
+    assert callable(operator)
 
     def step(*tensors: Tensor) -> Sequence[Tensor]:
         known = dict(zip(read, tensors, strict=True))
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-        return [node.target(*args, **kwargs)]
+        args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+        return [operator(*args, **kwargs)]
 
     return step, read, [node]
 
@@ -169,7 +170,7 @@ def _piece(made: list[Node], owners: dict[Node, Node], loops: dict) -> Step:
                                  (x.meta["val"].shape, x.meta["val"].stride())) for x in read))
     alike = loops.setdefault(key, [])
     many, places = [_many(x) for x in read], [*read]
-    written = [places.index(node.args[0]) if node.target is COPY else None for node in made]
+    written = [places.index(node.all_input_nodes[0]) if node.target is COPY else None for node in made]
     shapes = [node.meta["val"].shape for node in made]
 
     def step(*tensors: Tensor) -> Sequence[Tensor]:
@@ -188,5 +189,5 @@ def _piece(made: list[Node], owners: dict[Node, Node], loops: dict) -> Step:
 def _by_number(inside: dict[Node, None], read: dict[Node, None]) -> bool:
     """Whether a piece computes number by number, so that it is the same for leaves of any shape."""
     leaves = [x.meta["val"] for x in read if _many(x)]
-    pointwise = all(node.target in (COPY, SUM, TO) or torch.Tag.pointwise in node.target.tags for node in inside)
+    pointwise = all(node.target in (COPY, SUM) or private.computes_by_number(node.target) for node in inside)
     return pointwise and len({x.shape for x in leaves}) == 1 and all(x.is_contiguous() for x in leaves)

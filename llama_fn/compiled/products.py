@@ -1,10 +1,10 @@
 """Matrix products of a compiled graph by oneDNN."""
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 from llama_fn.ops.operators import define
+from llama_fn.private import onednn_product
 
 
 def by_onednn(graph: GraphModule) -> None:
@@ -22,8 +22,4 @@ def by_onednn(graph: GraphModule) -> None:
     graph.recompile()
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
-
-
-define("product(Tensor a, Tensor b) -> Tensor", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), CPU=_product)
+define("product(Tensor a, Tensor b) -> Tensor", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), CPU=onednn_product)
