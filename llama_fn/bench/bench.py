@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from llama_fn.bench.device import device_of
-from llama_fn.bench.speed import SPEED, Work, check
+from llama_fn.bench.speed import PEERS, SPEED, Work, check
 from llama_fn.bench.transforms import TRANSFORMS
 from llama_fn.checkpoint.load import load
 from llama_fn.memory import keep_memory
@@ -45,7 +45,8 @@ def bench(what: tyro.conf.Positional[What] = "checks", *, work: Work = Work(), o
         raise ValueError(f"bench: there is no measurement {unknown[0]!r}, only {', '.join(TRANSFORMS)}")
     if rounds < 3:
         raise ValueError(f"bench: quartiles need 3 rounds or more, got {rounds}")
-    if work.compare and what not in ("decode", "prefill"):
+    known = {"decode": PEERS, "prefill": PEERS, "train": ("module",)}.get(what, ())
+    if not {*work.compare} <= {*known}:
         raise ValueError(f"bench: there is nothing to compare {what} with; leave --compare out")
     if what != "checks":
         keep_memory()

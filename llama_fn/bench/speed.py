@@ -16,17 +16,17 @@ from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.bench.device import device_of
+from llama_fn.bench.module_step import module_step
 from llama_fn.bench.peers import gpt_fast, hugging_face, llama_cpp
 from llama_fn.bench.timing import interleave, quartiles, ratio
 from llama_fn.checkpoint.load import load
-from llama_fn.compiled.jit import jit
 from llama_fn.compiled.layers import jit_layers
 from llama_fn.config import LLAMA2_7B, Config
 from llama_fn.model.cache import Cache, init_cache
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.training import optim
-from llama_fn.training.step import make_step
+from llama_fn.training.jit_step import jit_step
 from llama_fn.transforms.quantize import quantized_leaf
 
 SHAPES = {
@@ -60,7 +60,7 @@ class Work(NamedTuple):
     context: int = 128
     max_len: int = 1024
     device: str = "auto"
-    compare: tuple[Literal["hf", "llama.cpp", "gpt-fast"], ...] = ()
+    compare: tuple[Literal["hf", "llama.cpp", "gpt-fast", "module"], ...] = ()
 
 
 def check(work: Work) -> None:
@@ -181,10 +181,10 @@ def prefill(work: Work, rounds: int) -> Figures:
 
 
 def train(work: Work, rounds: int) -> Figures:
-    """A step of AdamW on `batch` rows of `context` tokens, compiled as one graph: the share of its products' speed."""
+    """A step of AdamW on `batch` rows of `context` tokens, compiled: the share of its products' speed."""
     params, dtype, device = weights(work), DTYPES[work.dtype], device_of(work.device)
     optimizer = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-4))
-    step, state = jit(make_step(optimizer), donate=("params", "opt_state")), [params, optimizer.init(params)]
+    step, state = jit_step(optimizer), [params, optimizer.init(params)]
     tokens = torch.arange(work.batch * (work.context + 1), device=device).reshape(1, work.batch, -1)
     tokens %= params.config.vocab_size
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -194,14 +194,16 @@ def train(work: Work, rounds: int) -> Figures:
 
     rows, config = work.batch * work.context, params.config
     a, b = _fastest(rows, config, dtype, device)
-    works = {"llama_fn": run, "a matrix product": lambda: torch.nn.functional.linear(a, b)}
+    works: dict[str, Callable] = {"llama_fn": run, "a matrix product": lambda: torch.nn.functional.linear(a, b)}
+    if work.compare:
+        works["a module"] = module_step(params, tokens[0])
     times = interleave(_waited_for(works, device), rounds, "train")
     matrices = matrix_numbers(params.config)
     products = times.pop("a matrix product")
     floor = [3 * seconds * matrices / b.numel() for seconds in products]  # forward, and backward twice
     figures = _times(times, rows)
     figures["a matrix product, GFLOP/s"] = _spread([2 * rows * b.numel() / t / 1e9 for t in products])
-    return figures | {"share of the products' speed": str(ratio(floor, times["llama_fn"]))}
+    return figures | {"share of the products' speed": str(ratio(floor, times["llama_fn"]))} | _compared(times)
 
 
 def startup(work: Work, rounds: int) -> Figures:
