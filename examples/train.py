@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 import llama_fn as lf
 from llama_fn.training.data import batch, encode_corpus, open_corpus
+from llama_fn.training.jit_step import jit_step
 from llama_fn.training.loop import deterministic, evaluate
-from llama_fn.training.step import make_step
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "my-stories")
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 4000
@@ -42,8 +42,8 @@ optimizer = lf.optim.chain(lf.optim.clip_by_global_norm(1.0),
                            lf.optim.adamw(rate, 0.9, 0.99, weight_decay=0.01, mask=lf.optim.matrices))
 opt_state = optimizer.init(params)
 
-# Compiled as one graph; the memory of the old parameters and state takes the new ones.
-step = lf.jit(make_step(optimizer), donate=("params", "opt_state"))
+# Compiled by its parts; the memory of the old parameters and state takes the new ones.
+step = jit_step(optimizer)
 with tqdm(range(steps), desc="compiling") as bar, deterministic():
     for i in bar:
         tokens, mask = batch(corpus, order, i, (1, 32))

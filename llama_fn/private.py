@@ -154,6 +154,16 @@ def times_bytes(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return torch._weight_int8pack_mm(rows, weight, scale)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def onednn_product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply two float32 matrices on the CPU by oneDNN, whatever their strides."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+
+
+def computes_by_number(target: Any) -> bool:
+    """Whether an operator of a graph makes each number of its result from one number of each argument."""
+    return target is torch.ops.aten._to_copy.default or torch.Tag.pointwise in target.tags
+
+
 # --- The compiler beneath `torch.compile`, which takes five times as long to trace a layer, and 0.1 ms at each call.
 
 _bypass = _found("torch._higher_order_ops.wrap", "dynamo_bypassing_wrapper", None)
@@ -217,13 +227,3 @@ def load_cpp(source: str, flags: tuple[str, ...]) -> Any:
     # The flags say which instructions there are. Torch 2.11 asks g++ all the same.
     known = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
     return CppCodeCache.load(source, extra_flags=flags, **({"needs_vec_isa": False} if known else {}))
-
-
-def onednn_product(a: Tensor, b: Tensor) -> Tensor:
-    """The product of two float32 matrices, "i j" and "j o", by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
-
-
-def cast_operator() -> Any:
-    """The operator that a traced `Tensor.to` becomes."""
-    return torch.ops.aten._to_copy.default

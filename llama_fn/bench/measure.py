@@ -8,7 +8,7 @@ import torch
 
 from llama_fn.bench.checks import checks
 from llama_fn.bench.device import device_of
-from llama_fn.bench.speed import decode, prefill, train
+from llama_fn.bench.speed import PEERS, decode, prefill, train
 from llama_fn.bench.startup import startup
 from llama_fn.bench.timing import Figures
 from llama_fn.bench.transforms import TRANSFORMS
@@ -29,7 +29,8 @@ def measure(what: What, work: Work, only: Collection[str], rounds: int) -> dict[
         raise ValueError(f"bench: there is no measurement {unknown[0]!r}, only {', '.join(TRANSFORMS)}")
     if rounds < 3:
         raise ValueError(f"bench: quartiles need 3 rounds or more, got {rounds}")
-    if work.compare and what not in ("decode", "prefill"):
+    peers = {"decode": {*PEERS}, "prefill": {*PEERS}, "train": {"module"}}.get(what, set())
+    if not {*work.compare} <= peers:
         raise ValueError(f"bench: there is nothing to compare {what} with; leave --compare out")
     if what == "checks":
         return {"checks": checks(rounds)}

@@ -10,15 +10,15 @@ from torch import Tensor
 from llama_fn import tree
 from llama_fn.bench.ceiling import fastest_product, memory_speed, waited_for
 from llama_fn.bench.device import device_of
+from llama_fn.bench.module_step import module_step
 from llama_fn.bench.peers import gpt_fast, hugging_face, llama_cpp
 from llama_fn.bench.timing import Figures, interleave, ratio, spread
 from llama_fn.bench.work import DTYPES, Work, filled, matrix_numbers, weights
-from llama_fn.compiled.jit import jit
 from llama_fn.compiled.layers import jit_layers
 from llama_fn.model.cache import Cache, init_cache
 from llama_fn.model.transformer import Params, forward, head, trunk
 from llama_fn.training import optim
-from llama_fn.training.step import make_step
+from llama_fn.training.jit_step import jit_step
 
 PEERS = {"hf": ("Hugging Face", hugging_face), "llama.cpp": ("llama.cpp", llama_cpp),
          "gpt-fast": ("gpt-fast", gpt_fast)}
@@ -107,13 +107,13 @@ def prefill(work: Work, rounds: int) -> Figures:
 
 
 def train(work: Work, rounds: int) -> Figures:
-    """Take one AdamW step on `work.batch` rows of `work.context` tokens, compiled as one graph.
+    """Take one AdamW step on `work.batch` rows of `work.context` tokens, compiled by its parts.
 
     The time is compared with that of the matrix products in it.
     """
     params, dtype, device = weights(work), DTYPES[work.dtype], device_of(work.device)
     optimizer = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-4))
-    step, state = jit(make_step(optimizer), donate=("params", "opt_state")), [params, optimizer.init(params)]
+    step, state = jit_step(optimizer), [params, optimizer.init(params)]
     tokens = torch.arange(work.batch * (work.context + 1), device=device).reshape(1, work.batch, -1)
     tokens %= params.config.vocab_size
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -123,14 +123,16 @@ def train(work: Work, rounds: int) -> Figures:
 
     rows, config = work.batch * work.context, params.config
     a, b = fastest_product(rows, config, dtype, device)
-    works = {"llama_fn": run, "a matrix product": lambda: torch.nn.functional.linear(a, b)}
+    works: dict[str, Callable] = {"llama_fn": run, "a matrix product": lambda: torch.nn.functional.linear(a, b)}
+    if work.compare:
+        works["a module"] = module_step(params, tokens[0])
     times = interleave(waited_for(works, device), rounds, "train")
     matrices = matrix_numbers(params.config)
     products = times.pop("a matrix product")
     floor = [3 * seconds * matrices / b.numel() for seconds in products]  # one product forward, and two backward
     figures = _times(times, rows)
     figures["a matrix product, GFLOP/s"] = spread([2 * rows * b.numel() / t / 1e9 for t in products])
-    return figures | {"share of the products' speed": str(ratio(floor, times["llama_fn"]))}
+    return figures | {"share of the products' speed": str(ratio(floor, times["llama_fn"]))} | _compared(times)
 
 
 def _times(times: dict[str, list[float]], tokens: int) -> Figures:

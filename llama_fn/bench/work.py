@@ -40,7 +40,7 @@ class Work(NamedTuple):
     context: int = 128
     max_len: int = 1024
     device: str = "auto"
-    compare: tuple[Literal["hf", "llama.cpp", "gpt-fast"], ...] = ()
+    compare: tuple[Literal["hf", "llama.cpp", "gpt-fast", "module"], ...] = ()
 
 
 def check(work: Work) -> None:

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +15,10 @@ from llama_fn.compiled.products import by_onednn
 from llama_fn.compiled.trace import collect, rebuilt
 from llama_fn.modes import autocast, gradients_enabled, traced, tracing_layers, transforms
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def differentiable(f: Callable[P, R]) -> Callable[P, R]:
+def differentiable(f: Callable[..., R]) -> Callable[..., R]:
     """`f` of positional trees, compiled for every combination of shapes, and its derivative for `torch.autograd`.
 
     Forward and backward are cut out of one graph, so that what the forward keeps is what the backward cannot compute
@@ -35,14 +34,14 @@ def differentiable(f: Callable[P, R]) -> Callable[P, R]:
         collect(args, tensors, rest)
         wanted = [gradients_enabled() and x.requires_grad for x in tensors]
         if not any(wanted) or traced() or transforms() or autocast():
-            return cast("Callable[..., R]", f)(*args)
+            return f(*args)
         tensors = [x.contiguous() for x in tensors]
         key = (*rest, *wanted, *((x.shape, x.dtype, x.device) for x in tensors))
         if (ready := known.get(key)) is None:
             ready = known[key] = _compiled(f, args, tensors, [i for i, one in enumerate(wanted) if one])
         return rebuilt(ready.result, iter(_Applied.apply(ready, *tensors)))
 
-    return cast("Callable[P, R]", called)
+    return called
 
 
 class _Compiled(NamedTuple):
@@ -64,8 +63,8 @@ class _Applied(torch.autograd.Function):
         return tuple(values[:ready.outputs])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # which loses the type of a static method:
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradients: list[Tensor | None] = [None] * ctx.count
         values = ctx.ready.backward([*ctx.saved_tensors, *(x.contiguous() for x in cotangents)])
         for place, value in zip(ctx.ready.wanted, values, strict=True):

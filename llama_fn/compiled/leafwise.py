@@ -9,7 +9,7 @@ a learning rate) are left to torch.
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,35 +22,33 @@ from llama_fn.compiled.jit import donated
 from llama_fn.compiled.trace import compiled
 from llama_fn.modes import plain, traced, tracing_layers
 
-P = ParamSpec("P")
 R = TypeVar("R")
-COPY, SUM, TO = torch.ops.aten.copy_.default, torch.ops.aten.sum.default, private.cast_operator()
+COPY, SUM = torch.ops.aten.copy_.default, torch.ops.aten.sum.default
 # A function of tensors, and the nodes that it reads and makes.
 Step = tuple[Callable[..., Sequence[Tensor]], list[Node], list[Node]]
 
 
-def leafwise(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
+def leafwise(f: Callable[..., R], donate: str | Sequence[str] = ()) -> Callable[..., R]:
     """`f` of positional trees, compiled by its leaves; the memory of an argument in `donate` takes its result."""
-    whole = cast("Callable[..., Any]", f)
     names = (donate,) if isinstance(donate, str) else tuple(donate)
     parameters = tuple(inspect.signature(f).parameters)
     known: dict[Hashable, Callable[[list[Tensor]], Any]] = {}
     loops: dict[Hashable, Callable] = {}  # one for all pieces with the same operations
 
     def run(*args: Any) -> Any:
-        return donated({name: args[parameters.index(name)] for name in names}, whole(*args))
+        return donated({name: args[parameters.index(name)] for name in names}, f(*args))
 
     @functools.wraps(f)
     def called(*args: Any) -> Any:
         tensors, structure = tree.flatten(args)
         if traced() or not all(isinstance(x, Tensor) for x in tensors) or not plain(tensors):
-            return whole(*args)
+            return f(*args)
         key = (torch.get_num_threads(), structure, *((x.shape, x.stride(), x.dtype, x.device) for x in tensors))
         if (ready := known.get(key)) is None:
             ready = known[key] = _program(run, structure, tensors, loops)
         return ready(tensors)
 
-    return cast("Callable[P, R]", called)
+    return called
 
 
 @undisturbed()
@@ -133,12 +131,13 @@ def _many(node: Node) -> bool:
 
 
 def _by_torch(node: Node) -> Step:
-    read = node.all_input_nodes
+    read, operator = node.all_input_nodes, node.target
+    assert callable(operator)
 
     def step(*tensors: Tensor) -> Sequence[Tensor]:
         known = dict(zip(read, tensors, strict=True))
-        args, kwargs = cast(Any, map_arg((node.args, node.kwargs), known.__getitem__))
-        return [cast("Callable[..., Tensor]", node.target)(*args, **kwargs)]
+        args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+        return [operator(*args, **kwargs)]
 
     return step, read, [node]
 
@@ -171,7 +170,7 @@ def _piece(made: list[Node], owners: dict[Node, Node], loops: dict) -> Step:
                                  (x.meta["val"].shape, x.meta["val"].stride())) for x in read))
     alike = loops.setdefault(key, [])
     many, places = [_many(x) for x in read], [*read]
-    written = [places.index(cast(Node, node.args[0])) if node.target is COPY else None for node in made]
+    written = [places.index(node.all_input_nodes[0]) if node.target is COPY else None for node in made]
     shapes = [node.meta["val"].shape for node in made]
 
     def step(*tensors: Tensor) -> Sequence[Tensor]:
@@ -190,6 +189,5 @@ def _piece(made: list[Node], owners: dict[Node, Node], loops: dict) -> Step:
 def _by_number(inside: dict[Node, None], read: dict[Node, None]) -> bool:
     """Whether a piece computes number by number, so that it is the same for leaves of any shape."""
     leaves = [x.meta["val"] for x in read if _many(x)]
-    operators = [cast(Any, node.target) for node in inside]
-    pointwise = all(x in (COPY, SUM, TO) or torch.Tag.pointwise in x.tags for x in operators)
+    pointwise = all(node.target in (COPY, SUM) or private.computes_by_number(node.target) for node in inside)
     return pointwise and len({x.shape for x in leaves}) == 1 and all(x.is_contiguous() for x in leaves)
