@@ -2,7 +2,7 @@
 
     python examples/train.py [FOLDER] [STEPS] [STORIES]
 
-4000 steps on 200,000 stories give the shipped model (bit for bit on the same kind of machine). After 300 steps on
+4000 steps on 200,000 stories give a model like the shipped one. After 300 steps on
 20,000 stories a model already writes sentences.
 """
 
