@@ -91,16 +91,20 @@ def _steps(folder: Path, begun: Begun, every: int, metrics: MetricsFile, saver: 
 
     def log(measurement: dict[str, Any]) -> None:
         metrics.append(measurement)
-        report(measurement)
+        try:
+            report(measurement)
+        except OSError:  # after SIGHUP there is no terminal to write to
+            if not signals:
+                raise
 
     def save_state() -> None:
         saver.save(state, {**begun.about, "step": int(state.step), "seconds": seconds, **valid}, metrics)
 
-    first = {"step": int(state.step), "steps": plan.steps, "parameters": begun.plan.config().n_params,
-             "training_tokens": len(begun.training.tokens)}
-    (report if begun.kept else log)(first)
-    _convert(folder, save_state, saver)
     with signals_noted() as signals:
+        first = {"step": int(state.step), "steps": plan.steps, "parameters": plan.config().n_params,
+                 "training_tokens": len(begun.training.tokens)}
+        (report if begun.kept else log)(first)
+        _convert(folder, save_state, saver)
         since = time.perf_counter()
         for state, measured in train(state, plan.optimizer(), begun.training, begun.batch_key,  # noqa: B020
                                      plan.steps, (plan.micro_batches, plan.batch)):

@@ -1,6 +1,7 @@
 """Signals: the first one stops a run after its step and a snapshot, the second one at once; each has its own status."""
 
 import os
+import pty
 import signal
 import sys
 import time
@@ -88,6 +89,31 @@ def test_the_second_signal_ends_the_process_at_once_and_the_old_snapshot_is_whol
     seen = []
     run(tmp_path / "run", SMALL, resume=True, report=seen.append)
     assert seen[0]["step"] == 2
+
+
+def test_a_terminal_that_is_closed_lets_the_step_finish_though_nothing_can_be_printed(tmp_path):
+    texts = write_texts(tmp_path / "texts")
+    child, terminal = pty.fork()
+    if not child:
+        def report(record: dict) -> None:
+            if record["step"] == 3:
+                while signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:  # until the signal is noted
+                    time.sleep(0.01)
+            os.write(2, f"step {record['step']}\n".encode())
+
+        status = 0
+        try:
+            run(tmp_path / "run", SMALL, texts, report=report)
+        except SystemExit as stopped:
+            status = stopped.code
+        finally:
+            os._exit(status)
+    seen = b""
+    while b"step 2" not in seen:
+        seen += os.read(terminal, 100)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    assert snapshot_steps(tmp_path / "run")[-1] == 3
 
 
 def test_ctrl_c_while_the_last_snapshot_is_written_gives_it_up(tmp_path, monkeypatch):
