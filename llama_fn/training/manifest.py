@@ -68,7 +68,8 @@ def write_manifest(folder: Path, plan: Plan, texts: Sequence[Text] | None, previ
         manifest["texts"] = [text._asdict() for text in texts]
     if not manifest.get("sha256"):
         manifest["sha256"] = {name: _digest(file_of(folder, name)) for name in files}
-    write_json(folder / MANIFEST, sealed(manifest))
+    if not (folder / MANIFEST).is_file() or read_json(folder / MANIFEST) != sealed(manifest):
+        write_json(folder / MANIFEST, sealed(manifest))
     return manifest
 
 

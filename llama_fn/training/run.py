@@ -21,6 +21,7 @@ import torch
 
 from llama_fn.checkpoint.load import Model, save
 from llama_fn.training.begin import OLD_SNAPSHOT, Begun, begin, filled_plan
+from llama_fn.training.guarded import is_finite
 from llama_fn.training.lock import locked
 from llama_fn.training.loop import TrainState, evaluate, train, updates_taken
 from llama_fn.training.plan import Plan
@@ -108,14 +109,14 @@ def _steps(folder: Path, begun: Begun, every: int, metrics: MetricsFile, saver: 
         since = time.perf_counter()
         for state, measured in train(state, plan.optimizer(), begun.training, begun.batch_key,  # noqa: B020
                                      plan.steps, (plan.micro_batches, plan.batch)):
-            step, loss, norm = int(state.step), float(measured.loss), float(measured.grad_norm)
+            step, taken = int(state.step), bool(is_finite(measured))  # this waits until the step is computed
             took = time.perf_counter() - since
             seconds, valid = seconds + took, {}
-            skipped = updates_taken(state.opt_state) == updates
-            log({"step": step, "loss": loss, "grad_norm": norm, "learning_rate": float(rate(torch.tensor(updates))),
+            log({"step": step, "loss": float(measured.loss), "grad_norm": float(measured.grad_norm),
+                 "learning_rate": float(rate(torch.tensor(updates))),
                  "tokens_per_second": round(int(measured.count) / took), "seconds": round(seconds, 2),
-                 **({"skipped": True} if skipped else {})})
-            updates += not skipped
+                 **({} if taken else {"skipped": True})})
+            updates += taken
             if step % every == 0 or step == plan.steps:
                 valid = {"valid_loss": evaluate(state.params, begun.validation)}
                 log({"step": step, **valid, **begun.floor})
