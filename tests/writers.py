@@ -49,8 +49,8 @@ def all_writers(texts: list[str], folder: Path) -> dict[str, Writer]:
         "curve": lambda place, which: drawn(folder / f"{which}", place)}
 
 
-FOLDERS = ("meta", "two of meta", "hf", "three of hf", "llama2c", "quantized", "adapter")
-FILES = ("snapshot", "json", "corpus", "curve")
+FOLDERS = ("meta", "two of meta", "hf", "three of hf", "llama2c", "quantized", "adapter", "snapshot")
+FILES = ("json", "corpus", "curve")
 WRITERS = (*FOLDERS, *FILES)
 
 

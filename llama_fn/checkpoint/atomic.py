@@ -25,7 +25,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -90,23 +90,25 @@ def replacing_folder(folder: str | os.PathLike, instead_of: Sequence[str] = ()) 
             _remove(temporary)
 
 
-@contextmanager
-def appending(path: Path, begin: str) -> Iterator[Callable[[str], None]]:
-    """A context manager that writes ``begin`` to a file and yields a function that appends text to it.
+def write_bytes(handle: int, data: bytes | memoryview) -> None:
+    """Write all of ``data`` to an open file. The operating system may take only a part of it at a time."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(handle, rest):]
 
-    Each text is passed to the operating system at once, but it is not synced to the disk.
-    """
-    with replacing(path) as temporary:
-        temporary.write_text(begin)
-    with path.open("ab", buffering=0) as file:  # unbuffered, so that no write is left for close()
 
-        def append(text: str) -> None:
-            data = text.encode()
-            with explaining_errors(path):
-                while data:
-                    data = data[file.write(data):]
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that only one process writes to. A reader sees all of its files or none of them."""
+    temporary = _temporary_name(folder)
+    folder.rename(temporary)
+    _remove(temporary)
 
-        yield append
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that killed writers left in a folder. No writer may be at work in it."""
+    for left in folder.iterdir() if folder.is_dir() else ():
+        if re.fullmatch(r"\..*\.[0-9a-f]{8}\.part", left.name):
+            _remove(left)
 
 
 def current(folder: str | os.PathLike) -> Path:

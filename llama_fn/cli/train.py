@@ -14,17 +14,17 @@ from llama_fn.memory import keep_memory
 from llama_fn.training.curve import plot_losses
 from llama_fn.training.manifest import MANIFEST
 from llama_fn.training.plan import Plan
-from llama_fn.training.run import METRICS, SNAPSHOT, run
+from llama_fn.training.run import METRICS, has_snapshot, run
 
 
 def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[TEXTS]")] = None, *,
           plan: Plan = Plan(), out: Path = Path("run"),  # noqa: B008, frozen
-          resume: bool = False, evaluate_every: int | None = None, device: str = "auto") -> None:
+          resume: bool = False, evaluate_every: int | None = None, keep: int = 3, device: str = "auto") -> None:
     """Train a tokenizer and a model on the embedded stories or on your own texts, and print a sample.
 
     The output folder then holds the model in Meta's layout (for "llama-fn generate --model FOLDER"), metrics.jsonl with
-    a line for each step, loss.png (if matplotlib is installed), and a snapshot, which each evaluation replaces. Ctrl-C
-    writes a snapshot and stops.
+    a line for each step, loss.png (if matplotlib is installed), and snapshots, one after each evaluation. Ctrl-C,
+    SIGTERM and SIGHUP write a snapshot and stop; the exit status is then 130, 143 or 129.
 
     Args:
         texts: A text file, a JSON or JSON-lines file (the "text" of each record), or a folder of such files; by default
@@ -60,11 +60,11 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
 
     stopped = ""
     try:
-        model = run(out, plan, texts, resume=resume, evaluate_every=evaluate_every, device=device_of(device),
-                    report=report)
-    except KeyboardInterrupt:
+        model = run(out, plan, texts, resume=resume, evaluate_every=evaluate_every, keep=keep,
+                    device=device_of(device), report=report)
+    except (KeyboardInterrupt, SystemExit):
         again = f"with --resume --out {out} and the same options"
-        if (out / SNAPSHOT).is_file():
+        if has_snapshot(out):
             stopped = f"stopped; go on {again}"
         elif (out / MANIFEST).is_file():
             stopped = f"stopped before the first snapshot; begin again {again}"

@@ -15,11 +15,12 @@ from llama_fn.model.transformer import Params
 from llama_fn.private import lacking
 from llama_fn.training.loss import ENTROPY, Entropy, loss_sum
 from llama_fn.training.optim import Optimizer
-from llama_fn.training.step import Step, accumulated, in_dtype, make_step, make_update
+from llama_fn.training.step import Step, Update, accumulated, in_dtype, make_step, make_update
 
 
 def jit_step(optimizer: Optimizer, layer: Callable = block, *, loss_sum: Callable = loss_sum,
-             compute_dtype: torch.dtype | None = None) -> Step:
+             compute_dtype: torch.dtype | None = None,
+             update: Callable[[Optimizer], Update] = make_update) -> Step:
     """`make_step`, compiled: the same signature and, up to rounding, the same results.
 
     All layers share one compiled block, forward and backward, all chunks of the loss one more, and all leaves of the
@@ -29,7 +30,7 @@ def jit_step(optimizer: Optimizer, layer: Callable = block, *, loss_sum: Callabl
     """
     if (reason := obstacle() or lacking()) is not None:
         warnings.warn(uncompiled("a training step", reason), stacklevel=2)
-        return make_step(optimizer, layer, loss_sum=loss_sum, compute_dtype=compute_dtype)
+        return make_step(optimizer, layer, loss_sum=loss_sum, compute_dtype=compute_dtype, update=update)
     layer, entropy = differentiable(layer), Entropy(*map(differentiable, ENTROPY))
 
     def gradient(params: Params, tokens: Tensor, mask: Tensor) -> tuple[Params, Tensor, Tensor]:
@@ -39,4 +40,4 @@ def jit_step(optimizer: Optimizer, layer: Callable = block, *, loss_sum: Callabl
         grads = iter(torch.autograd.grad(nats, tree.leaves(own)))
         return tree.map(lambda _: next(grads), params), nats.detach(), number
 
-    return accumulated(gradient, leafwise(make_update(optimizer), donate=("params", "opt_state")))
+    return accumulated(gradient, leafwise(update(optimizer), donate=("params", "opt_state")))

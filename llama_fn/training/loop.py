@@ -17,10 +17,11 @@ from llama_fn import tree
 from llama_fn.model.transformer import Params
 from llama_fn.random import Key
 from llama_fn.training.data import Corpus, batch, rows
+from llama_fn.training.guarded import guarded, is_finite
 from llama_fn.training.jit_step import jit_step
 from llama_fn.training.loss import loss_sum
 from llama_fn.training.optim import Optimizer
-from llama_fn.training.step import Metrics
+from llama_fn.training.step import Metrics, make_update
 
 
 class TrainState(NamedTuple):
@@ -41,26 +42,38 @@ def init_state(params: Params, optimizer: Optimizer) -> TrainState:
 
 
 def train(state: TrainState, optimizer: Optimizer, corpus: Corpus, key: Key, steps: int,
-          shape: tuple[int, int]) -> Iterator[tuple[TrainState, Metrics]]:
+          shape: tuple[int, int], most_skipped: int = 10) -> Iterator[tuple[TrainState, Metrics]]:
     """Train up to step number ``steps``, and yield the state and the metrics after each step.
 
     ``shape`` is (micro-batches, rows of each). The step is compiled when it first runs, which takes a while. It
-    donates the state: each new state takes over the memory of the one before, which is no longer valid. Raises
-    `ValueError` at the first loss or gradient norm that is infinite or NaN.
+    donates the state: each new state takes over the memory of the one before, which is no longer valid. A step whose
+    loss or gradient norm is infinite or NaN leaves parameters and optimizer state as they are (see `guarded`). Raises
+    `ValueError` at ``most_skipped`` of them in a row.
 
     Example: ``for state, metrics in train(state, optimizer, corpus, lf.random.key(0), 100, (1, 32)): ...``.
     """
-    step = jit_step(optimizer)
+    step = jit_step(optimizer, update=lambda optimizer: guarded(make_update(optimizer)))
+    skipped, device = 0, tree.leaves(state.params)[0].device
     for number in range(int(state.step), steps):
-        tokens, mask = (x.to(state.params.embedding.device) for x in batch(corpus, key, number, shape))
         with deterministic():
-            params, opt_state, metrics = step(state.params, state.opt_state, tokens, mask)
-        if not (metrics.loss.isfinite() and metrics.grad_norm.isfinite()):
-            raise ValueError(f"step {number + 1}: the loss is {float(metrics.loss)} and the gradient's norm "
-                             f"{float(metrics.grad_norm)}; the last snapshot is as it was: go on from it with a lower "
-                             "learning rate or a longer warmup")
+            params, opt_state, metrics = step(state.params, state.opt_state,
+                                              *(x.to(device) for x in batch(corpus, key, number, shape)))
         state = TrainState(params, opt_state, state.step + 1)
+        skipped = 0 if is_finite(metrics) else skipped + 1
+        if skipped == most_skipped:
+            raise ValueError(f"step {number + 1}: the loss is {float(metrics.loss)} and the gradient's norm "
+                             f"{float(metrics.grad_norm)}, not finite for {skipped} steps in a row; the last snapshot "
+                             "is as it was: go on from it with a lower learning rate or a longer warmup")
         yield state, metrics
+
+
+def updates_taken(opt_state: Any) -> int:
+    """The number of updates that an optimizer has made, which is what its learning rate depends on.
+
+    It is the largest count in the state. Steps that were skipped are not among them.
+    """
+    counts = [int(x) for x in tree.leaves(opt_state) if x.ndim == 0 and not x.is_floating_point()]
+    return max(counts, default=0)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """The manifest of a training run, ``run.json``: its plan, and digests of its texts and of its files.
 
 A run that is resumed is compared with its manifest, so that it cannot silently continue with another plan, with other
-texts, or with damaged files.
+texts, or with damaged files. The manifest is first written before the files are made, without their digests. So a run
+that was killed while it made them can be resumed.
 """
 
 import dataclasses
 import hashlib
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,8 +16,10 @@ from typing import Any, NamedTuple
 from llama_fn.checkpoint.atomic import current
 from llama_fn.checkpoint.files import write_json
 from llama_fn.checkpoint.load import TOKENIZER
+from llama_fn.checkpoint.sealed import CHECKSUM, sealed, unsealed
 from llama_fn.text import read_json
 from llama_fn.training.data import documents, no_text
+from llama_fn.training.lock import LOCK
 from llama_fn.training.plan import Plan
 
 MANIFEST = "run.json"
@@ -51,25 +55,30 @@ def digest_texts(files: Sequence[Path], under: Path) -> list[Text]:
     return texts
 
 
-def write_manifest(folder: Path, plan: Plan, texts: Sequence[Text] | None, previous: dict[str, Any] | None) -> None:
-    """Write the manifest of a run.
+def write_manifest(folder: Path, plan: Plan, texts: Sequence[Text] | None, previous: dict[str, Any] | None,
+                   files: Sequence[str] = FILES) -> dict[str, Any]:
+    """Write the manifest of a run, and return it.
 
     It holds everything in ``previous`` (the manifest so far, or None), the plan, the texts unless they are None, and
-    the digests of the run's files.
+    the digests of ``files``, unless ``previous`` has them. No files are named before they are made.
     """
-    manifest = {"texts": None, **(previous or {}), **dataclasses.asdict(plan)}
+    numbers = {name: value for name, value in vars(plan).items() if value is not None}
+    manifest = {"texts": None, **(previous or {}), **numbers}
     if texts is not None:
         manifest["texts"] = [text._asdict() for text in texts]
-    if "sha256" not in manifest:
-        manifest["sha256"] = {name: _digest(file_of(folder, name)) for name in FILES}
-    write_json(folder / MANIFEST, manifest)
+    if not manifest.get("sha256"):
+        manifest["sha256"] = {name: _digest(file_of(folder, name)) for name in files}
+    if not (folder / MANIFEST).is_file() or read_json(folder / MANIFEST) != sealed(manifest):
+        write_json(folder / MANIFEST, sealed(manifest))
+    return manifest
 
 
 def read_manifest(folder: Path, resume: bool) -> dict[str, Any] | None:
     """The manifest of the run in a folder; None if the folder is free for a new run.
 
     Raises `FileNotFoundError` if there is no run to resume. Raises `ValueError` for a folder that holds something
-    else, for a run in the folder if ``resume`` is false, and for a manifest that no training run wrote.
+    else, for a run in the folder if ``resume`` is false, and for a manifest that is damaged or that no training run
+    wrote.
     """
     if (folder / MANIFEST).is_file():
         if not resume:
@@ -78,6 +87,8 @@ def read_manifest(folder: Path, resume: bool) -> dict[str, Any] | None:
         wrong = ValueError(f"{folder / MANIFEST}: not what a training run writes there")
         if not isinstance(manifest, dict):
             raise wrong
+        if CHECKSUM in manifest:  # earlier versions wrote none
+            manifest = unsealed(manifest, folder / MANIFEST)
         texts, digests = manifest.get("texts"), manifest.get("sha256", {})
         known = texts if isinstance(texts, list) else []
         right = all(isinstance(text, dict) and {*text} == {*Text._fields} and {*map(type, text.values())} == {str}
@@ -88,11 +99,21 @@ def read_manifest(folder: Path, resume: bool) -> dict[str, Any] | None:
         return manifest
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose a folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not all(_is_of_no_run(place) for place in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no training run; choose another folder")
     if resume:
         raise FileNotFoundError(f"{folder}: there is no run to go on with")
     return None
+
+
+def is_prepared(manifest: dict[str, Any]) -> bool:
+    """Whether a run's files were complete when its manifest was written. Earlier versions had no digests at all."""
+    return manifest.get("sha256") != {}
+
+
+def _is_of_no_run(place: Path) -> bool:
+    """Whether a run that was killed before its manifest was complete left this file."""
+    return place.name == LOCK or bool(re.fullmatch(re.escape(f".{MANIFEST}.") + r"[0-9a-f]{8}\.part", place.name))
 
 
 def _check_numbers(file: Path, manifest: dict[str, Any]) -> None:

@@ -67,9 +67,9 @@ def prepare(folder: Path, vocab_size: int | None, sources: Sources | None) -> To
     return tokenizer
 
 
-def clear(folder: Path) -> None:
+def clear(folder: Path, names: Sequence[str] = (MANIFEST, *FILES)) -> None:
     """Remove the files that `prepare` made for a run that could not begin, and folders that are then empty."""
-    for name in (MANIFEST, *FILES):
+    for name in names:
         (folder / name).unlink(missing_ok=True)
     for part in (folder / "data", folder):
         if part.is_dir() and not any(part.iterdir()):

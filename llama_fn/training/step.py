@@ -15,6 +15,8 @@ from llama_fn.training.loss import loss_sum
 from llama_fn.training.optim import Optimizer, apply_updates, global_norm
 
 Step = Callable[..., tuple[Params, Any, "Metrics"]]  # step(params, opt_state, tokens "a b t", mask "a b t")
+# update(params, opt_state, grads, total, count), of sums over as many tokens.
+Update = Callable[[Params, Any, Params, Tensor, Tensor], tuple[Params, Any, "Metrics"]]
 # From parameters, tokens "b t" and mask "b t" to gradients, the sum of the loss, and the number of tokens that count.
 Gradient = Callable[[Params, Tensor, Tensor], tuple[Params, Tensor, Tensor]]
 
@@ -28,13 +30,13 @@ class Metrics(NamedTuple):
 
 
 def make_step(optimizer: Optimizer, layer: Callable = block, *, loss_sum: Callable = loss_sum,
-              compute_dtype: torch.dtype | None = None) -> Step:
+              compute_dtype: torch.dtype | None = None, update: Callable[[Optimizer], Update] | None = None) -> Step:
     """The train step of an optimizer, ready for `jit(step, donate=("params", "opt_state"))`.
 
     `layer` is that of `forward`: with `remat(block)` the step takes less memory, and about a quarter more time. With
     `compute_dtype` the model computes in that dtype, and parameters, gradients and optimizer state keep theirs: float32
     parameters are the master weights of a bfloat16 model. `loss_sum` may have options:
-    `functools.partial(loss_sum, z_loss=1e-4)`.
+    `functools.partial(loss_sum, z_loss=1e-4)`. `update` makes the update of an optimizer, as `make_update` does.
     """
     def gradient(params: Params, tokens: Tensor, mask: Tensor) -> tuple[Params, Tensor, Tensor]:
         def summed(params: Params) -> tuple[Tensor, Tensor]:
@@ -43,10 +45,10 @@ def make_step(optimizer: Optimizer, layer: Callable = block, *, loss_sum: Callab
         grads, (nats, number) = torch.func.grad_and_value(summed, has_aux=True)(params)
         return grads, nats, number
 
-    return accumulated(gradient, make_update(optimizer))
+    return accumulated(gradient, (update or make_update)(optimizer))
 
 
-def accumulated(gradient: Gradient, update: Callable[..., tuple[Params, Any, Metrics]]) -> Step:
+def accumulated(gradient: Gradient, update: Update) -> Step:
     """The step that adds up gradients over the micro-batches, and updates once."""
     @typed
     def step(params: Params, opt_state: Any, tokens: Int[Tensor, "a b t"],
@@ -65,7 +67,7 @@ def accumulated(gradient: Gradient, update: Callable[..., tuple[Params, Any, Met
     return step
 
 
-def make_update(optimizer: Optimizer) -> Callable[..., tuple[Params, Any, Metrics]]:
+def make_update(optimizer: Optimizer) -> Update:
     """`update(params, opt_state, grads, total, count)`, of sums over as many tokens."""
     def update(params: Params, opt_state: Any, grads: Params, total: Tensor,
                count: Tensor) -> tuple[Params, Any, Metrics]:

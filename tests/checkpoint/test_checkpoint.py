@@ -14,7 +14,7 @@ from strategies import configs, keys
 import llama_fn as lf
 from llama_fn import tree
 from llama_fn.checkpoint.meta_config import read_config, write_config
-from llama_fn.checkpoint.snapshot import load_snapshot
+from llama_fn.checkpoint.snapshot_pt import load_snapshot_pt
 from llama_fn.config import RopeScaling
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -201,7 +201,7 @@ def test_code_in_a_file_of_weights_is_never_run(folder, tmp_path, old_format):
 
     file = folder / "consolidated.00.pth"
     torch.save({"tok_embeddings.weight": Trap()}, file, _use_new_zipfile_serialization=not old_format)
-    for load in (lambda: lf.load(folder), lambda: load_snapshot({}, file)):
+    for load in (lambda: lf.load(folder), lambda: load_snapshot_pt({}, file)):
         with pytest.raises(ValueError, match=r"consolidated\.00\.pth: not a file of tensors"):
             load()
         assert not canary.exists()

@@ -14,7 +14,7 @@ import pytest
 from folders import contents
 from writers import FILES, FOLDERS, WRITERS, Writer, all_writers, calls, readable
 
-from llama_fn.checkpoint.atomic import appending, replacing
+from llama_fn.checkpoint.atomic import replacing
 from llama_fn.cli import main
 
 
@@ -89,16 +89,6 @@ def limited(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_measurements_are_appended_whole_or_named(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    with appending(file, "old\n") as append:
-        append("new\n")
-        assert file.read_text() == "old\nnew\n"  # without closing the file
-        with limited(10), pytest.raises(OSError, match=r"File too large, while writing.*metrics\.jsonl"):
-            append("longer\n")
-    assert file.read_bytes() == b"old\nnew\nlo"
 
 
 @pytest.mark.parametrize("name", WRITERS)

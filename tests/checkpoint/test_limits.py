@@ -8,6 +8,7 @@ import struct
 import time
 import tracemalloc
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ import llama_fn as lf
 from llama_fn.checkpoint.files import read_json, read_tensors
 from llama_fn.checkpoint.limits import MOST_HEADER, MOST_OPCODES, MOST_PICKLE
 from llama_fn.checkpoint.snapshot import load_snapshot, save_snapshot
+from llama_fn.checkpoint.snapshot_pt import load_snapshot_pt
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 BYTES = 2**26
@@ -81,6 +83,9 @@ def test_an_archive_of_other_tools_without_64_bits_is_read(tmp_path):
 
 def test_a_state_of_as_many_leaves_as_the_largest_models_have_is_read(tmp_path):
     leaves = {f"params.blocks.{i}.feed_forward.w_down": torch.zeros(1) for i in range(3500)}
+    checksums = dict.fromkeys(leaves, zlib.crc32(bytes(4)))
+    torch.save({"leaves": leaves, "checksums": checksums}, tmp_path / "snapshot.pt")
+    assert same(load_snapshot_pt(leaves, tmp_path / "snapshot.pt"), leaves)
     save_snapshot(leaves, tmp_path / "snapshot")
     assert same(load_snapshot(leaves, tmp_path / "snapshot"), leaves)
 

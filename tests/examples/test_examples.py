@@ -13,6 +13,7 @@ import llama_fn as lf
 from llama_fn.training import loop
 from llama_fn.training.plan import Plan
 from llama_fn.training.run import run as run_plan
+from llama_fn.training.step import make_step
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -69,8 +70,8 @@ def test_lora_teaches_each_row_its_name(tmp_path):
 @pytest.mark.slow
 def test_train_is_the_run_of_the_command_line_bit_for_bit(tmp_path, monkeypatch, capsys):
     # Uncompiled, in this process: what compiles is tested elsewhere, and takes a minute each time.
-    for module in (lf, loop):
-        monkeypatch.setattr(module, "jit", lambda f, donate: f)
+    monkeypatch.setattr(loop, "jit_step", make_step)
+    monkeypatch.setattr(sys.modules["llama_fn.training.jit_step"], "jit_step", make_step)
     monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "page"), "3", "1000"])
     runpy.run_path(str(ROOT / "examples" / "train.py"), run_name="__main__")
     out = capsys.readouterr().out

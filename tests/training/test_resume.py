@@ -12,6 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from program import COMMAND, cli
+from runs import TEXTS, edit_manifest
+from runs import write_texts as write
 
 import llama_fn as lf
 from llama_fn.training import loop
@@ -20,8 +22,6 @@ from llama_fn.training.run import run
 from llama_fn.training.step import make_step
 
 SMALL = Plan(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=20, context=24, steps=4, batch=2)
-TEXTS = {"a.txt": "the cat sat on the mat.\n" * 30, "b.jsonl": '{"text": "the dog ran to the cat."}\n' * 30,
-         "c.md": "the mat is on the dog.\n" * 30}
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +34,6 @@ def stop_after(step: int):
         if record.get("step") == step and "loss" in record:
             signal.raise_signal(signal.SIGINT)
     return report
-
-
-def write(folder: Path, texts: dict[str, str] = TEXTS) -> Path:
-    folder.mkdir(exist_ok=True)
-    for name, content in texts.items():
-        (folder / name).write_text(content)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +97,7 @@ def test_other_texts_are_refused_and_named_though_their_files_have_the_old_names
 
 
 def test_texts_for_a_run_on_stories_are_refused(root):
-    record = json.loads((root / "run" / "run.json").read_text())
-    (root / "run" / "run.json").write_text(json.dumps({**record, "texts": None}))
+    edit_manifest(root / "run", texts=None)
     with pytest.raises(ValueError, match="holds a run on the embedded stories; resume it without texts"):
         run(root / "run", SMALL, root / "texts", resume=True)
 
@@ -127,9 +119,7 @@ def test_a_damaged_file_is_named_and_made_again_once_it_is_removed(root, name, d
 
 
 def test_a_run_of_an_earlier_version_goes_on_and_says_what_it_cannot_tell(root):
-    record = json.loads((root / "run" / "run.json").read_text())
-    del record["sha256"]
-    (root / "run" / "run.json").write_text(json.dumps({**record, "texts": "texts"}))
+    edit_manifest(root / "run", sha256=..., texts="texts")
     with pytest.warns(UserWarning, match="has no digests of the texts: whether these are the same cannot be told"):
         run(root / "run", SMALL, root / "texts", resume=True)
     assert {"sha256", "texts"} <= json.loads((root / "run" / "run.json").read_text()).keys()
@@ -146,22 +136,19 @@ def test_a_record_that_is_no_object_is_an_error(root):
                                      {"texts": [{"name": "a", "sha256": []}]}, {"warmup": [1]}, {"steps": 0},
                                      {"steps": None}, {"n_heads": 3}, {"clip": "1"}, {"dim": True}])
 def test_a_record_that_is_none_is_an_error(root, changes):
-    record = json.loads((root / "run" / "run.json").read_text())
-    (root / "run" / "run.json").write_text(json.dumps({**record, **changes}))
+    edit_manifest(root / "run", **changes)
     with pytest.raises(ValueError, match=r"run\.json: not what a training run writes there") as error:
         run(root / "run", dataclasses.replace(SMALL, steps=None), root / "texts", resume=True)
     assert all(name in str(error.value) for name in changes if name not in ("texts", "sha256"))
 
 
-@pytest.mark.parametrize("line", ["[1]\n", '{"step": "x"}\n', '{"loss": 1}\n', "{}}\n"])
-def test_metrics_that_are_none_are_an_error_with_their_line(root, line):
-    with (root / "run" / "metrics.jsonl").open("a") as file:
-        file.write(line + '{"step": 3}\n')
-    if line == "[1]\n":  # a line cut short
+@pytest.mark.parametrize("changes", [{"steps": 5}, {"seed": 1}, {"texts": None}])
+def test_a_record_that_was_edited_is_an_error(root, changes):
+    """Its checksum is not that of its entries. Without one it is the record of an earlier version."""
+    record = json.loads((root / "run" / "run.json").read_text())
+    (root / "run" / "run.json").write_text(json.dumps({**record, **changes}))
+    with pytest.raises(ValueError, match=r"run\.json: damaged, or edited"):
         run(root / "run", SMALL, root / "texts", resume=True)
-    else:
-        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 6: not "):
-            run(root / "run", SMALL, root / "texts", resume=True)
 
 
 def test_the_runs_own_folder_among_the_texts_is_none_of_them(tmp_path):
@@ -275,7 +262,7 @@ def test_a_compiler_that_ctrl_c_ends_too_is_no_error(tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         raise RuntimeError("C++ compile error")
 
-    monkeypatch.setattr(loop, "jit_step", lambda optimizer: killed)
+    monkeypatch.setattr(loop, "jit_step", lambda optimizer, **options: killed)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", SMALL, write(tmp_path / "texts"))
 

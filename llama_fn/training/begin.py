@@ -1,0 +1,149 @@
+"""The beginning of a run, up to its first step: what it learns from, and the state from which it starts."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from llama_fn import random
+from llama_fn.checkpoint.atomic import remove_leftovers
+from llama_fn.checkpoint.snapshot_pt import load_snapshot_pt
+from llama_fn.model.init import init_params
+from llama_fn.random import Key
+from llama_fn.tokenizer import Tokenizer
+from llama_fn.training.data import Corpus, open_corpus, text_files
+from llama_fn.training.loop import TrainState, init_state
+from llama_fn.training.manifest import (
+    FILES,
+    check_files,
+    check_plan,
+    check_texts,
+    digest_texts,
+    file_of,
+    is_prepared,
+    read_manifest,
+    write_manifest,
+)
+from llama_fn.training.plan import Plan
+from llama_fn.training.prepare import clear, lowest_loss, prepare, sources_of_files, sources_of_stories
+from llama_fn.training.record import METRICS, kept_metrics, lines_until
+from llama_fn.training.snapshots import SNAPSHOTS, newest_snapshot
+
+OLD_SNAPSHOT = "snapshot.pt"  # of earlier versions
+
+
+class Begun(NamedTuple):
+    """A run before its next step.
+
+    ``about`` is what every snapshot says about the run, ``kept`` the metrics so far, and ``seconds`` the time that the
+    steps so far took. ``floor`` is the lowest possible validation loss, where it is known.
+    """
+
+    plan: Plan
+    tokenizer: Tokenizer
+    training: Corpus
+    validation: Corpus
+    batch_key: Key
+    floor: dict[str, float]
+    state: TrainState
+    about: dict[str, Any]
+    kept: bytes
+    seconds: float
+
+
+def begin(folder: Path, plan: Plan, texts: Path | None, resume: bool, device: torch.device | str | None) -> Begun:
+    """Begin a run in a folder, or find where it was stopped. The arguments and errors are those of `run`.
+
+    Only one process may be at work in the folder. The plan has been filled from the manifest (`filled_plan`).
+    """
+    previous = read_manifest(folder, resume)
+    files = None if texts is None else text_files(texts, folder.resolve())
+    known = None if files is None or texts is None else digest_texts(files, texts)
+    if previous is not None:
+        check_plan(folder, previous, plan)
+        if known is not None:
+            check_texts(folder, previous, known)
+    of_stories = texts is None if previous is None else previous.get("texts") is None
+    init_key, batch_key, train_key, held_out_key = random.split(random.key(plan.seed), 4)
+    sources = None
+    if files is not None:
+        sources = sources_of_files(files)
+    elif of_stories:
+        sources = sources_of_stories(plan.stories, train_key, held_out_key)
+    try:
+        for place in (folder, folder / "data", folder / SNAPSHOTS):
+            remove_leftovers(place)
+        if previous is None:
+            write_manifest(folder, plan, known, None, files=())
+        elif not is_prepared(previous):  # it was killed while it made these files: make them all again
+            clear(folder, FILES)
+        present = [name for name in FILES if file_of(folder, name).is_file()]
+        check_files(folder, previous, present)
+        tokenizer = prepare(folder, plan.vocab_size, sources)
+        check_files(folder, previous, {*FILES} - {*present})
+        plan = dataclasses.replace(plan, vocab_size=tokenizer.vocab_size)
+        training, validation = (open_corpus(folder / "data" / f"{part}.bin", tokenizer, plan.context)
+                                for part in ("train", "valid"))
+        floor = {"floor": lowest_loss(folder, tokenizer, held_out_key, plan.context)} if of_stories else {}
+        fresh = init_state(init_params(init_key, plan.config(), device=device), plan.optimizer())
+        state, kept, seconds = _found(folder, fresh, previous)
+        if previous is not None:
+            _check_steps(folder, previous, plan, int(state.step))
+        manifest = write_manifest(folder, plan, known, previous)
+    except BaseException:
+        if previous is None:
+            clear(folder)
+        raise
+    return Begun(plan, tokenizer, training, validation, batch_key, floor, state,
+                 {"plan": dataclasses.asdict(plan), "files": manifest["sha256"]}, kept, seconds)
+
+
+def filled_plan(folder: Path, plan: Plan, resume: bool) -> Plan:
+    """The plan with the numbers of the run in the folder, or else the defaults, in the place of every None.
+
+    Nothing is written. Raises the errors of `read_manifest`, and `ValueError` for numbers that make no run.
+    """
+    plan.check()
+    previous = read_manifest(folder, resume)
+    plan = (plan if previous is None else plan.continued(previous)).filled()
+    plan.check()
+    plan.optimizer()
+    plan.config()
+    return plan
+
+
+def _found(folder: Path, fresh: TrainState, previous: dict[str, Any] | None) -> tuple[TrainState, bytes, float]:
+    """The state, the metrics and the seconds of the newest whole snapshot; those of a new run if there is none."""
+    found = newest_snapshot(folder, fresh, lambda about: _check_about(about, previous or {}))
+    if found is not None:
+        state, about = found
+        return state, kept_metrics(folder / METRICS, about[METRICS]), about["seconds"]
+    if (folder / OLD_SNAPSHOT).is_file():
+        state = load_snapshot_pt(fresh, folder / OLD_SNAPSHOT)
+        return state, lines_until(folder / METRICS, int(state.step)), 0.0
+    return fresh, b"", 0.0
+
+
+def _check_about(about: dict[str, Any], previous: dict[str, Any]) -> None:
+    """Raise `ValueError` if a snapshot's manifest is not of the run with this manifest."""
+    try:
+        plan, files, _ = dict(about["plan"]), dict(about["files"]), about[METRICS]["bytes"] + about["seconds"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError("not the snapshot of a training run") from None
+    changed = [f"{name} was {value!r}, is {previous[name]!r}" for name, value in plan.items()
+               if name != "steps" and name in previous and previous[name] != value]
+    digests = previous.get("sha256", {})
+    changed += [f"{name} differs" for name, value in files.items() if name in digests and digests[name] != value]
+    if changed:
+        raise ValueError(f"of another run: {'; '.join(changed)}")
+
+
+def _check_steps(folder: Path, previous: dict[str, Any], plan: Plan, taken: int) -> None:
+    """Raise `ValueError` if the run has taken more steps already, and warn if its number of steps changes."""
+    if plan.steps is not None and taken > plan.steps:
+        raise ValueError(f"{folder} holds a run that has taken {taken} steps; it cannot end after {plan.steps}")
+    if plan.steps != previous.get("steps"):
+        warnings.warn(f"{folder}: a run of {previous.get('steps')} steps becomes one of {plan.steps}; from step "
+                      f"{taken + 1} on the learning rate follows the schedule of the new number", stacklevel=4)
