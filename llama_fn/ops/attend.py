@@ -71,6 +71,8 @@ def fused(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"],
     if positions is not None:
         slots = torch.arange(keys.shape[-2], device=queries.device)
         visible = (slots <= positions.reshape(-1, t, 1))[:, None]
+    if sdpa_rules.accepts(heads, keys, values):
+        return sdpa_rules.attend(heads, keys, values, visible).reshape(*batch, k, g, t, h)
     grouped = {"enable_gqa": True} if g > 1 else {}  # the flag itself may not be symbolic in a compiled graph
     out = F.scaled_dot_product_attention(heads, keys, values, visible, is_causal=visible is None, **grouped)
     return out.reshape(*batch, k, g, t, h)
@@ -200,4 +202,3 @@ TABLE = (
     Implementation(of_seen_slots(in_blocks), _for_blocks),
     Implementation(of_seen_slots(fused), _for_fused),
 )
-_LIBRARY = sdpa_rules.register()
