@@ -58,6 +58,11 @@ def eager() -> bool:
     return not under_dynamo() and not torch.compiler.is_exporting()
 
 
+def exporting() -> bool:
+    """Whether `torch.export` traces. An exported program must not need this package."""
+    return torch.compiler.is_exporting()
+
+
 def concrete(x: Tensor) -> bool:
     """Whether the host can read the numbers in `x` now.
 
@@ -109,6 +114,11 @@ def forward_mode() -> bool:
 def twice() -> bool:
     """Whether torch.func computes a second derivative."""
     return private.gradients() > 1
+
+
+def recorded(*tensors: Tensor) -> bool:
+    """Whether autograd records what is computed from these."""
+    return gradients_enabled() and any(x.requires_grad for x in tensors)
 
 
 def values_alone() -> bool:

@@ -86,7 +86,7 @@ def version(x: Tensor) -> int:
     return x._version
 
 
-# --- Derivatives and batching rules for one of torch's own operators. `torch.library` offers none for one transform.
+# --- Derivatives and batching rules for an operator. `torch.library` offers none for one transform.
 
 level = _found("torch._C", "_functorch.maybe_current_level", lambda: None)
 _add_axis = _found("torch._C", "_functorch._add_batch_dim", None)
@@ -124,12 +124,17 @@ def below_vmap() -> AbstractContextManager:
     return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched))
 
 
-def has_batching_rule(name: str) -> bool:
-    """Whether this torch has a batching rule of its own for the operator."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "FuncTorchBatched")
-
-
 # --- Kernels
+
+flash_attention = _found("torch", "ops.aten._scaled_dot_product_flash_attention_for_cpu", None)
+flash_attention_backward = _found("torch", "ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+
+@known_while_tracing
+def flash_attention_allowed() -> bool:
+    """Whether torch may choose flash attention: `torch.nn.attention.sdpa_kernel` can forbid it, on the CPU, too."""
+    return flash_attention is not None and torch.backends.cuda.flash_sdp_enabled()
+
 
 def copy_each(to: list[Tensor], values: list[Tensor]) -> None:
     """Copy each value to the tensor in its place; on a GPU by one kernel."""

@@ -15,7 +15,7 @@ from llama_fn.compiled.trace import rebuilt, tensors_of
 from llama_fn.model.cache import Cache
 from llama_fn.modes import autocast, gradients_enabled, on_gpu, plain, recording, traced, transforms
 from llama_fn.ops import room
-from llama_fn.ops.extent import Extent, extent, noted
+from llama_fn.ops.extent import Extent, Lengths, extent, knowing
 from llama_fn.shapes import bind
 
 P = ParamSpec("P")
@@ -31,6 +31,7 @@ class OfThread(threading.local):
         self.seen: OrderedDict[Hashable, list[weakref.ref]] = OrderedDict()  # what ran once, with which tensors
         self.known: OrderedDict[Hashable, Recording | None] = OrderedDict()  # None for what cannot be recorded
         self.pools: Pools = {}
+        self.lengths = Lengths()  # so that the host does not wait for the length of a result
 
 
 def recorded(f: Callable[P, R]) -> Callable[P, R]:
@@ -58,8 +59,14 @@ def recorded(f: Callable[P, R]) -> Callable[P, R]:
             bound = bind(f, signature, args, kwargs)
             args, kwargs = bound.args, bound.kwargs
         cache = cache_of(args)
-        if cache is None or kwargs or not _may_be_recorded(cache.length) or (length := extent(cache.length)) is None:
+        if cache is None or kwargs or not _may_be_recorded(cache.length):
             return plain_f(*args, **kwargs)
+        with knowing(ours.lengths):
+            return of_known_length(args, cache, extent(cache.length))
+
+    def of_known_length(args: tuple, cache: Cache, length: Extent | None) -> Any:
+        if length is None:
+            return plain_f(*args)
         reached = coarse(length.most, cache.k[0].shape[-2])
         if (key := _key(args, reached)) is None or (key in ours.known and ours.known[key] is None):
             return plain_f(*args)
@@ -72,18 +79,19 @@ def recorded(f: Callable[P, R]) -> Callable[P, R]:
             before = [x() for x in ours.seen.get(key, ())]
             if len(before) != len(fixed) or any(a is not b for a, b in zip(before, fixed, strict=True)):
                 _keep(ours.seen, key, [weakref.ref(x) for x in fixed])  # the first run compiles what is not yet
-                return _first(plain_f, _copies(args, cache, length, reached), fixed)
+                return _first(plain_f, _copies(args, cache, length._replace(reach=reached), ours.lengths), fixed)
             for other in [other for other, old in ours.known.items() if old is not None and not alive(old)]:
                 del ours.known[other]
             # An error during a recording would leave the memory of the GPU in disorder.
-            room.check_room(cache.k[0], cache.length, 0)
-            ready = record(plain_f, _copies(args, cache, length, reached), fixed, ours.pools)
+            room.check_room(cache.k[0], cache.length, length, 0)
+            copies = _copies(args, cache, length._replace(reach=reached), ours.lengths)
+            ready = record(plain_f, copies, fixed, ours.pools, ours.lengths)
             _keep(ours.known, key, ready)
             if ready is None:
                 return plain_f(*args)
         ours.known.move_to_end(key)
-        room.check_room(cache.k[0], cache.length, ready.growth)
-        return replayed(ready, args, length)
+        room.check_room(cache.k[0], cache.length, length, ready.growth)
+        return replayed(ready, args, length, ours.lengths)
 
     return cast("Callable[P, R]", called)
 
@@ -119,10 +127,10 @@ def _first(f: Callable, args: tuple, fixed: list[Tensor]) -> Any:
     return rebuilt(result, iter(own(tensors_of(result), fixed)))
 
 
-def _copies(args: tuple, cache: Cache, length: Extent, reached: int) -> tuple:
-    """The arguments with integers of their own, and a cache of which slots up to `reached` are read."""
+def _copies(args: tuple, cache: Cache, known: Extent, lengths: Lengths) -> tuple:
+    """The arguments with integers of their own, and a cache of whose length this is known."""
     longer = cache.length.clone()
-    noted(longer, length._replace(reach=reached))
+    lengths.put(longer, known)
     return tuple(x._replace(length=longer) if x is cache else x._replace(length=x.length.clone())
                  if isinstance(x, Cache) else x.clone() if is_integer(x) else x for x in args)
 

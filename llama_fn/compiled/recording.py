@@ -12,7 +12,7 @@ from torch import Tensor
 from llama_fn.compiled.trace import rebuilt, tensors_of
 from llama_fn.model.cache import Cache
 from llama_fn.modes import gradients_enabled
-from llama_fn.ops.extent import Extent, extent, noted, remembered
+from llama_fn.ops.extent import Extent, Lengths
 from llama_fn.private import copy_each
 
 R = TypeVar("R")
@@ -32,13 +32,13 @@ class Recording(NamedTuple):
     growth: int  # how many tokens more it counts
 
 
-def record(f: Callable, args: tuple, fixed: list[Tensor], pools: Pools) -> Recording | None:
+def record(f: Callable, args: tuple, fixed: list[Tensor], pools: Pools, lengths: Lengths) -> Recording | None:
     """A recording of `f`, which runs at the first replay and not now; None where its new length is not known."""
-    before = cast(Extent, extent(cast(Cache, cache_of(args)).length))  # the caller has read it
+    before = cast(Extent, lengths.get(cast(Cache, cache_of(args)).length))  # the caller has put it there
     replay, result = captured(lambda: f(*args), fixed[0].device, pools)
     results = tensors_of(result)
     new = cache_of(result if isinstance(result, tuple) and not isinstance(result, Cache) else (result,))
-    if new is None or (after := remembered(new.length)) is None:
+    if new is None or (after := lengths.get(new.length)) is None:
         return None
     places = {id(x): i for i, x in enumerate(fixed)}
     return Recording(replay, [weakref.ref(x) for x in fixed], [x.data_ptr() for x in fixed], integers_of(args),
@@ -47,13 +47,13 @@ def record(f: Callable, args: tuple, fixed: list[Tensor], pools: Pools) -> Recor
                      next(i for i, x in enumerate(results) if x is new.length), after.most - before.most)
 
 
-def replayed(recording: Recording, args: tuple, length: Extent) -> Any:
-    """The result of `f` for these arguments, whose cache's length is known."""
+def replayed(recording: Recording, args: tuple, length: Extent, lengths: Lengths) -> Any:
+    """The result of `f` for these arguments, whose cache's length is known, as that of the result is then."""
     copy_each(recording.integers, integers_of(args))
     recording.replay()
     results = [cast(Tensor, recording.fixed[x]()) if isinstance(x, int) else x.clone() for x in recording.results]
     least, most = length.least + recording.growth, length.most + recording.growth
-    noted(results[recording.length], Extent(least, most, most))
+    lengths.put(results[recording.length], Extent(least, most, most))
     return rebuilt(recording.structure, iter(results))
 
 

@@ -14,7 +14,7 @@ from llama_fn.model.checks import check_sizes, check_tokens
 from llama_fn.model.linear import linear
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotation
-from llama_fn.ops.extent import grown
+from llama_fn.ops.extent import extent, grown
 from llama_fn.ops.look_up import look_up
 from llama_fn.ops.room import check_room, slots_to_read
 from llama_fn.ops.weight import Matrix, Table, Vector
@@ -95,12 +95,13 @@ def _layers(params: Params, tokens: Tensor, cache: Cache | NoCache | None,
     config, count = params.config, tokens.shape[-1]
     tokens = check_tokens(tokens, config.vocab_size)
     check_sizes(params, cache)
-    start, slots = 0, None
+    start, slots, known = 0, None, None
     if isinstance(cache, Cache):
-        cache = cache._replace(length=check_room(cache.k[0], cache.length, count, tokens))
-        room = slots_to_read(cache.k[0], cache.length, count)
+        known = extent(cache.length)
+        cache = cache._replace(length=check_room(cache.k[0], cache.length, known, count, tokens))
+        room = slots_to_read(cache.k[0], known, count)
         if trunk is not None and (x := trunk(params, tokens, cache, room)) is not None:
-            return x, cache._replace(length=grown(cache.length, count))
+            return x, cache._replace(length=grown(cache.length, known, count))
         start, slots = cache.length[..., None], torch.arange(room, device=tokens.device)
     positions = start + torch.arange(count, device=tokens.device)
     angles = rotation(positions.expand(tokens.shape), config.head_dim, config.rope_theta, config.rope_scaling)
@@ -115,4 +116,4 @@ def _layers(params: Params, tokens: Tensor, cache: Cache | NoCache | None,
     if not isinstance(cache, Cache):
         return x, NoCache()
     k, v = zip(*new, strict=True)
-    return x, Cache(k, v, grown(cache.length, count))
+    return x, Cache(k, v, grown(cache.length, known, count))

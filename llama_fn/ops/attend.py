@@ -22,7 +22,7 @@ from llama_fn.ops.slots import Forked, visible
 from llama_fn.shapes import typed
 
 BLOCK = 64  # queries
-Attend = Callable[[Tensor, Tensor | Forked, Tensor | Forked, Tensor | None], Tensor]
+Attend = Callable[..., Tensor]  # of queries, keys, values and positions; most take only some kinds of these
 
 
 class Implementation(NamedTuple):
@@ -71,6 +71,8 @@ def fused(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"],
     if positions is not None:
         slots = torch.arange(keys.shape[-2], device=queries.device)
         visible = (slots <= positions.reshape(-1, t, 1))[:, None]
+    if sdpa_rules.accepts(heads, keys, values):
+        return sdpa_rules.attend(heads, keys, values, visible).reshape(*batch, k, g, t, h)
     grouped = {"enable_gqa": True} if g > 1 else {}  # the flag itself may not be symbolic in a compiled graph
     out = F.scaled_dot_product_attention(heads, keys, values, visible, is_causal=visible is None, **grouped)
     return out.reshape(*batch, k, g, t, h)
@@ -171,7 +173,7 @@ def _for_triton(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked,
 
 def _for_cpp(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> bool:
     return (_values_by_layers(queries, keys) and queries.dtype in avx2.FLOATS
-            and avx2.attends(queries, keys, values))
+            and isinstance(keys, Tensor) and isinstance(values, Tensor) and avx2.attends(queries, keys, values))
 
 
 def _for_cpp_one(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> bool:
@@ -185,7 +187,8 @@ def _for_one_query(queries: Tensor, keys: Tensor | Forked, values: Tensor | Fork
 def _for_blocks(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> bool:
     """Of 256 tokens, blocks take 0.8 of the time of the whole, of 512 three quarters, with AVX2 half."""
     return (queries.device.type == "cpu" and queries.shape[-2] > BLOCK and eager() and not transforms()
-            and not _needs_definition(keys) and not any(x.requires_grad for x in (queries, keys, values)))
+            and not _needs_definition(keys)
+            and not any(isinstance(x, Tensor) and x.requires_grad for x in (queries, keys, values)))
 
 
 def _for_fused(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> bool:
@@ -200,4 +203,3 @@ TABLE = (
     Implementation(of_seen_slots(in_blocks), _for_blocks),
     Implementation(of_seen_slots(fused), _for_fused),
 )
-_LIBRARY = sdpa_rules.register()

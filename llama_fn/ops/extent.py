@@ -1,6 +1,9 @@
 """What the host knows of a cache's lengths: a GPU would have to be waited for to read them."""
 
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,44 +21,67 @@ class Extent(NamedTuple):
     reach: int
 
 
-_known: dict[int, tuple[weakref.ref, int, int, Extent]] = {}
+class Lengths:
+    """What its owner knows of lengths on a GPU, for as long as such a tensor lives and is not written to.
+
+    A write through `.data` is not noticed. An inference tensor does not count its writes, so nothing is kept of it.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref, int, int, Extent]] = {}
+
+    def get(self, length: Tensor) -> Extent | None:
+        """What is known of the tensor, if it was not written to since."""
+        known = self._known.get(id(length))
+        if known is None or known[0]() is not length or known[1:3] != (version(length), length.data_ptr()):
+            return None
+        return known[3]
+
+    def put(self, length: Tensor, known: Extent) -> None:
+        """Keep what is known of the tensor."""
+        if on_gpu(length) and not transforms() and not length.is_inference():
+            place, entries = id(length), self._known
+            end = weakref.ref(length, lambda _: entries.pop(place, None))
+            entries[place] = end, version(length), length.data_ptr(), known
+
+
+class _Current(threading.local):
+    lengths: Lengths | None = None
+
+
+_current = _Current()
+
+
+@contextmanager
+def knowing(lengths: Lengths) -> Iterator[None]:
+    """Within it, this thread asks these `lengths` before it reads a tensor, and keeps there what it reads."""
+    before, _current.lengths = _current.lengths, lengths
+    try:
+        yield
+    finally:
+        _current.lengths = before
 
 
 def extent(length: Tensor) -> Extent | None:
     """The extent of a tensor's integers, or None where they cannot be read.
 
-    On a GPU they are read once in the tensor's life, since the host has to wait for them, and the result of `grown` is
-    known without reading. A write through `.data` is not noticed.
+    On a GPU the host has to wait for them. Within `knowing`, it waits once in a tensor's life.
     """
-    if on_gpu(length) and not traced() and (known := remembered(length)) is not None:
+    lengths = _current.lengths if on_gpu(length) and not traced() else None
+    if lengths is not None and (known := lengths.get(length)) is not None:
         return known
     if not concrete(length) or not length.numel():
         return None
     least, most = ends(length)
     known = Extent(least, most, most)
-    return noted(length, known) if on_gpu(length) else known
-
-
-def remembered(length: Tensor) -> Extent | None:
-    """What was noted of a tensor on a GPU, if it was not written to since."""
-    known = _known.get(id(length))
-    if known is None or known[0]() is not length or known[1:3] != (version(length), length.data_ptr()):
-        return None
-    return known[3]
-
-
-def noted(length: Tensor, known: Extent) -> Extent:
-    """Remember what is known of a tensor on a GPU; not of an inference tensor, which does not count its writes."""
-    if on_gpu(length) and not transforms() and not length.is_inference():
-        place = id(length)
-        end = weakref.ref(length, lambda _: _known.pop(place, None))
-        _known[place] = end, version(length), length.data_ptr(), known
+    if lengths is not None:
+        lengths.put(length, known)
     return known
 
 
-def grown(length: Tensor, count: int) -> Tensor:
-    """The sum `length` + `count`."""
+def grown(length: Tensor, known: Extent | None, count: int) -> Tensor:
+    """The sum `length` + `count`. Within `knowing`, its extent is known without reading."""
     longer = length + count
-    if on_gpu(length) and (known := extent(length)) is not None:
-        noted(longer, Extent(*(n + count for n in known)))
+    if known is not None and on_gpu(length) and (lengths := _current.lengths) is not None:
+        lengths.put(longer, Extent(*(n + count for n in known)))
     return longer

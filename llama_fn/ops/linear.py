@@ -27,7 +27,7 @@ class Implementation(NamedTuple):
     A row that is `compiled` is for compiled steps alone, and is not asked in eager mode.
     """
 
-    compute: Callable[[Flat, Tensor], Tensor]
+    compute: Callable[[Any, Tensor], Tensor]
     accepts: Callable[[Flat, Tensor], bool]
     compiled: bool = False
 

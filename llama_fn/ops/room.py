@@ -2,21 +2,21 @@
 
 from torch import Tensor
 
-from llama_fn.ops.extent import extent
+from llama_fn.ops.extent import Extent
 from llama_fn.ops.inside import check, inside
 from llama_fn.ops.slots import Forked, fits, start
 
 PAGE = 64
 
 
-def slots_to_read(leaf: Tensor | Forked, length: Tensor, new: int) -> int:
+def slots_to_read(leaf: Tensor | Forked, known: Extent | None, new: int) -> int:
     """How many slots of a layer's keys a step reads: up to the end of the longest row after `new` more tokens.
 
     The number is rounded up to a multiple of `PAGE`, so the work of a step follows the length of the rows. Where the
-    length cannot be read, it is the number of all slots.
+    extent of the length is not known, it is the number of all slots.
     """
     room = leaf.shape[-2]
-    if (known := extent(length)) is not None:
+    if known is not None:
         room = min(room, -(-(known.reach + new) // PAGE) * PAGE)
     return room
 
@@ -29,18 +29,20 @@ def slots_for(max_len: int) -> int:
     return -(-max_len // PAGE) * PAGE + 1
 
 
-def check_room(leaf: Tensor | Forked, length: Tensor, new: int, after: Tensor | None = None) -> Tensor:
+def check_room(leaf: Tensor | Forked, length: Tensor, known: Extent | None, new: int,
+               after: Tensor | None = None) -> Tensor:
     """Return the length if every row of a layer's keys has room for `new` more tokens.
 
-    Raises `ValueError` if a row has no room, and for a forked cache whose two parts do not fit together, as after an
-    index into its leaves. `inside.py` explains how a compiled graph checks this, and what `after` is.
+    `known` is the extent of the length, where it is known. Raises `ValueError` if a row has no room, and for a forked
+    cache whose two parts do not fit together, as after an index into its leaves. `inside.py` explains how a compiled
+    graph checks this, and what `after` is.
     """
     if isinstance(leaf, Forked) and not fits(leaf.shared.shape[:-3], leaf.own.shape[:-3]):
         shared, own = list(leaf.shared.shape[:-3]), list(leaf.own.shape[:-3])
         raise ValueError(f"this forked cache has rows of axes {own}, and what they share is of {shared}, which does "
                          "not fit; take some of its rows with lf.select")
     slots, least = leaf.shape[-2], start(leaf)
-    if (known := extent(length)) is not None:
+    if known is not None:
         check("length", known.least, known.most, least, slots, new)
         return length
     return inside(length, "length", least, slots, new, after)

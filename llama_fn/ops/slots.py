@@ -1,6 +1,6 @@
 """The slots of one layer's keys or values: a tensor, or, of sequences that began as one, in two places."""
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from einops import rearrange
@@ -28,6 +28,10 @@ class Forked(NamedTuple):
         return *batch, self.shared.shape[-2] + s, h
 
 
+@overload
+def visible(leaf: Tensor, positions: Tensor) -> Tensor: ...
+@overload
+def visible(leaf: Tensor | Forked, positions: Tensor) -> Tensor | Forked: ...
 def visible(leaf: Tensor | Forked, positions: Tensor) -> Tensor | Forked:
     """The slots that attention may see: all up to the last position, and zeros after it.
 

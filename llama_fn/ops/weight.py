@@ -33,6 +33,7 @@ class Multiplies(Shaped, Protocol):
 
     def linear(self, x: Tensor, inputs: int) -> Tensor:
         """W x, summed over the last `inputs` axes of W and of x."""
+        ...
 
 
 @runtime_checkable
@@ -41,6 +42,7 @@ class Scales(Shaped, Protocol):
 
     def scale(self, x: Tensor) -> Tensor:
         """W * x, number by number."""
+        ...
 
 
 @runtime_checkable
@@ -49,6 +51,7 @@ class LooksUp(Shaped, Protocol):
 
     def look_up(self, numbers: Tensor) -> Tensor:
         """The rows of W with these numbers."""
+        ...
 
 
 if TYPE_CHECKING:  # so that `params.output + 1` is right, which for nearly all parameters it is

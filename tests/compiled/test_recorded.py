@@ -62,9 +62,9 @@ def graphs(monkeypatch):
     def another(x):
         return x.detach() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
-    def record(f, args, fixed, pools):  # a graph knows memory and no tensors
+    def record(f, args, fixed, *rest):  # a graph knows memory and no tensors
         places[:] = [x.data_ptr() for x in fixed]
-        return original(f, lf.tree.map(another, args), fixed, pools)
+        return original(f, lf.tree.map(another, args), fixed, *rest)
 
     places, original = [], module.record
     monkeypatch.setattr(module, "record", record)
@@ -174,6 +174,14 @@ def test_the_host_reads_a_length_once(graphs, params, monkeypatch):
             assert reads == [(5,), (5, 1)]  # the length, and the tokens of what runs as it is
             reads.clear()
     assert reads == [] and graphs["replayed"] == 5
+    another = recorded(donated)  # what one has read is its own
+    another(params, torch.full((5, 1), 7), cache)
+    assert reads == [(5,), (5, 1)]
+    reads.clear()
+    lf.forward(params, torch.full((5, 1), 7), cache)  # and nothing is kept for eager code, which reads once a call
+    lf.forward(params, torch.full((5, 1), 7), cache)
+    assert reads == 2 * [(5, 1), (5,)]
+    reads.clear()
     cache.length.fill_(3)  # what was written to is read again
     step(params, torch.full((5, 1), 7), cache)
     assert reads == [(5,)]

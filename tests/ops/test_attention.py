@@ -56,6 +56,9 @@ class Calls(TorchDispatchMode):
         self.forward, self.backward = [], []
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        if f.namespace == "llama_fn":  # an operator of this package is made of torch's
+            with self:
+                return f.decompose(*args)
         name = f.overloadpacket.__name__
         if name.startswith(KERNEL):
             (self.backward if name.endswith("backward") else self.forward).append(tuple(args[0].shape))

@@ -1,6 +1,7 @@
 """A few rows times a matrix on the CPU, at the memory's speed, in operations that inductor fuses into loops."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +46,12 @@ def _word_sums(words: Tensor, numbers: Callable[[Tensor], list[Tensor]], rows: T
     streams = [[number.to(rows.dtype) for part in stream.chunk(parts, -1) for number in numbers(part)]
                for stream in words.chunk(_streams(words, rows))]
     factors = [[part[i] for part in row.chunk(parts, -1) for i in range(len(row))] for row in columns]
-    return _rows([[sum(n * x for n, x in zip(stream, row, strict=True)).sum(-1) for stream in streams]
-                  for row in factors])
+    return _rows([[_products(stream, row).sum(-1) for stream in streams] for row in factors])
+
+
+def _products(numbers: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    """The sum of each number times its input."""
+    return cast(Tensor, sum(n * x for n, x in zip(numbers, inputs, strict=True)))  # there is one product at least
 
 
 def _streams(words: Tensor, rows: Tensor) -> int:

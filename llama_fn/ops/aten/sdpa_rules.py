@@ -1,9 +1,9 @@
-"""What torch's fused attention lacks on the CPU (2.13): a batching rule, and derivatives of its derivative.
+"""Torch's flash attention on the CPU, as an operator that can also be mapped and differentiated again.
 
-Importing this package registers both with torch's own operator, for the whole process. A user's own call of
-`scaled_dot_product_attention` on the CPU then runs once under `vmap`, where torch alone loops and warns, and can be
-differentiated twice, where torch alone raises. No value changes that torch alone computes. (Torch's kernels for CUDA
-have the batching rule, but not the derivatives.)
+Torch's own operator (2.13) lacks both on the CPU: `vmap` runs it once for each example, with a warning, and a second
+derivative raises. `llama_fn::flash` and `llama_fn::flash_backward` run the same kernels and have the missing rules.
+They are this package's own, so torch's operators stay as they are. In a graph they become torch's. (Torch's kernels for
+CUDA have the batching rule.)
 """
 
 import math
@@ -15,18 +15,47 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from llama_fn import private
-from llama_fn.modes import forward_mode
+from llama_fn.modes import exporting, forward_mode, recorded, transforms
+from llama_fn.ops.operators import LIBRARY
 
-FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
-BACKWARD = f"{FORWARD}_backward"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def folded(kernel: Callable) -> Callable[..., tuple[Tensor, ...]]:
-    """The batching rule of a kernel "b n t h": the mapped axis is folded into the batch, and the kernel runs once."""
+def accepts(*tensors: Tensor) -> bool:
+    """Whether these queries, keys and values "b n t h" are mapped or differentiated, and torch would choose flash.
 
-    def rule(queries: Tensor, *rest: Any, attn_mask: Tensor | None = None, **scale: Any) -> tuple[Tensor, ...]:
+    An exported program, which must not need this package, contains torch's own operator.
+    """
+    needed = (transforms() > 0 or recorded(*tensors)) and not exporting()
+    return needed and private.flash_attention_allowed() and all(
+        x.device.type == "cpu" and x.dtype in DTYPES and x.numel() > 0 and x.stride(-1) == 1 for x in tensors)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
+    """Torch's `scaled_dot_product_attention` by flash attention, causal where `visible` is None."""
+    mask = None
+    if visible is not None:
+        mask = torch.zeros_like(visible, dtype=queries.dtype).masked_fill(~visible, -math.inf)
+    return torch.ops.llama_fn.flash(queries, keys, values, visible is None, mask)[0]
+
+
+def _flash(queries: Tensor, keys: Tensor, values: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, ...]:
+    return private.flash_attention(queries, keys, values, 0.0, causal, attn_mask=mask)
+
+
+def _flash_backward(cotangent: Tensor, queries: Tensor, keys: Tensor, values: Tensor, heads: Tensor,
+                    logsumexp: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, ...]:
+    return private.flash_attention_backward(cotangent, queries, keys, values, heads, logsumexp, 0.0, causal,
+                                            attn_mask=mask)
+
+
+def _mapped(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The batching rule of an operator "b n t h": the mapped axis is folded into the batch."""
+
+    def rule(*args: Any) -> tuple[Tensor, ...]:
+        *rest, mask = args
         level, size = private.level(), private.mapped_size()
-        rows = queries.shape[0]
+        rows = next(x for x in rest if isinstance(x, Tensor)).shape[0]
 
         def fold(x: Any) -> Any:
             if not isinstance(x, Tensor):
@@ -34,23 +63,23 @@ def folded(kernel: Callable) -> Callable[..., tuple[Tensor, ...]]:
             x, axis = private.take_axis(x, level)
             return (x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0)).flatten(0, 1)
 
-        mask = None if attn_mask is None else fold(attn_mask.expand(rows, 1, *attn_mask.shape[-2:]))
+        mask = None if mask is None else fold(mask.expand(rows, 1, *mask.shape[-2:]))
         with private.below_vmap():
-            results = kernel(*map(fold, (queries, *rest)), attn_mask=mask, **scale)
+            results = getattr(torch.ops.llama_fn, name)(*map(fold, rest), mask)
             return tuple(private.add_axis(x.unflatten(0, (size, rows)), level) for x in results)
 
     return rule
 
 
-def pullback(cotangent: Tensor, queries: Tensor, keys: Tensor, values: Tensor, causal: bool, mask: Tensor | None,
-             scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def pullback(cotangent: Tensor, queries: Tensor, keys: Tensor, values: Tensor, causal: bool,
+             mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel's derivative, written out: the cotangents of queries, keys and values, from that of the heads.
 
     With w = softmax(s), s = q k * scale and y = w v it is dv = w dy, dw = dy v, ds = w (dw - sum(w dw)), dq = ds k,
     dk = ds q (the softmax's Jacobian is diag(w) - w w). In float32 at least, as in the kernel.
     """
     exact = torch.promote_types(queries.dtype, torch.float32)
-    scale = 1 / math.sqrt(queries.shape[-1]) if scale is None else scale
+    scale = 1 / math.sqrt(queries.shape[-1])
     q, dy = (rearrange(x.to(exact), "b (k g) t h -> b k g t h", k=keys.shape[1]) for x in (queries, cotangent))
     k, v = keys.to(exact), values.to(exact)
     scores = einsum(q, k, "b k g t h, b k s h -> b k g t s") * scale
@@ -67,38 +96,73 @@ def pullback(cotangent: Tensor, queries: Tensor, keys: Tensor, values: Tensor, c
     return dq.to(queries.dtype), dk.to(keys.dtype), dv.to(values.dtype)
 
 
-def derivative(cotangent: Tensor, queries: Tensor, keys: Tensor, values: Tensor, heads: Tensor, logsumexp: Tensor,
-               dropout: float, causal: bool, attn_mask: Tensor | None = None,
-               scale: float | None = None) -> tuple[Tensor, ...]:
-    """The kernel's derivative where it may be differentiated again: itself, with a derivative by `pullback`.
+def _differentiated(queries: Tensor, keys: Tensor, values: Tensor, causal: bool,
+                    mask: Tensor | None) -> tuple[Tensor, ...]:
+    """`flash`, whose derivative is `flash_backward`."""
+    inputs = queries, keys, values
+
+    def kernel(*inputs: Tensor) -> tuple[Tensor, ...]:
+        with private.below_autograd():
+            return torch.ops.llama_fn.flash(*inputs, causal, mask)
+
+    if not recorded(*inputs):
+        return kernel(*inputs)
+    with private.one_level_of_autograd():
+        return _Flash.apply(kernel, causal, mask, *inputs)
+
+
+def _differentiated_again(cotangent: Tensor, queries: Tensor, keys: Tensor, values: Tensor, heads: Tensor,
+                          logsumexp: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, ...]:
+    """`flash_backward`, whose derivative is that of `pullback`.
 
     `heads` and `logsumexp` are functions of the rest, and count as such.
     """
     inputs = cotangent, queries, keys, values
     if forward_mode():
-        return pullback(*inputs, causal, attn_mask, scale)
+        return pullback(*inputs, causal, mask)
 
     def kernel(*inputs: Tensor) -> tuple[Tensor, ...]:
         with private.below_autograd():
-            return getattr(torch.ops.aten, BACKWARD)(*inputs, heads, logsumexp, dropout, causal, attn_mask=attn_mask,
-                                                     scale=scale)
+            return torch.ops.llama_fn.flash_backward(*inputs, heads, logsumexp, causal, mask)
 
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+    def definition(cotangent: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        return pullback(cotangent, queries, keys, values, causal, mask)
+
+    if not recorded(*inputs):
         return kernel(*inputs)
     with private.one_level_of_autograd():
-        return _Derivative.apply(
-            kernel, lambda *inputs: pullback(*inputs, causal, attn_mask, scale), *inputs)
+        return _FlashBackward.apply(kernel, definition, *inputs)
 
 
-class _Derivative(private.OneLevelFunction):
-    """`kernel(*xs)`, whose own derivative is that of its definition.
+class _Flash(private.OneLevelFunction):
+    """The function `kernel(*xs)`, where `kernel` is flash attention. Its derivative is `flash_backward`.
 
-    A level of torch.func is one call of the rule: `torch.autograd.Function` would begin again at the outermost.
+    A level of torch.func is one call of a rule: `torch.autograd.Function` would begin again at the outermost.
     """
 
     @staticmethod
-    def forward(kernel: Callable, definition: Callable, *xs: Tensor) -> tuple[Tensor, ...]:
+    def forward(kernel: Callable, causal: bool, mask: Tensor | None, *xs: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():  # the levels further out ask whether they are to record
+            return kernel(*xs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
+        _, ctx.causal, mask, *xs = inputs
+        ctx.mark_non_differentiable(outputs[1])
+        ctx.save_for_backward(*xs, *outputs, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, mask = ctx.saved_tensors
+        return None, None, None, *torch.ops.llama_fn.flash_backward(cotangents[0], *saved, ctx.causal, mask)
+
+
+class _FlashBackward(private.OneLevelFunction):
+    """The function `kernel(*xs)`, whose derivative is that of its definition."""
+
+    @staticmethod
+    def forward(kernel: Callable, definition: Callable, *xs: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
             return kernel(*xs)
 
     @staticmethod
@@ -111,11 +175,17 @@ class _Derivative(private.OneLevelFunction):
         return None, None, *torch.func.vjp(ctx.definition, *ctx.saved_tensors)[1](cotangents)
 
 
-def register() -> torch.library.Library:
-    """Register the rules with torch's dispatcher, for as long as the result lives."""
-    library = torch.library.Library("aten", "IMPL")
-    for name in (FORWARD, BACKWARD):
-        if private.rules_can_be_set() and not private.has_batching_rule(name):
-            library.impl(name, folded(getattr(torch.ops.aten, name).default), "FuncTorchBatched")
-    library.impl(BACKWARD, derivative, "AutogradCPU")
-    return library
+def _define(schema: str, kernel: Callable, differentiated: Callable) -> None:
+    """Make an operator that is `kernel` in a graph, and has a rule for `vmap` and one for autograd."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, kernel, "CompositeImplicitAutograd")
+    LIBRARY.impl(name, differentiated, "AutogradCPU")
+    if private.rules_can_be_set():
+        LIBRARY.impl(name, _mapped(name), "FuncTorchBatched")
+
+
+_define("flash(Tensor queries, Tensor keys, Tensor values, bool causal, Tensor? mask) -> (Tensor, Tensor)",
+        _flash, _differentiated)
+_define("flash_backward(Tensor cotangent, Tensor queries, Tensor keys, Tensor values, Tensor heads, Tensor logsumexp, "
+        "bool causal, Tensor? mask) -> (Tensor, Tensor, Tensor)", _flash_backward, _differentiated_again)

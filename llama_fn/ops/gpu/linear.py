@@ -1,6 +1,7 @@
 """The linear map of a few rows by the kernels in Triton."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ def by_triton(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
     return several_by_triton([weight], x)[0]
 
 
-def several_by_triton(weights: Sequence[Tensor | Quantized], x: Tensor) -> list[Tensor]:
+def several_by_triton(weights: Sequence[Any], x: Tensor) -> list[Tensor]:
     """`by_triton` of up to three weights of one kind, in one kernel."""
     from llama_fn.ops.gpu import linear_few_rows as gpu_sums
     from llama_fn.ops.gpu import linear_one_row as gpu_row  # noqa: F401  they import triton, which is only where there is a GPU
@@ -53,6 +54,6 @@ def accepts(weight: Flat, x: Tensor) -> bool:
             and values_alone(x))
 
 
-def most_by_triton(weight: Matrix) -> int:
+def most_by_triton(weight: Flat | Matrix) -> int:
     """The number of rows up to which these kernels are faster than torch's."""
     return 64 if isinstance(weight, Quantized) else 16

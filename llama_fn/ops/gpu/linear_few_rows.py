@@ -6,7 +6,7 @@ and the next kernel's programs may start as soon as this one's have. Block sizes
 """
 
 # The checker takes a Triton kernel's body and its launch `kernel[grid](...)` for plain Python.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
 
 from typing import NamedTuple
 
