@@ -15,11 +15,12 @@ from numerics import close, direction_like, finite_difference
 from strategies import SCALINGS, cache_for, configs, keys, models, random_params, scaled, token_rows
 
 import llama_fn as lf
-from llama_fn.model import room, transformer
+from llama_fn.model import transformer
 from llama_fn.model.attention import written_out
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotate, rotation
 from llama_fn.model.rope import scale_frequencies as slowed
+from llama_fn.ops import look_up, room
 
 B, T, S = 5, 7, 13  # rows, tokens, slots
 
@@ -391,7 +392,7 @@ def test_a_token_outside_the_vocabulary_is_refused():
 
 
 def test_where_nothing_reads_the_numbers_a_token_outside_is_nan(monkeypatch):
-    monkeypatch.setattr(transformer, "unread", lambda x: True)  # as in a graph for a GPU
+    monkeypatch.setattr(look_up, "unread", lambda x: True)  # as in a graph for a GPU
     weight = torch.arange(6.0).reshape(3, 2)
     rows = transformer.embed(weight, torch.tensor([-1, 0, 1, 2, 3], dtype=torch.int16))
     assert rows[[0, 4]].isnan().all() and torch.equal(rows[1:4], weight)
@@ -417,9 +418,9 @@ def test_a_full_cache_is_refused():
 def test_a_step_reads_whole_pages_up_to_its_last_token(lengths, new, slots):
     config, last = lf.Config(48, 1, 6, 2, 77, 70), max(lengths) + new
     cache = lf.init_cache(config, (B,), max_len=slots)._replace(length=torch.tensor(lengths))
-    read = room.reach(cache, new)
+    read = room.slots_to_read(cache.k[0], cache.length, new)
     assert read == slots <= last + room.PAGE or (read % room.PAGE == 0 and last <= read < last + room.PAGE)
-    assert last < room.ample(last) <= last + room.PAGE and room.ample(last) % room.PAGE == 1
+    assert last < room.slots_for(last) <= last + room.PAGE and room.slots_for(last) % room.PAGE == 1
 
 
 def test_a_cache_may_be_of_no_rows():
@@ -459,7 +460,8 @@ def test_a_trunk_of_ones_own_computes_all_layers_or_leaves_them(params, able):
     logits, after = lf.forward(params, tokens, cache, trunk=own)
     expected = lf.head(params.norm, params.output, x, params.config.norm_eps) if able else lf.forward(params, tokens)[0]
     assert close(logits, expected) and after.length.tolist() == [T] * B
-    assert [(given[:3], given[3]) for given in asked] == [((params, tokens, cache), room.reach(cache, T))]
+    slots = room.slots_to_read(cache.k[0], cache.length, T)
+    assert [(given[:3], given[3]) for given in asked] == [((params, tokens, cache), slots)]
 
 
 @given(keys(), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
