@@ -77,18 +77,24 @@ def edited(file: Path, text: str) -> Iterator[None]:
 
 
 class Clock:
-    """A plugin of pytest: the seconds that each test takes, all its parameters together; infinite if one fails."""
+    """A plugin of pytest: the seconds that each test takes, all its parameters together; infinite if one fails.
 
-    def __init__(self):
-        self.seconds = Counter()
+    The tests in `first` run before the others, in that order.
+    """
+
+    def __init__(self, first: Sequence[str]):
+        self.seconds, self.places = Counter(), {test: place for place, test in enumerate(first)}
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        items.sort(key=lambda item: self.places.get(item.nodeid.split("[")[0], len(self.places)))
 
     def pytest_runtest_logreport(self, report) -> None:
         self.seconds[report.nodeid.split("[")[0]] += math.inf if report.failed else report.duration
 
 
-def run(tree: Path, arguments: Sequence[str], limit: float) -> tuple[int | None, str]:
+def run(tree: Path, arguments: Sequence[str], limit: float, first: Sequence[str] = ()) -> tuple[int | None, str]:
     """pytest's status, or None if it took longer than `limit` seconds; and what it printed, the seconds of each test
-    last.
+    last. The tests in `first` run before the others.
 
     The seconds are those of the processor. A run that waits for what never comes ends by the clock, `WAITING` times as
     late.
@@ -96,7 +102,7 @@ def run(tree: Path, arguments: Sequence[str], limit: float) -> tuple[int | None,
     output = tree.parent / "output"
     child = os.fork()
     if child == 0:
-        _run(tree, arguments, output, math.ceil(limit))
+        _run(tree, arguments, output, math.ceil(limit), first)
     deadline, done = time.monotonic() + WAITING * limit, 0
     while not done and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -109,7 +115,7 @@ def run(tree: Path, arguments: Sequence[str], limit: float) -> tuple[int | None,
     return None if code == -signal.SIGXCPU else code, output.read_text(errors="replace")
 
 
-def _run(tree: Path, arguments: Sequence[str], output: Path, limit: int) -> None:
+def _run(tree: Path, arguments: Sequence[str], output: Path, limit: int, first: Sequence[str]) -> None:
     """In the child: become pytest, and never return."""
     import pytest
     try:
@@ -119,7 +125,7 @@ def _run(tree: Path, arguments: Sequence[str], output: Path, limit: int) -> None
         os.environ["PYTHONPATH"] = sys.path[0] = str(tree)
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1), os.dup2(file, 2)
-        clock = Clock()
+        clock = Clock(first)
         status = pytest.main([*OPTIONS, *arguments], plugins=[clock])
         for test, seconds in clock.seconds.items():
             print(seconds, test)
