@@ -122,11 +122,11 @@ def survivors(bugs: Sequence[Bug], workers: int = 1) -> list[Bug]:
     return left
 
 
-def score(path: str, within: str, every: int, workers: int) -> int:
+def score(path: str, within: Sequence[str], every: int, workers: int) -> int:
     """Try every K-th mutant of a file, folder or function on the tests of its room. Print the share that is found."""
     files = sorted((ROOT / path).rglob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]
     some = [mutant for file in files for mutant in mutants.mutants(ROOT, file.relative_to(ROOT).as_posix())
-            if within in ("", mutant.where.split(".")[0])][::every]
+            if not within or mutant.where.split(".")[0] in within][::every]
     same = mutants.equivalent(ROOT)
     some = left = [mutant for mutant in some if mutant[:4] not in same]
     with copies.pool(workers, begin) as pool:
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-j", type=int, default=1, metavar="N", help="copies that are worked in at once")
     parser.add_argument("--changed", action="store_true", help="files that differ from the last commit alone")
     parser.add_argument("--mutate", metavar="PATH", help="a file or folder to mutate, rather than records")
-    parser.add_argument("--within", default="", metavar="NAME", help="of this function or class alone")
+    parser.add_argument("--within", nargs="+", default=(), metavar="NAME", help="of these functions and classes alone")
     parser.add_argument("--every", type=int, default=1, metavar="K", help="every K-th mutant alone")
     options = parser.parse_args(arguments)
     if options.mutate:
