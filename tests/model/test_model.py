@@ -15,7 +15,7 @@ from numerics import close, direction_like, finite_difference
 from strategies import SCALINGS, cache_for, configs, keys, models, random_params, scaled, token_rows
 
 import llama_fn as lf
-from llama_fn.model import transformer
+from llama_fn.model import linear, transformer
 from llama_fn.model.attention import written_out
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotate, rotation
@@ -373,6 +373,24 @@ def test_the_real_70b_runs_without_a_number():
     weights = lf.tree.map(lambda w: torch.empty(w.shape, dtype=torch.bfloat16, device="meta"), abstract)
     logits, _ = lf.forward(weights, torch.zeros((2, 3), dtype=torch.int64, device="meta"))
     assert logits.shape == (2, 3, 32000)
+
+
+def test_a_linear_map_is_its_sums():
+    weight, x = torch.arange(6.0).reshape(2, 3), torch.arange(12.0).reshape(1, 4, 3)
+    y = [[[sum(weight[o, d] * row[d] for d in range(3)) for o in range(2)] for row in rows] for rows in x]
+    assert torch.equal(linear.written_out(weight, x), torch.tensor(y))
+
+
+def test_the_choice_of_a_linear_map_is_by_its_matrix_and_rows(monkeypatch):
+    seen, x = [], torch.ones(7, 3, 5)
+    weights = [torch.ones(2, 6, 3, 5), torch.ones(2, 3, 5)]
+    monkeypatch.setattr(linear, "chosen", lambda *given: seen.append(given) or linear.written_out)
+    monkeypatch.setattr(linear, "together", lambda *given: seen.append(given))
+    assert linear.linear(weights[0], x, inputs=2).shape == (7, 2, 6)
+    assert [y.shape for y in linear.linears(weights, x)] == [(7, 3, 2, 6, 3), (7, 3, 2, 3)]
+    (matrix, rows, definition), together, *_ = seen
+    assert (matrix.shape, rows.shape, definition) == ((12, 15), (7, 15), linear.written_out)
+    assert together[0] is weights and together[1] is x
 
 
 # --- bad input
