@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import py_compile
+import resource
 import shutil
 import signal
 import sys
@@ -25,17 +26,24 @@ LEFT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist"
 MODULES = ("torch.func", "torch.export", "torch._dynamo", "torch._inductor.compile_fx", "torch.testing", "numpy",
            "einops", "jaxtyping", "safetensors.torch", "hypothesis.strategies", "pytest", "xdist.plugin",
            "_hypothesis_pytestplugin", "hypothesis.internal.conjecture.engine", "hypothesis.extra.numpy",
-           "sentencepiece", "beartype.door", "pdb")
+           "sentencepiece", "beartype.door", "pdb", "tyro", "jinja2.sandbox",
+           "transformers.models.llama.modeling_llama")
+WAITING = 5  # by the clock a run may take so many times its limit: on a busy machine it gets little of the processor
+OPTIONS = ["-n", "0", "-W", "ignore::pytest.PytestAssertRewriteWarning",  # its plugins are imported already
+           "-p", "no:cacheprovider",
+           "-p", "no:unraisableexception", "-p", "no:threadexception"]  # they collect garbage five times at the end
 
 
 def warm() -> None:
     """Import what most tests need. Nothing is computed here: a process with threads cannot be forked."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+                   "HF_HUB_OFFLINE": "1"}
     sys.dont_write_bytecode = True
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # as conftest.py does, for triton is imported here
     for name in MODULES:
         importlib.import_module(name)
+    gc.collect()
     gc.freeze()  # else every process looks through all of it for garbage, and has a copy of its own
 
 
@@ -69,23 +77,33 @@ def edited(file: Path, text: str) -> Iterator[None]:
 
 
 class Clock:
-    """A plugin of pytest: the seconds that each test takes, all its parameters together; infinite if one fails."""
+    """A plugin of pytest: the seconds that each test takes, all its parameters together; infinite if one fails.
 
-    def __init__(self):
-        self.seconds = Counter()
+    The tests in `first` run before the others, in that order.
+    """
+
+    def __init__(self, first: Sequence[str]):
+        self.seconds, self.places = Counter(), {test: place for place, test in enumerate(first)}
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        items.sort(key=lambda item: self.places.get(item.nodeid.split("[")[0], len(self.places)))
 
     def pytest_runtest_logreport(self, report) -> None:
         self.seconds[report.nodeid.split("[")[0]] += math.inf if report.failed else report.duration
 
 
-def run(tree: Path, arguments: Sequence[str], limit: float) -> tuple[int | None, str]:
-    """pytest's status, or None if it took longer than `limit` seconds; and what it printed, the
-    seconds of each test last."""
+def run(tree: Path, arguments: Sequence[str], limit: float, first: Sequence[str] = ()) -> tuple[int | None, str]:
+    """pytest's status, or None if it took longer than `limit` seconds; and what it printed, the seconds of each test
+    last. The tests in `first` run before the others.
+
+    The seconds are those of the processor. A run that waits for what never comes ends by the clock, `WAITING` times as
+    late.
+    """
     output = tree.parent / "output"
     child = os.fork()
     if child == 0:
-        _run(tree, arguments, output)
-    deadline, done = time.monotonic() + limit, 0
+        _run(tree, arguments, output, math.ceil(limit), first)
+    deadline, done = time.monotonic() + WAITING * limit, 0
     while not done and time.monotonic() < deadline:
         time.sleep(0.02)
         done, status = os.waitpid(child, os.WNOHANG)
@@ -93,21 +111,22 @@ def run(tree: Path, arguments: Sequence[str], limit: float) -> tuple[int | None,
         os.killpg(child, signal.SIGKILL)  # and what a test started and left
     if not done:
         os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status) if done else None, output.read_text(errors="replace")
+    code = os.waitstatus_to_exitcode(status) if done else None
+    return None if code == -signal.SIGXCPU else code, output.read_text(errors="replace")
 
 
-def _run(tree: Path, arguments: Sequence[str], output: Path) -> None:
+def _run(tree: Path, arguments: Sequence[str], output: Path, limit: int, first: Sequence[str]) -> None:
     """In the child: become pytest, and never return."""
     import pytest
     try:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
         os.chdir(tree)
         os.environ["PYTHONPATH"] = sys.path[0] = str(tree)
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1), os.dup2(file, 2)
-        clock = Clock()
-        known = "ignore::pytest.PytestAssertRewriteWarning"  # its plugins are imported already
-        status = pytest.main(["-n", "0", "-p", "no:cacheprovider", "-W", known, *arguments], plugins=[clock])
+        clock = Clock(first)
+        status = pytest.main([*OPTIONS, *arguments], plugins=[clock])
         for test, seconds in clock.seconds.items():
             print(seconds, test)
         sys.stdout.flush()

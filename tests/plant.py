@@ -10,6 +10,7 @@ The exit status is 1 if a bug survives: if its test passes, or if its words do n
 """
 
 import argparse
+import itertools
 import math
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import mutants
 
 ROOT = Path(__file__).parent.parent
 tree = ROOT  # in a worker, its copy
+finders: list[str] = []  # in a worker, the tests that found mutants, the latest first
 
 
 class Bug(NamedTuple):
@@ -120,29 +122,41 @@ def survivors(bugs: Sequence[Bug], workers: int = 1) -> list[Bug]:
     return left
 
 
-def score(path: str, every: int, workers: int) -> int:
-    """Try every K-th mutant of a file or folder on the tests of its room, and print the share that is found."""
+def score(path: str, within: Sequence[str], every: int, workers: int) -> int:
+    """Try every K-th mutant of a file, folder or function on the tests of its room. Print the share that is found."""
     files = sorted((ROOT / path).rglob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]
-    some = [mutant for file in files for mutant in mutants.mutants(ROOT, file.relative_to(ROOT).as_posix())][::every]
+    some = [mutant for file in files for mutant in mutants.mutants(ROOT, file.relative_to(ROOT).as_posix())
+            if not within or mutant.where.split(".")[0] in within][::every]
     same = mutants.equivalent(ROOT)
-    some = [mutant for mutant in some if mutant[:4] not in same]
-    left = []
+    some = left = [mutant for mutant in some if mutant[:4] not in same]
     with copies.pool(workers, begin) as pool:
-        for mutant, fate in zip(some, pool.map(tried, some), strict=True):
-            if fate == 0:
-                left.append(mutant)
-                print(f"SURVIVES {mutant}", flush=True)
+        rooms = {Path(mutant.file).parts[1]: mutant for mutant in some}
+        for room, mutant in rooms.items():
+            if pool.submit(tried, mutant._replace(text=(ROOT / mutant.file).read_text()), False).result():
+                raise SystemExit(f"the tests of {room} fail without a mutant")
+        for slow in False, True:  # what the fast tests leave, all tests get
+            before, left = left, []
+            for mutant, is_found in zip(before, pool.map(tried, before, itertools.repeat(slow)), strict=True):
+                if not is_found:
+                    left.append(mutant)
+                    print(f"{'SURVIVES' if slow else 'the fast tests leave'} {mutant}", flush=True)
     share = 1 - len(left) / max(1, len(some))
     print(f"{len(some) - len(left)} of {len(some)} mutants are found: {100 * share:.1f} %")
     return 1 if left else 0
 
 
-def tried(mutant: mutants.Mutant) -> int | None:
-    """pytest's status with the mutant in place, 0 if no test finds it. What the fast tests leave, the slow ones get."""
+def tried(mutant: mutants.Mutant, slow: bool) -> bool:
+    """Whether a fast test of the mutant's room finds it; with `slow`, whether any test does, with all its examples.
+
+    The tests that found the last mutants run first.
+    """
     room = Path("tests", Path(mutant.file).parts[1]).as_posix()
+    which, limit = (["--hypothesis-profile", "unshrunk"], 1200) if slow else (["-m", "not slow"], 120)
     with copies.edited(tree / mutant.file, mutant.text):
-        status, _ = copies.run(tree, ["-x", room, "-m", "not slow"], 120)
-        return status if status != 0 else copies.run(tree, ["-x", room, "-m", "slow"], 1200)[0]
+        status, output = copies.run(tree, ["-x", room, *which], limit, finders)
+    failed = [line.split()[1] for line in output.splitlines() if line.startswith("inf ")]
+    finders[:] = dict.fromkeys([*failed, *finders])
+    return status != 0
 
 
 def begin(folder: str) -> None:
@@ -157,10 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-j", type=int, default=1, metavar="N", help="copies that are worked in at once")
     parser.add_argument("--changed", action="store_true", help="files that differ from the last commit alone")
     parser.add_argument("--mutate", metavar="PATH", help="a file or folder to mutate, rather than records")
+    parser.add_argument("--within", nargs="+", default=(), metavar="NAME", help="of these functions and classes alone")
     parser.add_argument("--every", type=int, default=1, metavar="K", help="every K-th mutant alone")
     options = parser.parse_args(arguments)
     if options.mutate:
-        return score(options.mutate, options.every, options.j)
+        return score(options.mutate, options.within, options.every, options.j)
     bugs = list(chosen(records(), options.words, options.changed))
     left = survivors(bugs, options.j) if bugs else []
     print(f"{len(bugs) - len(left)} of {len(bugs)} planted bugs are found")

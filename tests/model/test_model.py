@@ -15,11 +15,12 @@ from numerics import close, direction_like, finite_difference
 from strategies import SCALINGS, cache_for, configs, keys, models, random_params, scaled, token_rows
 
 import llama_fn as lf
-from llama_fn.model import room, transformer
+from llama_fn.model import linear, transformer
 from llama_fn.model.attention import written_out
 from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotate, rotation
 from llama_fn.model.rope import scale_frequencies as slowed
+from llama_fn.ops import look_up, room
 
 B, T, S = 5, 7, 13  # rows, tokens, slots
 
@@ -374,6 +375,24 @@ def test_the_real_70b_runs_without_a_number():
     assert logits.shape == (2, 3, 32000)
 
 
+def test_a_linear_map_is_its_sums():
+    weight, x = torch.arange(6.0).reshape(2, 3), torch.arange(12.0).reshape(1, 4, 3)
+    y = [[[sum(weight[o, d] * row[d] for d in range(3)) for o in range(2)] for row in rows] for rows in x]
+    assert torch.equal(linear.written_out(weight, x), torch.tensor(y))
+
+
+def test_the_choice_of_a_linear_map_is_by_its_matrix_and_rows(monkeypatch):
+    seen, x = [], torch.ones(7, 3, 5)
+    weights = [torch.ones(2, 6, 3, 5), torch.ones(2, 3, 5)]
+    monkeypatch.setattr(linear, "chosen", lambda *given: seen.append(given) or linear.written_out)
+    monkeypatch.setattr(linear, "together", lambda *given: seen.append(given))
+    assert linear.linear(weights[0], x, inputs=2).shape == (7, 2, 6)
+    assert [y.shape for y in linear.linears(weights, x)] == [(7, 3, 2, 6, 3), (7, 3, 2, 3)]
+    (matrix, rows, definition), together, *_ = seen
+    assert (matrix.shape, rows.shape, definition) == ((12, 15), (7, 15), linear.written_out)
+    assert together[0] is weights and together[1] is x
+
+
 # --- bad input
 
 
@@ -391,7 +410,7 @@ def test_a_token_outside_the_vocabulary_is_refused():
 
 
 def test_where_nothing_reads_the_numbers_a_token_outside_is_nan(monkeypatch):
-    monkeypatch.setattr(transformer, "unread", lambda x: True)  # as in a graph for a GPU
+    monkeypatch.setattr(look_up, "unread", lambda x: True)  # as in a graph for a GPU
     weight = torch.arange(6.0).reshape(3, 2)
     rows = transformer.embed(weight, torch.tensor([-1, 0, 1, 2, 3], dtype=torch.int16))
     assert rows[[0, 4]].isnan().all() and torch.equal(rows[1:4], weight)
@@ -417,9 +436,9 @@ def test_a_full_cache_is_refused():
 def test_a_step_reads_whole_pages_up_to_its_last_token(lengths, new, slots):
     config, last = lf.Config(48, 1, 6, 2, 77, 70), max(lengths) + new
     cache = lf.init_cache(config, (B,), max_len=slots)._replace(length=torch.tensor(lengths))
-    read = room.reach(cache, new)
+    read = room.slots_to_read(cache.k[0], cache.length, new)
     assert read == slots <= last + room.PAGE or (read % room.PAGE == 0 and last <= read < last + room.PAGE)
-    assert last < room.ample(last) <= last + room.PAGE and room.ample(last) % room.PAGE == 1
+    assert last < room.slots_for(last) <= last + room.PAGE and room.slots_for(last) % room.PAGE == 1
 
 
 def test_a_cache_may_be_of_no_rows():
@@ -459,7 +478,8 @@ def test_a_trunk_of_ones_own_computes_all_layers_or_leaves_them(params, able):
     logits, after = lf.forward(params, tokens, cache, trunk=own)
     expected = lf.head(params.norm, params.output, x, params.config.norm_eps) if able else lf.forward(params, tokens)[0]
     assert close(logits, expected) and after.length.tolist() == [T] * B
-    assert [(given[:3], given[3]) for given in asked] == [((params, tokens, cache), room.reach(cache, T))]
+    slots = room.slots_to_read(cache.k[0], cache.length, T)
+    assert [(given[:3], given[3]) for given in asked] == [((params, tokens, cache), slots)]
 
 
 @given(keys(), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))

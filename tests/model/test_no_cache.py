@@ -7,6 +7,7 @@ from strategies import models, token_rows
 
 import llama_fn as lf
 from llama_fn.model.attention import attention
+from llama_fn.model.cache import KeysValues
 from llama_fn.model.rope import rotation
 
 NONE = [(), (None,), (lf.NoCache(),)]
@@ -57,6 +58,16 @@ def test_a_block_and_its_attention_hand_on_that_there_is_none(params):
         for f in (lf.block, lf.remat(lf.block)):
             assert type(f(params.blocks[0], x, angles, none, None, None, 1e-5)[1]) is lf.NoCache
         assert type(attention(params.blocks[0].attention, x, angles, none, None, None)[1]) is lf.NoCache
+
+
+def test_with_a_cache_attention_needs_positions_and_slots():
+    cache, x = lf.init_cache(PARAMS.config, (3,), max_len=9), torch.ones(3, 5, 48)
+    layer, positions, slots = KeysValues(cache.k[0], cache.v[0]), torch.arange(5).expand(3, 5), torch.arange(9)
+    angles, weights = rotation(positions, PARAMS.config.head_dim, 1e4), PARAMS.blocks[0].attention
+    for some in ((positions, None), (None, slots)):
+        with pytest.raises(AssertionError, match="with a cache, positions and slots are given"):
+            attention(weights, x, angles, layer, *some)
+    assert type(attention(weights, x, angles, layer, positions, slots)[1]) is KeysValues
 
 
 def test_it_passes_through_grad_as_what_is_not_differentiated():
