@@ -37,8 +37,8 @@ def dpo_loss(params: Params, reference: Params, chosen: tuple[Int[Tensor, "*b t"
     >>> policy = lf.lora.apply(params, adapter)
     >>> loss = lf.dpo_loss(policy, params, chosen, rejected, beta=0.1)
     """
-    ratios = [_log_ratio(params, reference, tokens, mask, layer) for tokens, mask in (chosen, rejected)]
-    return _losses(*ratios, number("dpo_loss: beta", beta)).mean()
+    better, worse = (_log_ratio(params, reference, *rows, layer) for rows in (chosen, rejected))
+    return _losses(better, worse, number("dpo_loss: beta", beta)).mean()
 
 
 @typed

@@ -26,12 +26,12 @@ from llama_fn.training.step import Metrics, make_step
 class TrainState(NamedTuple):
     """All that a run needs to continue: parameters, the optimizer's state, and the number of steps taken."""
 
-    params: Params
+    params: Any  # `Params`, or another tree that is trained, such as an adapter
     opt_state: Any
     step: Int[Tensor, ""]
 
 
-def init_state(params: Params, optimizer: Optimizer) -> TrainState:
+def init_state(params: Any, optimizer: Optimizer) -> TrainState:
     """The state before the first step.
 
     It holds a copy of the parameters, because training updates its state in place.
@@ -51,14 +51,25 @@ def train(state: TrainState, optimizer: Optimizer, corpus: Corpus, key: Key, ste
     Example: ``for state, metrics in train(state, optimizer, corpus, lf.random.key(0), 100, (1, 32)): ...``.
     """
     step: Callable = jit(make_step(optimizer), donate=("params", "opt_state"))
+    device = state.params.embedding.device
+    return take_steps(state, step, lambda number: batch(corpus, key, number, shape), steps, device)
+
+
+def take_steps(state: TrainState, step: Callable, batch_of: Callable[[int], tuple[Tensor, Tensor]], steps: int,
+               device: torch.device) -> Iterator[tuple[TrainState, Metrics]]:
+    """Take steps up to number ``steps``, and yield the state and the metrics after each.
+
+    ``step(params, opt_state, tokens, mask)`` is one step, and ``batch_of(number)`` the tokens and the mask of a step.
+    Raises `ValueError` as `train` does.
+    """
     for number in range(int(state.step), steps):
-        tokens, mask = (x.to(state.params.embedding.device) for x in batch(corpus, key, number, shape))
+        tokens, mask = (x.to(device) for x in batch_of(number))
         with deterministic():
             params, opt_state, metrics = step(state.params, state.opt_state, tokens, mask)
-        if not (metrics.loss.isfinite() and metrics.grad_norm.isfinite()):
-            raise ValueError(f"step {number + 1}: the loss is {float(metrics.loss)} and the gradient's norm "
-                             f"{float(metrics.grad_norm)}; the last snapshot is as it was: go on from it with a lower "
-                             "learning rate or a longer warmup")
+        if not (metrics.loss.isfinite().all() and metrics.grad_norm.isfinite().all()):
+            raise ValueError(f"step {number + 1}: the loss is {metrics.loss.tolist()} and the gradient's norm "
+                             f"{metrics.grad_norm.tolist()}; the last snapshot is as it was: go on from it with a "
+                             "lower learning rate or a longer warmup")
         state = TrainState(params, opt_state, state.step + 1)
         yield state, metrics
 
