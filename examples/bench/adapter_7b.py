@@ -2,12 +2,13 @@
 
     python examples/bench/adapter_7b.py [7b|1b] [TOKENS] [STEPS] [ROWS]
 
-The weights are random. Each matrix is quantized when it is made, so that the model is never in memory as a whole. A step
-computes each layer again in the backward (`remat`), so that it keeps only the input of each.
+The weights are random. A step computes each layer again in the backward (`remat`), so that it keeps only the input of
+each layer, and no more than one layer's weights are float32 at a time.
 """
 
 import dataclasses
 import json
+import math
 import resource
 import sys
 import time
@@ -15,25 +16,28 @@ import time
 import torch
 
 import llama_fn as lf
+from llama_fn.ops.quantized import GROUP, Grouped
 from llama_fn.training.finetune import adapter, begin, step_of
-from llama_fn.transforms.quantize import quantized_leaf
 
 SHAPES = {"7b": lf.LLAMA2_7B,
           "1b": dataclasses.replace(lf.LLAMA2_7B, dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, hidden_dim=5632)}
 
 
-def random_int4(config: lf.Config, key: torch.Tensor) -> lf.Params:
-    """Random parameters: matrices in 4 bits, norms and embedding in bfloat16."""
-    quantized, number = quantized_leaf("int4"), 0
+def random_int4(config: lf.Config) -> lf.Params:
+    """Random parameters: matrices of random 4-bit integers, and norms and embedding in float32.
 
+    A processor without bfloat16 products multiplies float32 several times as fast.
+    """
     def leaf(path: str, weight) -> object:
-        nonlocal number
-        number += 1
-        shape = tuple(weight.shape)
         if weight.std is None:
-            return torch.ones(shape, dtype=torch.bfloat16)
-        generator = torch.Generator().manual_seed(number)  # torch's own numbers: ten times as fast as Threefry's
-        return quantized(path, weight, torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator))
+            return torch.ones(weight.shape)
+        if path == "embedding":
+            return torch.randn(weight.shape) * 0.02
+        *outer, last = weight.shape
+        values = torch.randint(0, 256, (*outer, last // 2), dtype=torch.uint8)
+        rows, inputs = weight.shape[:len(weight.outer)], math.prod(weight.inner)
+        step_and_minimum = torch.tensor([0.004, -0.03], dtype=torch.bfloat16)
+        return Grouped(values, step_and_minimum.expand(*rows, -(-inputs // GROUP), 2).contiguous())
 
     return lf.tree.map_with_path(leaf, lf.abstract_params(config))
 
@@ -48,7 +52,7 @@ def main() -> None:
     tokens, steps, rows = (*map(int, numbers), *(256, 2, 1)[len(numbers):])
     config = SHAPES[name]
     begun = time.perf_counter()
-    params = random_int4(config, lf.random.key(0))
+    params = random_int4(config)
     held = sum(x.numel() * x.itemsize for x in lf.tree.leaves(params)) / 2**30
     print(f"{config.n_params:,} parameters in {held:.2f} GiB, made in {time.perf_counter() - begun:.0f} s; peak "
           f"{peak():.2f} GiB", flush=True)
