@@ -48,6 +48,7 @@ def peak() -> float:
 
 
 def main() -> None:
+    lf.keep_memory()
     name, *numbers = sys.argv[1:] or ["7b"]
     tokens, steps, rows = (*map(int, numbers), *(256, 2, 1)[len(numbers):])
     config = SHAPES[name]
@@ -60,15 +61,18 @@ def main() -> None:
     optimizer = lf.optim.chain(lf.optim.clip_by_global_norm(1.0), lf.optim.adamw(2e-4))
     state, step = begin(task, optimizer), step_of(task, optimizer, layer=lf.remat(lf.block))
     batch = lf.random.randint(lf.random.key(2), (1, rows, tokens + 1), 0, config.vocab_size, torch.int64)
-    seconds = []
+    seconds, of_processor = [], []
     for _ in range(steps):
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), time.process_time()
         trained, opt_state, metrics = step(state.params, state.opt_state, batch, batch >= 0, task.frozen)
         state = state._replace(params=trained, opt_state=opt_state)
-        seconds.append(round(time.perf_counter() - begun, 2))
-        print(f"loss {float(metrics.loss):.4f}, {seconds[-1]} s, peak {peak():.2f} GiB", flush=True)
+        seconds.append(round(time.perf_counter() - begun, 1))
+        of_processor.append(round(time.process_time() - used, 1))
+        print(f"loss {float(metrics.loss):.4f}, {seconds[-1]} s ({of_processor[-1]} of a processor), peak {peak():.2f} "
+              "GiB", flush=True)
     print(json.dumps({"shape": name, "rows": rows, "tokens": tokens, "rank": 8, "threads": torch.get_num_threads(),
-                      "weights_gib": round(held, 2), "seconds": seconds, "peak_gib": round(peak(), 2)}))
+                      "weights_gib": round(held, 2), "seconds": seconds,
+                      "processor_seconds": of_processor, "peak_gib": round(peak(), 2)}))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def step_of(task: Task, optimizer: Optimizer, *, layer: Callable = block) -> Ste
 
     For several adapters, all but ``frozen`` is mapped, and so are the metrics. See `make_step`.
     """
-    step = make_step(optimizer, task.loss_sum, layer=layer)
+    step = make_step(optimizer, layer, loss_sum=task.loss_sum)
     if not task.many:
         return step
 

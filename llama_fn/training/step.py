@@ -22,8 +22,8 @@ class Metrics(NamedTuple):
     count: Int[Tensor, ""]
 
 
-def make_step(optimizer: Optimizer, loss_sum: Callable[..., tuple[Tensor, Tensor]] = loss_sum, *,
-              layer: Callable = block) -> Callable[..., tuple[Any, Any, Metrics]]:
+def make_step(optimizer: Optimizer, layer: Callable = block, *,
+              loss_sum: Callable = loss_sum) -> Callable[..., tuple[Any, Any, Metrics]]:
     """The train step of an optimizer, ready for `jit(step, donate=("params", "opt_state"))`.
 
     ``loss_sum(params, *frozen, tokens, mask, layer=layer)`` returns a sum and the number of what it is summed over.

@@ -107,7 +107,7 @@ def test_an_adapter_that_is_given_begins_as_its_own_reference(params, key):
 
 @given(models(max_layers=2), keys(), st.booleans())
 def test_many_adapters_are_each_trained_as_if_alone(params, key, preferences):
-    """Each has its own rows, its own number of tokens that count, and its own gradient's norm, by which it is clipped."""
+    """Each has its own rows, its own number of tokens that count, and is clipped by its own norm."""
     optimizer = lf.optim.chain(lf.optim.clip_by_global_norm(0.01), lf.optim.adamw(1e-2))
     beta, starts = 0.1 if preferences else None, [trained(each, params) for each in lf.random.split(key, 3)]
     batches = [rows(params.config, 3, 2, 2, *[2] * preferences, 7, seed=i) for i in range(2)]  # "n a b t"

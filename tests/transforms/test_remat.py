@@ -337,5 +337,5 @@ def test_a_compiled_train_step_with_remat_equals_the_eager_one_without():
     params, tokens = random_params(CONFIG, lf.random.key(0)), token_rows(CONFIG, 1, 3, 8)
     optimizer = lf.optim.sgd(1.0)
     given = params, optimizer.init(params), tokens, tokens != 5
-    step = torch.compile(make_step(optimizer, layer=lf.remat(lf.block)), fullgraph=True, backend="aot_eager")
+    step = torch.compile(make_step(optimizer, lf.remat(lf.block)), fullgraph=True, backend="aot_eager")
     assert all_close(step(*given), make_step(optimizer)(*given))
