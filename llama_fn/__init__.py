@@ -24,6 +24,7 @@ from llama_fn.shapes import AxesError, typed
 from llama_fn.tokenizer import Tokenizer, load_tokenizer
 from llama_fn.tokenizer_training import train_tokenizer
 from llama_fn.training import optim
+from llama_fn.training.dpo import dpo_loss
 from llama_fn.training.loss import loss, loss_sum
 from llama_fn.transforms.per_sample import clipped_sum, per_sample_grads, per_sample_norms, private_grads
 from llama_fn.transforms.quantize import dequantize, quantize
@@ -35,9 +36,9 @@ __all__ = [
     "LLAMA2_7B", "LLAMA2_13B", "LLAMA2_70B", "AxesError", "Block", "Cache", "Chat", "Completion", "Config",
     "DialogTokens", "Generation", "Message", "Model", "NoCache", "Params", "Perplexity", "RopeScaling", "Score",
     "Speculation", "Tokenizer", "abstract_params", "answer", "ask", "block", "chat_completion", "clipped_sum",
-    "dequantize", "dialog_tokens", "fork", "forward", "from_hf", "generate", "head", "init_cache", "init_params",
-    "jit", "jit_layers", "keep_memory", "load", "load_tokenizer", "lora", "loss", "loss_sum", "narrowing", "optim",
-    "per_sample_grads", "per_sample_norms", "perplexity", "private_grads", "quantize", "random", "remat",
-    "sampler", "save", "score", "score_options", "select", "speculate", "speculate_stream", "stories", "stream",
-    "text_completion", "to_hf", "train_tokenizer", "tree", "trunk", "typed",
+    "dequantize", "dialog_tokens", "dpo_loss", "fork", "forward", "from_hf", "generate", "head", "init_cache",
+    "init_params", "jit", "jit_layers", "keep_memory", "load", "load_tokenizer", "lora", "loss", "loss_sum",
+    "narrowing", "optim", "per_sample_grads", "per_sample_norms", "perplexity", "private_grads", "quantize", "random",
+    "remat", "sampler", "save", "score", "score_options", "select", "speculate", "speculate_stream", "stories",
+    "stream", "text_completion", "to_hf", "train_tokenizer", "tree", "trunk", "typed",
 ]

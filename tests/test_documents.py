@@ -3,6 +3,7 @@ somewhere, and every public name is used in a block, a command's page or an exam
 """
 
 import io
+import json
 import re
 import shlex
 import sys
@@ -35,7 +36,8 @@ ELSEWHERE = {
 PARSED = ("llama-fn bench", "llama-fn train --out my-stories", "llama-fn evaluate")
 # Commands that end when their input does, or that a few more arguments make short.
 SHORTER = {"llama-fn train my-texts/": ["--dim", "48", "--n-layers", "1", "--hidden-dim", "70", "--context", "40",
-                                        "--batch", "5", "--vocab-size", "333"]}
+                                        "--batch", "5", "--vocab-size", "333"],
+           "llama-fn finetune": ["--steps", "1", "--batch", "1", "--context", "40"]}
 STEPS = {"2000": "3"}  # of training, and of that alone
 
 
@@ -49,6 +51,12 @@ def place(tmp_path, monkeypatch, model, texts) -> Path:
     (tmp_path / "book.txt").write_text(" ".join(texts[:3]))
     (tmp_path / "my-texts").mkdir()
     (tmp_path / "my-texts" / "stories.txt").write_text("\n".join(texts))
+    dialog = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A fox."}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": dialog}))
+    (tmp_path / "preferences.jsonl").write_text(json.dumps({"prompt": "Once", "chosen": " a fox", "rejected": "!"}))
+    (tmp_path / "my-answers").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "my-answers" / f"{name}.jsonl").write_text(json.dumps({"prompt": "Who?", "completion": " A fox."}))
     adapter = lf.lora.init(lf.random.key(0), model.params, rank=2)
     lf.lora.save(adapter, "my-lora", model.params)
     return tmp_path

@@ -85,6 +85,8 @@ FLOATS = {
     "uniform.minval": (-3, lambda n: lf.random.uniform(KEY, (5,), minval=n), (math.nan, math.inf, 10**400)),
     "uniform.maxval": (3, lambda n: lf.random.uniform(KEY, (5,), maxval=n), (math.nan, -math.inf, 10**400)),
     "init.alpha": (3, lambda n: lf.lora.init(KEY, PARAMS, 2, alpha=n), (0, -1, math.nan, math.inf, 10**400)),
+    "dpo_loss.beta": (1, lambda n: lf.dpo_loss(PARAMS, lf.tree.map(torch.sin, PARAMS), (ROWS, ROWS > 9),
+                                               (ROWS.flip(0), ROWS > 9), beta=n), (-1, math.nan, math.inf)),
     "clipped_sum.max_norm": (1, lambda n: lf.clipped_sum(lf.loss, PARAMS, ROWS, n), (0, -1, math.nan)),
     "private_grads.max_norm": (1, lambda n: lf.private_grads(lf.loss, PARAMS, ROWS, max_norm=n, noise_multiplier=1,
                                                              key=KEY), (0, -1, math.nan, math.inf)),

@@ -145,6 +145,8 @@ answers = lf.chat_completion(model, [[{"role": "user", "content": "Who?"}]], key
 message: lf.Message = {"role": "user", "content": "Who?"}
 learned: lf.DialogTokens = lf.dialog_tokens(tokenizer, [message, {"role": "assistant", "content": "A fox."}])
 of_answers = lf.loss(params, *learned)
+preferred: Tensor = lf.dpo_loss(adapted, params, learned, told_apart, beta=0.1, layer=lf.remat(lf.block))
+preferences = lf.dpo_loss(params, plain, (batch, batch > 9), (batch[:, :3], batch[:, :3] > 9), beta=1)
 chat = lf.ask(model, lf.Chat(), "Who?")
 for piece, after in lf.answer(model, chat, key=key):
     print(piece, after.tokens)

@@ -17,6 +17,7 @@ from llama_fn.cli.chat import chat
 from llama_fn.cli.convert import convert
 from llama_fn.cli.errors import description, is_for_the_user, one_line
 from llama_fn.cli.evaluate import evaluate
+from llama_fn.cli.finetune import finetune
 from llama_fn.cli.generate import generate
 from llama_fn.cli.inspect import inspect
 from llama_fn.cli.perplexity import choose, perplexity
@@ -24,7 +25,8 @@ from llama_fn.cli.tokenizer import tokenizer
 from llama_fn.cli.train import train
 
 COMMANDS = {"generate": generate, "chat": chat, "perplexity": perplexity, "choose": choose, "inspect": inspect,
-            "convert": convert, "train": train, "tokenizer": tokenizer, "evaluate": evaluate, "bench": bench}
+            "convert": convert, "train": train, "finetune": finetune, "tokenizer": tokenizer, "evaluate": evaluate,
+            "bench": bench}
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from llama_fn.compiled.compiler import obstacle, uncompiled
 from llama_fn.compiled.differentiable import differentiable
 from llama_fn.compiled.leafwise import leafwise
 from llama_fn.model.block import block
-from llama_fn.model.transformer import Params
 from llama_fn.private import lacking
 from llama_fn.training.loss import ENTROPY, Entropy, loss_sum
 from llama_fn.training.optim import Optimizer
@@ -33,10 +33,10 @@ def jit_step(optimizer: Optimizer, layer: Callable = block, *, loss_sum: Callabl
         return make_step(optimizer, layer, loss_sum=loss_sum, compute_dtype=compute_dtype, update=update)
     layer, entropy = differentiable(layer), Entropy(*map(differentiable, ENTROPY))
 
-    def gradient(params: Params, tokens: Tensor, mask: Tensor) -> tuple[Params, Tensor, Tensor]:
+    def gradient(params: Any, frozen: tuple, tokens: Tensor, mask: Tensor) -> tuple[Any, Tensor, Tensor]:
         with torch.enable_grad():
             own = tree.map(lambda x: x.detach().requires_grad_(), params)
-            nats, number = loss_sum(in_dtype(own, compute_dtype), tokens, mask, layer=layer, entropy=entropy)
+            nats, number = loss_sum(in_dtype(own, compute_dtype), *frozen, tokens, mask, layer=layer, entropy=entropy)
         grads = iter(torch.autograd.grad(nats, tree.leaves(own)))
         return tree.map(lambda _: next(grads), params), nats.detach(), number
 

@@ -27,12 +27,12 @@ from llama_fn.training.step import Metrics, make_update
 class TrainState(NamedTuple):
     """All that a run needs to continue: parameters, the optimizer's state, and the number of steps taken."""
 
-    params: Params
+    params: Any  # `Params`, or another tree that is trained, such as an adapter
     opt_state: Any
     step: Int[Tensor, ""]
 
 
-def init_state(params: Params, optimizer: Optimizer) -> TrainState:
+def init_state(params: Any, optimizer: Optimizer) -> TrainState:
     """The state before the first step.
 
     It holds a copy of the parameters, because training updates its state in place.
@@ -53,16 +53,26 @@ def train(state: TrainState, optimizer: Optimizer, corpus: Corpus, key: Key, ste
     Example: ``for state, metrics in train(state, optimizer, corpus, lf.random.key(0), 100, (1, 32)): ...``.
     """
     step = jit_step(optimizer, update=lambda optimizer: guarded(make_update(optimizer)))
-    skipped, device = 0, tree.leaves(state.params)[0].device
+    device = tree.leaves(state.params)[0].device
+    return take_steps(state, step, lambda number: batch(corpus, key, number, shape), steps, device, most_skipped)
+
+
+def take_steps(state: TrainState, step: Callable, batch_of: Callable[[int], tuple[Tensor, Tensor]], steps: int,
+               device: torch.device, most_skipped: int = 10) -> Iterator[tuple[TrainState, Metrics]]:
+    """Take steps up to number ``steps``, and yield the state and the metrics after each.
+
+    ``step(params, opt_state, tokens, mask)`` is one step, and ``batch_of(number)`` the tokens and the mask of a step.
+    Raises `ValueError` after ``most_skipped`` steps in a row whose loss or gradient norm is not finite.
+    """
+    skipped = 0
     for number in range(int(state.step), steps):
         with deterministic():
-            params, opt_state, metrics = step(state.params, state.opt_state,
-                                              *(x.to(device) for x in batch(corpus, key, number, shape)))
+            params, opt_state, metrics = step(state.params, state.opt_state, *(x.to(device) for x in batch_of(number)))
         state = TrainState(params, opt_state, state.step + 1)
-        skipped = 0 if is_finite(metrics) else skipped + 1
+        skipped = 0 if is_finite(metrics).all() else skipped + 1
         if skipped == most_skipped:
-            raise ValueError(f"step {number + 1}: the loss is {float(metrics.loss)} and the gradient's norm "
-                             f"{float(metrics.grad_norm)}, not finite for {skipped} steps in a row; the last snapshot "
+            raise ValueError(f"step {number + 1}: the loss is {metrics.loss.tolist()} and the gradient's "
+                             f"norm {metrics.grad_norm.tolist()}, not finite for {skipped} steps in a row; the last snapshot "
                              "is as it was: go on from it with a lower learning rate or a longer warmup")
         yield state, metrics
 

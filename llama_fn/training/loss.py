@@ -85,6 +85,13 @@ def loss_sum(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b
     return nats.sum(), counts.sum()
 
 
+@typed
+def row_nats(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None,
+             *, layer: Callable[..., Any] = block) -> Float[Tensor, "*b"]:
+    """The sum of -log p over the tokens that count, for each row."""
+    return _nats(params, tokens, mask, 0.0, 0.0, layer, ENTROPY)[0].sum(-1)
+
+
 def _nats(params: Params, tokens: Tensor, mask: Tensor | None, z_loss: float, label_smoothing: float,
           layer: Callable, entropy: Entropy) -> tuple[Tensor, Tensor]:
     """The cross-entropy of every token but the first, 0 where it does not count; and whether it does."""

@@ -9,16 +9,15 @@ from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.model.block import block
-from llama_fn.model.transformer import Params
 from llama_fn.shapes import typed
 from llama_fn.training.loss import loss_sum
 from llama_fn.training.optim import Optimizer, apply_updates, global_norm
 
-Step = Callable[..., tuple[Params, Any, "Metrics"]]  # step(params, opt_state, tokens "a b t", mask "a b t")
+Step = Callable[..., tuple[Any, Any, "Metrics"]]  # step(params, opt_state, tokens "a b t", mask "a b t", frozen)
 # update(params, opt_state, grads, total, count), of sums over as many tokens.
-Update = Callable[[Params, Any, Params, Tensor, Tensor], tuple[Params, Any, "Metrics"]]
-# From parameters, tokens "b t" and mask "b t" to gradients, the sum of the loss, and the number of tokens that count.
-Gradient = Callable[[Params, Tensor, Tensor], tuple[Params, Tensor, Tensor]]
+Update = Callable[[Any, Any, Any, Tensor, Tensor], tuple[Any, Any, "Metrics"]]
+# gradient(params, frozen, tokens "b t", mask "b t"): gradients, the sum of the loss, and of how many tokens.
+Gradient = Callable[[Any, tuple, Tensor, Tensor], tuple[Any, Tensor, Tensor]]
 
 
 class Metrics(NamedTuple):
@@ -33,14 +32,16 @@ def make_step(optimizer: Optimizer, layer: Callable = block, *, loss_sum: Callab
               compute_dtype: torch.dtype | None = None, update: Callable[[Optimizer], Update] | None = None) -> Step:
     """The train step of an optimizer, ready for `jit(step, donate=("params", "opt_state"))`.
 
-    `layer` is that of `forward`: with `remat(block)` the step takes less memory, and about a quarter more time. With
-    `compute_dtype` the model computes in that dtype, and parameters, gradients and optimizer state keep theirs: float32
-    parameters are the master weights of a bfloat16 model. `loss_sum` may have options:
-    `functools.partial(loss_sum, z_loss=1e-4)`. `update` makes the update of an optimizer, as `make_update` does.
+    ``loss_sum(params, *frozen, tokens, mask, layer=layer)`` returns a sum and the number of what it is summed over, and
+    ``params`` may be any tree, such as an adapter. `layer` is that of `forward`: with `remat(block)` the step takes
+    less memory, and about a quarter more time. With `compute_dtype` the model computes in that dtype, and parameters,
+    gradients and optimizer state keep theirs: float32 parameters are the master weights of a bfloat16 model. `loss_sum`
+    may have options: `functools.partial(loss_sum, z_loss=1e-4)`. `update` makes the update of an optimizer, as
+    `make_update` does.
     """
-    def gradient(params: Params, tokens: Tensor, mask: Tensor) -> tuple[Params, Tensor, Tensor]:
-        def summed(params: Params) -> tuple[Tensor, Tensor]:
-            return loss_sum(in_dtype(params, compute_dtype), tokens, mask, layer=layer)
+    def gradient(params: Any, frozen: tuple, tokens: Tensor, mask: Tensor) -> tuple[Any, Tensor, Tensor]:
+        def summed(params: Any) -> tuple[Tensor, Tensor]:
+            return loss_sum(in_dtype(params, compute_dtype), *frozen, tokens, mask, layer=layer)
 
         grads, (nats, number) = torch.func.grad_and_value(summed, has_aux=True)(params)
         return grads, nats, number
@@ -51,16 +52,18 @@ def make_step(optimizer: Optimizer, layer: Callable = block, *, loss_sum: Callab
 def accumulated(gradient: Gradient, update: Update) -> Step:
     """The step that adds up gradients over the micro-batches, and updates once."""
     @typed
-    def step(params: Params, opt_state: Any, tokens: Int[Tensor, "a b t"],
-             mask: Bool[Tensor, "a b t"]) -> tuple[Params, Any, Metrics]:
+    def step(params: Any, opt_state: Any, tokens: Int[Tensor, "a *b t"], mask: Bool[Tensor, "a *b t"],
+             frozen: tuple = ()) -> tuple[Any, Any, Metrics]:
         """One update from `a` micro-batches, gone through one after another to save memory.
 
         Their gradients are those of *sums* of losses, divided at the end by the number of all tokens that count: the
-        update is that of one large batch, however the tokens are spread over the micro-batches.
+        update is that of one large batch, however the tokens are spread over the micro-batches. ``frozen`` holds trees
+        that the loss reads and that stay as they are, such as the model under an adapter. They are an argument because
+        a compiled step would keep a copy of what it closes over.
         """
-        grads, total, count = gradient(params, tokens[0], mask[0])
+        grads, total, count = gradient(params, frozen, tokens[0], mask[0])
         for micro, counts in zip(tokens[1:], mask[1:], strict=True):
-            new, nats, number = gradient(params, micro, counts)
+            new, nats, number = gradient(params, frozen, micro, counts)
             grads, total, count = tree.map(torch.add, grads, new), total + nats, count + number
         return update(params, opt_state, grads, total, count)
 
@@ -69,8 +72,7 @@ def accumulated(gradient: Gradient, update: Update) -> Step:
 
 def make_update(optimizer: Optimizer) -> Update:
     """`update(params, opt_state, grads, total, count)`, of sums over as many tokens."""
-    def update(params: Params, opt_state: Any, grads: Params, total: Tensor,
-               count: Tensor) -> tuple[Params, Any, Metrics]:
+    def update(params: Any, opt_state: Any, grads: Any, total: Tensor, count: Tensor) -> tuple[Any, Any, Metrics]:
         weight = count.clamp(min=1)
         grads = tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -79,6 +81,6 @@ def make_update(optimizer: Optimizer) -> Update:
     return update
 
 
-def in_dtype(params: Params, dtype: torch.dtype | None) -> Params:
+def in_dtype(params: Any, dtype: torch.dtype | None) -> Any:
     """The parameters in another dtype, but for those that are integers; None keeps them."""
     return params if dtype is None else tree.map(lambda x: x.to(dtype) if x.is_floating_point() else x, params)

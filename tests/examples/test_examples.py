@@ -48,6 +48,19 @@ def test_finetune_teaches_a_name():
 
 
 @pytest.mark.slow
+def test_finetune_chat_teaches_an_answer_and_a_preference(tmp_path):
+    out = run("examples/finetune_chat.py", str(tmp_path / "adapter"))
+    chats, preferences = ([float(x) for x in re.findall(rf"{what}, step +\d+: loss ([\d.]+)", out)]
+                          for what in ("chats", "preferences"))
+    assert chats[-1] < 0.1 * chats[0] and "is a brave little girl." in out
+    assert preferences[0] == pytest.approx(0.693, abs=1e-3) and preferences[-1] < 0.5 * preferences[0]
+    before, after = (float(x) for x in re.findall(r"log p\(chosen\) - log p\(rejected\) = (-?[\d.]+)", out))
+    assert after > before + 5
+    params, _ = lf.load("stories")
+    assert len(lf.lora.load(tmp_path / "adapter", params).matrices) == 7 * params.config.n_layers
+
+
+@pytest.mark.slow
 def test_dp_sgd_learns_from_noisy_sums():
     out = run("examples/dp_sgd.py", "8")
     first, last = (float(x) for x in re.findall(r"loss of others ([\d.]+)", out))

@@ -1,0 +1,124 @@
+"""Fine-tuning as pure functions: what is trained, what stays as it is, and the loss of both."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama_fn import tree
+from llama_fn.model.block import block
+from llama_fn.model.transformer import Params
+from llama_fn.training.dpo import dpo_loss_sum
+from llama_fn.training.guarded import guarded
+from llama_fn.training.loop import TrainState
+from llama_fn.training.loss import loss_sum
+from llama_fn.training.optim import Optimizer
+from llama_fn.training.step import Metrics, make_step
+from llama_fn.transforms import lora
+from llama_fn.transforms.lora import Lora
+
+Step = Callable[..., tuple[Any, Any, Metrics]]
+
+
+class Task(NamedTuple):
+    """What fine-tuning needs to know: ``loss_sum(trained, *frozen, tokens, mask)`` is what its steps make smaller."""
+
+    trained: Any
+    """The tree that is trained, before the first step: parameters, an adapter, or a stack of adapters."""
+    frozen: tuple
+    """Trees that the loss reads and that stay as they are."""
+    loss_sum: Callable[..., tuple[Tensor, Tensor]]
+    finish: Callable[[Any], Any]
+    """From the trained tree to the result: parameters in the dtypes of the model, or the adapter itself."""
+    many: bool = False
+    """Whether every leaf of the trained tree has a first axis, that of several adapters."""
+
+
+def full(params: Params, beta: float | None = None) -> Task:
+    """All parameters are trained, in float32 at least, so that small updates are not rounded away.
+
+    The model computes in the dtypes of ``params``, and the result has them again. With ``beta``, the loss is
+    `dpo_loss`, whose reference is ``params``. Raises `ValueError` for quantized weights.
+    """
+    if fixed := [path for path, x in tree.paths(params).items() if not x.is_floating_point()]:
+        raise ValueError(f"{fixed[0]} holds integers: quantized weights are not trained; train an adapter (--rank), or "
+                         "the model that they were made of")
+
+    def in_dtypes(trained: Params) -> Params:
+        return tree.map(lambda x, dtype: x.to(dtype), trained, dtypes)
+
+    def policy(trained: Params, *frozen: Params) -> Params:
+        return in_dtypes(trained)
+
+    dtypes = tree.map(lambda x: x.dtype, params)
+    exact = tree.map(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)), params)
+    return Task(exact, () if beta is None else (params,), _loss_sum(policy, beta), in_dtypes)
+
+
+def adapter(params: Params, start: Lora, beta: float | None = None, reference: Params | None = None) -> Task:
+    """An adapter is trained on top of ``params``, which stay as they are and may be quantized.
+
+    ``start`` is the adapter before the first step. With ``beta``, the loss is `dpo_loss` with this ``reference``; None
+    stands for ``params``.
+    """
+    def policy(trained: Lora, base: Params, *frozen: Params) -> Params:
+        return lora.apply(base, trained)
+
+    frozen = (params,) if beta is None else (params, params if reference is None else reference)
+    return Task(start, frozen, _loss_sum(policy, beta), lambda trained: trained)
+
+
+def adapters(params: Params, starts: Lora, beta: float | None = None) -> Task:
+    """Several adapters are trained in one step, as a stacked tree, each as if it were alone (see `adapter`).
+
+    The batches have a first axis, too: the rows of each adapter.
+    """
+    return adapter(params, starts, beta)._replace(many=True, finish=lora.unstack)
+
+
+def begin(task: Task, optimizer: Optimizer) -> TrainState:
+    """The state before the first step, with a copy of the tree that is trained."""
+    trained = tree.map(torch.clone, task.trained)
+    init = torch.vmap(optimizer.init) if task.many else optimizer.init
+    return TrainState(trained, init(trained), torch.zeros((), dtype=torch.int64, device="cpu"))
+
+
+def step_of(task: Task, optimizer: Optimizer, *, layer: Callable = block) -> Step:
+    """The step ``(trained, opt_state, tokens, mask, frozen) -> (trained, opt_state, metrics)`` of a task.
+
+    For several adapters, all but ``frozen`` is mapped, and so are the metrics. See `make_step`.
+    """
+    step = guarded(make_step(optimizer, layer, loss_sum=task.loss_sum))
+    if not task.many:
+        return step
+
+    def mapped(params: Any, opt_state: Any, tokens: Tensor, mask: Tensor,
+               frozen: tuple = ()) -> tuple[Any, Any, Metrics]:
+        return torch.vmap(step, (0, 0, 0, 0, None))(params, opt_state, tokens, mask, frozen)
+
+    return mapped
+
+
+@torch.no_grad()
+def evaluate(task: Task, trained: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
+    """The mean loss over batches, for each adapter, or as a list of one number."""
+    def summed(trained: Any, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return task.loss_sum(trained, *task.frozen, tokens, mask)
+
+    f = torch.vmap(summed) if task.many else summed
+    totals, counts = zip(*(f(trained, tokens, mask) for tokens, mask in batches), strict=True)
+    mean = torch.stack(totals).sum(0) / torch.stack(counts).sum(0).clamp(min=1)
+    return mean.reshape(-1).tolist()
+
+
+def _loss_sum(policy: Callable[..., Params], beta: float | None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The loss of the model that ``policy(trained, *frozen)`` gives; with ``beta``, against the last frozen tree."""
+    def summed(trained: Any, *rest: Any, layer: Callable = block) -> tuple[Tensor, Tensor]:
+        *frozen, tokens, mask = rest
+        params = policy(trained, *frozen)
+        if beta is None:
+            return loss_sum(params, tokens, mask, layer=layer)
+        return dpo_loss_sum(params, frozen[-1], tokens, mask, beta=beta, layer=layer)
+
+    return summed
