@@ -101,6 +101,15 @@ def test_many_queries_go_in_blocks_where_values_alone_are_asked_for(monkeypatch)
     assert len(shapes(torch.vmap(attend), *args)) == 1
     assert len(shapes(attend, args[0].clone().requires_grad_(), *args[1:])) == 1
     assert len(shapes(attend, args[0][..., :2, :], *args[1:3], args[3][..., :2])) == 1
+    monkeypatch.setattr(attend_ops, "BLOCK", 3)  # at least a group, less than all queries
+    assert args[0].shape[2] <= 3 < T and len(shapes(attend, *args)) == -(-T // 3)
+
+
+def test_one_query_is_for_torchs_kernel_where_nothing_is_compiled():
+    queries, k, v, positions = heads(lf.random.key(3), 5, slots=S)
+    with Calls() as calls:
+        attend(queries[..., -1:, :], k, v, positions[..., -1:])
+    assert len(calls.forward) == 1
 
 
 @given(keys(), st.sampled_from([(), (5,), (5, 7)]))
