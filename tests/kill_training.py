@@ -8,6 +8,7 @@ visible snapshot must be whole, the folder must not have grown, and the next pro
 Each run that comes to its end must equal one that was never killed, bit for bit: parameters, moments, metrics.
 """
 
+import math
 import os
 import random
 import signal
@@ -100,6 +101,17 @@ def start(folder: Path, texts: Path, errors: Path, number: int | None, report: i
         os._exit(status)
 
 
+def ended(process: int, after: float | None) -> int:
+    """The status with which a process ended by itself, or was killed after some seconds."""
+    until = math.inf if after is None else time.perf_counter() + after
+    while not (found := os.waitpid(process, os.WNOHANG))[0]:
+        if time.perf_counter() > until:
+            os.kill(process, signal.SIGKILL)
+            return os.waitpid(process, 0)[1]
+        time.sleep(0.002)
+    return found[1]
+
+
 def check(folder: Path) -> int:
     """Every visible snapshot is whole; nothing is there that should not be. Gives the number of hidden leftovers."""
     steps = sorted((folder / "snapshots").glob("step-*"))
@@ -121,21 +133,20 @@ def main(kills: int, seed: int) -> None:
     draw, root = random.Random(seed), Path(tempfile.mkdtemp())
     texts, errors = write_texts(root / "texts"), root / "errors"
     counted, report = os.pipe()
-    begun = time.perf_counter()
-    _, status = os.waitpid(start(root / "whole", texts, errors, 0, report), 0)
-    took = time.perf_counter() - begun
-    assert status == 0, errors.read_text()
+    for folder in (root / "whole", root / "again"):  # the first one also loads libraries
+        begun = time.perf_counter()
+        assert ended(start(folder, texts, errors, 0, report), None) == 0, errors.read_text()
+        took = time.perf_counter() - begun
     changes = int(os.read(counted, 1000).split()[0])
     whole, at, resumed, most, finished, silent = result(root / "whole"), Counter(), 0, 0, 0, 0
     folder = root / "0"
-    while at.total() < kills:
+    while at.total() < kills or resumed:  # the last run comes to its end, too
         inside = draw.random() < 2 / 3
         number = draw.randint(1, 2 * changes) if inside else None  # in one of its first two saves
+        if at.total() >= kills:
+            inside, number = True, None
         process = start(folder, texts, errors, number, report)
-        if not inside:
-            time.sleep(draw.random() * took)
-            os.kill(process, signal.SIGKILL)
-        _, status = os.waitpid(process, 0)
+        status = ended(process, None if inside else draw.random() * took)
         most = max(most, check(folder))
         if os.WIFSIGNALED(status):
             resumed += 1
@@ -146,6 +157,7 @@ def main(kills: int, seed: int) -> None:
         assert not list(folder.rglob(".*")) and not (folder / "lock").exists()
         finished += resumed > 0
         silent, resumed = silent + resumed, 0
+        print(f"{silent} kills, {finished} runs at their end: {dict(at)}", flush=True)
         folder = root / f"{finished}-{at.total()}"
     said = errors.read_text()
     assert "Traceback" not in said, said

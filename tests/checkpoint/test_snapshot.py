@@ -51,6 +51,17 @@ def test_a_snapshot_is_loaded_bit_for_bit(tmp_path_factory, value):
     assert {name: bits(x) for name, x in read.items()} == {name: bits(x) for name, x in tree.paths(value).items()}
 
 
+def test_every_leaf_begins_at_a_multiple_of_its_numbers_bytes(tmp_path):
+    """As safetensors' own writer has it: other readers map numbers where they lie."""
+    save_snapshot({"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(2, dtype=torch.float64),
+                   "c": torch.ones(1, dtype=torch.bfloat16), "d": torch.ones(3)}, tmp_path / "snapshot")
+    content = (tmp_path / "snapshot" / "state.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:8 + length])
+    assert length % 8 == 0
+    assert all(header[name]["data_offsets"][0] % size == 0 for name, size in zip("abcd", (1, 8, 2, 4), strict=True))
+
+
 @given(st.sampled_from(["params.0", "params.1"]), st.data())
 def test_a_flipped_bit_in_a_leaf_is_found_and_the_leaf_is_named(tmp_path_factory, name, data):
     folder = tmp_path_factory.mktemp("run") / "snapshot"
@@ -77,6 +88,21 @@ def test_a_flipped_bit_anywhere_is_found_or_harmless(tmp_path_factory, name, dat
         assert str(folder) in str(error)
     else:
         assert same(found[0], state()) and found[1] == {"step": 7, "valid_loss": 1.25}
+
+
+def test_a_flipped_bit_in_what_the_writer_says_is_found_wherever_it_is(tmp_path):
+    save_snapshot(state(), tmp_path / "snapshot", {"step": 7, "valid_loss": 1.25})
+    file = tmp_path / "snapshot" / "manifest.json"
+    content = file.read_bytes()
+    begin = content.index(b'"about"')
+    for bit in range(8 * begin, 8 * (content.index(b"}", begin) + 1)):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        try:
+            assert read_about(tmp_path / "snapshot") == {"step": 7, "valid_loss": 1.25}  # a space became a line's end
+        except ValueError as error:
+            assert str(file) in str(error)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.safetensors"])

@@ -101,6 +101,10 @@ def test_other_snapshots_may_have_another_number_of_steps(root, tmp_path):
     assert seen[0]["step"] == 6
     run(folder, longer, resume=True, evaluate_every=2, report=seen.append)
     assert seen[-1]["step"] == 9 and "parameters" in seen[-1]  # no step was left
+    for step in (8, 9):
+        shutil.rmtree(snapshot_folder(folder, step))
+    run(folder, longer, resume=True, evaluate_every=2, report=seen.append)
+    assert [record["step"] for record in seen if "loss" in record] == [7, 8, 9] * 2
 
 
 # --- which are kept
