@@ -5,7 +5,7 @@ gives the same bits as a run that never stopped.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -71,9 +71,9 @@ def take_steps(state: TrainState, step: Callable, batch_of: Callable[[int], tupl
         state = TrainState(params, opt_state, state.step + 1)
         skipped = 0 if is_finite(metrics).all() else skipped + 1
         if skipped == most_skipped:
-            raise ValueError(f"step {number + 1}: the loss is {metrics.loss.tolist()} and the gradient's "
-                             f"norm {metrics.grad_norm.tolist()}, not finite for {skipped} steps in a row; the last snapshot "
-                             "is as it was: go on from it with a lower learning rate or a longer warmup")
+            raise ValueError(f"step {number + 1}: the loss is {metrics.loss.tolist()} and the gradient's norm "
+                             f"{metrics.grad_norm.tolist()}, not finite for {skipped} steps in a row; the last "
+                             "snapshot is as it was: go on from it with a lower learning rate or a longer warmup")
         yield state, metrics
 
 
