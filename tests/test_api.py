@@ -73,6 +73,8 @@ def around(tmp_path_factory) -> dict[str, Any]:
             "logits": lf.forward(params, tokens)[0][-1], "x": lf.trunk(params, tokens)[0], "again": params,
             "branches": lf.fork(lf.forward(params, tokens, cache)[1], (8,), max_len=64), "grads": params,
             "adapter": lf.lora.init(key, params, 2, ["wq"]), "optimizer": lf.optim.adamw(1e-3),
+            "chosen": (tokens, torch.ones_like(tokens, dtype=torch.bool)), "reference": params,
+            "rejected": (tokens.flip(0), torch.ones_like(tokens, dtype=torch.bool)),
             "rows": lf.generate(params, tokens[None], **prompt),
             "completions": lf.text_completion(model, ["Once"], **prompt),
             "drafted": lf.speculate(model, model, ["Once"], **prompt),
