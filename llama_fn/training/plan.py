@@ -1,8 +1,11 @@
 """`Plan`: all numbers that a training run depends on."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from llama_fn.config import Config
 from llama_fn.ranges import integer, number
@@ -81,10 +84,13 @@ class Plan:
         return Config(plan.dim, plan.n_layers, plan.n_heads, plan.n_kv_heads, size, plan.hidden_dim,
                       max_seq_len=plan.context)
 
-    def optimizer(self) -> optim.Optimizer:
-        """AdamW with weight decay on matrices, gradient clipping, and a learning rate with warmup and cosine decay."""
+    def schedule(self) -> Callable[[Tensor | int], Tensor]:
+        """The learning rate as a function of the number of steps taken, with warmup and cosine decay."""
         plan = self.filled()
         assert plan.warmup is not None and plan.steps is not None
-        rate = warmup_cosine(plan.learning_rate, plan.warmup, plan.steps, plan.final_learning_rate)
+        return warmup_cosine(plan.learning_rate, plan.warmup, plan.steps, plan.final_learning_rate)
+
+    def optimizer(self) -> optim.Optimizer:
+        """AdamW with weight decay on matrices, gradient clipping, and the learning rate of `schedule`."""
         return optim.chain(optim.clip_by_global_norm(self.clip),
-                           optim.adamw(rate, 0.9, 0.99, weight_decay=self.weight_decay, mask=optim.matrices))
+                           optim.adamw(self.schedule(), 0.9, 0.99, weight_decay=self.weight_decay, mask=optim.matrices))

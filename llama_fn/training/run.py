@@ -43,26 +43,30 @@ from llama_fn.training.manifest import (
     read_manifest,
     write_manifest,
 )
+from llama_fn.training.measurements import METRICS
 from llama_fn.training.plan import Plan
 from llama_fn.training.prepare import clear, lowest_loss, prepare, sources_of_files, sources_of_stories
+from llama_fn.training.progress import Samples, flops_per_token, memory_in_use, step_record
 
 ReportMeasurement = Callable[[dict], None]
-SNAPSHOT, METRICS = "snapshot.pt", "metrics.jsonl"
+SNAPSHOT = "snapshot.pt"
 
 
 def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None = None, *, resume: bool = False,
-        evaluate_every: int | None = None, device: torch.device | str | None = None,
+        evaluate_every: int | None = None, device: torch.device | str | None = None, samples: Samples | None = None,
+        peak: float | None = None,
         report: ReportMeasurement = lambda measurement: None) -> Model:
     """Train a model in a folder, save it there, and return it.
 
     ``texts`` is a file or a folder (see `read_texts`), or None to train on the embedded stories.
 
     ``report`` is called with each measurement, a dictionary, which is also appended to ``metrics.jsonl``. There is one
-    before the first step, which takes a while because it compiles; one after every step; and one with "valid_loss"
-    after every evaluation. There is an evaluation every ``evaluate_every`` steps and after the last one. None means
-    500, or a quarter of all steps if that is less. A snapshot is written after every evaluation and at an
-    interruption. The first Ctrl-C stops after the current step. The second one stops at once, and leaves the last
-    snapshot as it is.
+    before the first step, which takes a while because it compiles; one after every step (see `step_record`); and one
+    with "valid_loss" after every evaluation. There is an evaluation every ``evaluate_every`` steps and after the last
+    one. None means 500, or a quarter of all steps if that is less. ``samples`` are drawn from the model at intervals.
+    ``peak`` is the machine's highest number of operations per second, for "mfu" in the measurements. A snapshot is
+    written after every evaluation and at an interruption. The first Ctrl-C stops after the current step. The second one
+    stops at once, and leaves the last snapshot as it is.
 
     ``resume`` continues from the snapshot, and the result is the same, bit for bit, as that of a run that never
     stopped. The texts must have the same contents, or be None: then the tokens in the folder are used. Numbers that
@@ -133,26 +137,24 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
             sync(folder / METRICS)
             save_snapshot(state, folder / SNAPSHOT)
 
-        tokens, seconds, first = 0, 0.0, True  # counted after the first step, which compiles
+        rate, flops = plan.schedule(), flops_per_token(config, plan.context)
         with _interrupts() as interrupted:
             log({"step": int(state.step), "steps": steps, "parameters": config.n_params,
-                 "training_tokens": len(training.tokens)})
+                 "training_tokens": len(training.tokens), "flops_per_token": flops, "peak_flops": peak})
             begun = since = time.perf_counter()
             shape = (plan.micro_batches, plan.batch)
             for state, measured in train(state,  # noqa: B020, the state before the first step
                                          optimizer, training, batch_key, steps, shape):
                 step, now = int(state.step), time.perf_counter()
-                log({"step": step, "loss": float(measured.loss), "grad_norm": float(measured.grad_norm),
-                     "tokens_per_second": round((tokens + int(measured.count)) / (seconds + now - since)),
-                     "seconds": round(now - begun, 2)})
-                if first:
-                    first = False
-                else:
-                    tokens, seconds = tokens + int(measured.count), seconds + now - since
+                log(step_record(step, measured, learning_rate=float(rate(step - 1)), interval=now - since,
+                                seconds=now - begun, flops=flops, peak=peak, memory=memory_in_use(device)))
                 if step % every == 0 or step == steps:
                     log({"step": step, "valid_loss": evaluate(state.params, validation), **lowest})
                     save_state(state)
-                since = time.perf_counter()  # leaves out the evaluation
+                if samples is not None and (step % samples.every == 0 or step == steps):
+                    for sample in samples.draw(Model(state.params, tokenizer), step):
+                        log({"step": step, **sample})
+                since = time.perf_counter()  # leaves out the evaluation and the samples
                 if interrupted:
                     save_state(state)
                     raise KeyboardInterrupt
