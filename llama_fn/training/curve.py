@@ -60,8 +60,9 @@ def curves_as_svg(runs: Sequence[Sequence[dict]]) -> str:
 
 def _draw(figure: Any, runs: Sequence[Sequence[dict]]) -> None:
     """One panel for each quantity, with the curves of all runs."""
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
     for axes, (name, label, scale) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         axes.set(xlabel="step", ylabel=label)
         for number, measurements in enumerate(runs):
@@ -71,8 +72,8 @@ def _draw(figure: Any, runs: Sequence[Sequence[dict]]) -> None:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="gray")
         if scale == "log" and values and min(values) > 0:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(LogFormatter())
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+            axes.yaxis.set_major_formatter(plain)
+            axes.yaxis.set_minor_formatter(plain if max(values) < 20 * min(values) else NullFormatter())
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
         axes.grid(True, which="both", alpha=0.2)
@@ -94,7 +95,7 @@ def _draw_run(axes: Any, name: str, measurements: Sequence[dict], color: str, al
         return
     if valid := thinned(curve(measurements, "valid_loss")):
         axes.plot(*zip(*valid, strict=True), "o-", markersize=3, linewidth=1.2, color="black" if alone else color,
-                  label=f"validation, {valid[-1][1]:.4f} at the end" if alone else None)
+                  label=f"validation, {valid[-1][1]:.5g} at the end" if alone else None)
     if floor := curve(measurements, "floor"):
         axes.axhline(floor[-1][1], color="black" if alone else color, linestyle="--", linewidth=0.8,
-                     label=f"lowest possible, {floor[-1][1]:.4f}" if alone else None)
+                     label=f"lowest possible, {floor[-1][1]:.5g}" if alone else None)

@@ -107,9 +107,10 @@ def medians(points: Points, bins: int = 100) -> Points:
 
 
 def seconds_spent(measurements: Iterable[dict]) -> float:
-    """The seconds of all sessions together.
+    """The seconds that a run has taken, in all its sessions.
 
-    "seconds" counts from the beginning of a session, so a value that is lower than the one before begins a new one.
+    "seconds" goes on counting when a run is resumed. In files of earlier versions it began again at 0, so a value that
+    is lower than the one before it begins a new session.
     """
     total = before = 0.0
     for record in measurements:

@@ -55,7 +55,7 @@ def step_record(step: int, metrics: Metrics, *, learning_rate: float, interval: 
                 peak: float | None, memory: dict[str, int]) -> dict:
     """The record of a step in ``metrics.jsonl``.
 
-    ``interval`` is the time of this step in seconds, and ``seconds`` the time since the run began or was resumed.
+    ``interval`` is the time of this step in seconds, and ``seconds`` the time of the run so far, in all its sessions.
     ``flops`` is `flops_per_token`. ``peak`` is the machine's highest number of operations per second, or None if it is
     not known. ``memory`` is that of `memory_in_use`.
 

@@ -43,7 +43,7 @@ from llama_fn.training.manifest import (
     read_manifest,
     write_manifest,
 )
-from llama_fn.training.measurements import METRICS
+from llama_fn.training.measurements import METRICS, seconds_spent
 from llama_fn.training.plan import Plan
 from llama_fn.training.prepare import clear, lowest_loss, prepare, sources_of_files, sources_of_stories
 from llama_fn.training.progress import Samples, flops_per_token, memory_in_use, step_record
@@ -141,7 +141,8 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
         with _interrupts() as interrupted:
             log({"step": int(state.step), "steps": steps, "parameters": config.n_params,
                  "training_tokens": len(training.tokens), "flops_per_token": flops, "peak_flops": peak})
-            begun = since = time.perf_counter()
+            since = time.perf_counter()
+            begun = since - seconds_spent(map(json.loads, kept))
             shape = (plan.micro_batches, plan.batch)
             for state, measured in train(state,  # noqa: B020, the state before the first step
                                          optimizer, training, batch_key, steps, shape):
