@@ -63,7 +63,7 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
     stopped = ""
     try:
         with (tensorboard_events(out / EVENTS) if tensorboard else contextlib.nullcontext() as write_events,
-              training_bar() as show):
+              training_bar(_sizes) as show):
             def report(record: dict) -> None:
                 show(record)
                 if write_events is not None:
@@ -86,3 +86,10 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
     if not plot_curves(out / METRICS, out / CURVES):
         print(f"no {CURVES}: matplotlib is not installed ({INSTALL})", file=sys.stderr)
     print(text_completion(model, [""], key=random.key(plan.seed))[0].text)
+
+
+def _sizes(record: dict) -> str:
+    """The sizes of the model and of its texts, from the first record of a run."""
+    size = f"{record['parameters']:,} parameters, {record['training_tokens']:,} tokens to learn from"
+    done = record["step"] == record["steps"]
+    return f"{size}; {'all steps are taken' if done else 'the first step compiles, which takes a minute or two'}"

@@ -1,6 +1,7 @@
 """The progress bar of a training run."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -14,14 +15,15 @@ GIB = 2**30
 
 
 @contextmanager
-def training_bar() -> Iterator[Callable[[dict], None]]:
+def training_bar(first_line: Callable[[dict], str]) -> Iterator[Callable[[dict], None]]:
     """A context manager that yields a function, which shows a record of a run on standard error.
 
-    The bar is drawn at the first record, which comes after options and texts were checked.
+    The bar is drawn at the first record, which comes after options and texts were checked. ``first_line`` makes the
+    line above the bar from it.
     """
     with ExitStack() as stack:
         bar: tqdm | None = None
-        first: dict | None = None  # the first step of this session
+        first: tuple[int, float] | None = None  # the first step of this session, and when it ended: it compiles
 
         def show(record: dict) -> None:
             nonlocal bar, first
@@ -36,9 +38,11 @@ def training_bar() -> Iterator[Callable[[dict], None]]:
             elif "sample" in record:
                 bar.write(sample_line(record), file=sys.stderr)
             elif "loss" in record:
-                first = first or record
+                step, now = record["step"], time.perf_counter()
+                first = first or (step, now)
+                left = seconds_left(now - first[1], step - first[0], bar.total - step)  # evaluations count
                 bar.set_description("training", refresh=False)
-                bar.set_postfix_str(step_line(record, seconds_left(first, record, bar.total)), refresh=False)
+                bar.set_postfix_str(step_line(record, left), refresh=False)
                 bar.update()
 
         yield show
@@ -68,10 +72,3 @@ def evaluation_line(record: dict) -> str:
 def sample_line(record: dict) -> str:
     """A sampled text after its prompt. Control characters do not reach the terminal."""
     return f"step {record['step']}: {visible(record.get('prompt', '') + record['sample'])}"
-
-
-def first_line(record: dict) -> str:
-    """The sizes of the model and of its texts, from the first record of a session."""
-    size = f"{record['parameters']:,} parameters, {record['training_tokens']:,} tokens to learn from"
-    done = record["step"] == record["steps"]
-    return f"{size}; {'all steps are taken' if done else 'the first step compiles, which takes a minute or two'}"

@@ -120,14 +120,9 @@ def seconds_spent(measurements: Iterable[dict]) -> float:
     return total
 
 
-def seconds_left(first: dict, last: dict, steps: int) -> float | None:
-    """The seconds until step number ``steps``, from two steps of one session; None if they are the same step.
-
-    Pauses between the two, such as evaluations, count. So give the first step of a session, which compiles, as
-    ``first``: what happened before it was measured does not count.
-    """
-    taken = last["step"] - first["step"]
-    return (last["seconds"] - first["seconds"]) / taken * (steps - last["step"]) if taken > 0 else None
+def seconds_left(spent: float, taken: int, left: int) -> float | None:
+    """The seconds for ``left`` more steps, if ``taken`` steps took ``spent`` seconds; None if no step was taken."""
+    return spent / taken * left if taken else None
 
 
 def final_figures(measurements: Sequence[dict], unreadable: int = 0) -> dict[str, str]:

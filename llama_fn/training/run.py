@@ -141,14 +141,14 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
         with _interrupts() as interrupted:
             log({"step": int(state.step), "steps": steps, "parameters": config.n_params,
                  "training_tokens": len(training.tokens), "flops_per_token": flops, "peak_flops": peak})
-            since = time.perf_counter()
-            begun = since - seconds_spent(map(json.loads, kept))
+            since, seconds = time.perf_counter(), seconds_spent(map(json.loads, kept))
             shape = (plan.micro_batches, plan.batch)
             for state, measured in train(state,  # noqa: B020, the state before the first step
                                          optimizer, training, batch_key, steps, shape):
-                step, now = int(state.step), time.perf_counter()
-                log(step_record(step, measured, learning_rate=float(rate(step - 1)), interval=now - since,
-                                seconds=now - begun, flops=flops, peak=peak, memory=memory_in_use(device)))
+                step, interval = int(state.step), time.perf_counter() - since
+                seconds += interval
+                log(step_record(step, measured, learning_rate=float(rate(step - 1)), interval=interval,
+                                seconds=seconds, flops=flops, peak=peak, memory=memory_in_use(device)))
                 if step % every == 0 or step == steps:
                     log({"step": step, "valid_loss": evaluate(state.params, validation), **lowest})
                     save_state(state)
