@@ -59,7 +59,7 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
     keep_memory()
     place = device_of(device)
     samples = samples_of(sample_every, prompts, sample_tokens, plan.seed)
-    peak = None if peak_tflops is None else 1e12 * number("peak_tflops", peak_tflops)
+    stated = None if peak_tflops is None else 1e12 * number("peak_tflops", peak_tflops)
     stopped = ""
     try:
         with (tensorboard_events(out / EVENTS) if tensorboard else contextlib.nullcontext() as write_events,
@@ -70,7 +70,7 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
                     write_events(record)
 
             model = run(out, plan, texts, resume=resume, evaluate_every=evaluate_every, device=place, report=report,
-                        samples=samples, peak=measured_flops(place, torch.float32) if peak is None else peak)
+                        samples=samples, peak=measured_flops(place, torch.float32) if stated is None else stated or None)
     except KeyboardInterrupt:
         again = f"with --resume --out {out} and the same options"
         if (out / SNAPSHOT).is_file():

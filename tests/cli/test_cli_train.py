@@ -43,6 +43,7 @@ def test_train_shows_and_keeps_what_is_measured_and_report_makes_a_page_of_it(pl
 
     status, _, err = cli(monkeypatch, capsys, "train", "a.txt", "--out", "two", *SIZES, "--peak-tflops", "0")
     assert status == 0 and "TFLOP/s" in err and "MFU" not in err
+    assert records("two")[0]["peak_flops"] is None
     assert not [record for record in records("two") if "mfu" in record or "sample" in record]
     assert not Path("two", "events").exists()
 
