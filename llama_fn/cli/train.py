@@ -69,8 +69,9 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
                 if write_events is not None:
                     write_events(record)
 
+            peak = measured_flops(place, torch.float32) if stated is None else stated or None
             model = run(out, plan, texts, resume=resume, evaluate_every=evaluate_every, device=place, report=report,
-                        samples=samples, peak=measured_flops(place, torch.float32) if stated is None else stated or None)
+                        samples=samples, peak=peak)
     except KeyboardInterrupt:
         again = f"with --resume --out {out} and the same options"
         if (out / SNAPSHOT).is_file():
