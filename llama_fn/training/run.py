@@ -149,12 +149,12 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
                 seconds += interval
                 log(step_record(step, measured, learning_rate=float(rate(step - 1)), interval=interval,
                                 seconds=seconds, flops=flops, peak=peak, memory=memory_in_use(device)))
+                if samples is not None and (step % samples.every == 0 or step == steps):  # before the snapshot
+                    for sample in samples.draw(Model(state.params, tokenizer), step):
+                        log({"step": step, **sample})
                 if step % every == 0 or step == steps:
                     log({"step": step, "valid_loss": evaluate(state.params, validation), **lowest})
                     save_state(state)
-                if samples is not None and (step % samples.every == 0 or step == steps):
-                    for sample in samples.draw(Model(state.params, tokenizer), step):
-                        log({"step": step, **sample})
                 since = time.perf_counter()  # leaves out the evaluation and the samples
                 if interrupted:
                     save_state(state)
