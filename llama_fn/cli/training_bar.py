@@ -10,7 +10,7 @@ from tqdm import tqdm
 from llama_fn.text import visible
 from llama_fn.training.measurements import clock, finite, seconds_left
 
-FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+FORMAT = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 GIB = 2**30
 
 

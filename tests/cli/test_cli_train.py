@@ -31,7 +31,8 @@ def test_train_shows_and_keeps_what_is_measured_and_report_makes_a_page_of_it(pl
                            "--prompts", "the cat", "the", "--sample-tokens", "5", "--tensorboard")
     assert (status, out != "") == (0, True)
     assert all(words in err for words in ("tokens to learn from", "loss ", " tokens/s", "MFU ", " GiB", " left",
-                                          "step 3: validation loss", "step 4: the cat"))
+                                          "step 3: validation loss", "step 4: the cat",
+                                          "compiling:   0%|", "training: 100%|"))
     first, *rest = records("one")
     assert first["peak_flops"] > 1e7 and first["flops_per_token"] > 0 and first["steps"] == 5
     steps = [record for record in rest if "loss" in record]
