@@ -3,6 +3,7 @@
 import codecs
 import json
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,3 +100,16 @@ def characters(data: bytes, where: str, begins: bool = True) -> str:
         at = len(mark) + error.start
         raise ValueError(f"{where}: not UTF-8: byte 0x{data[at]:02X} at offset {at}; convert it to UTF-8 first"
                          ) from None
+
+
+def visible(text: str) -> str:
+    """The text for a terminal or a page, with U+FFFD in the place of every character that neither can show.
+
+    These are control characters other than tabs and newlines, lone surrogates, and Unicode's noncharacters.
+    """
+
+    def shown(c: str) -> bool:
+        nonsense = ord(c) & 0xFFFE == 0xFFFE or 0xFDD0 <= ord(c) <= 0xFDEF
+        return c in "\t\n" or not (nonsense or unicodedata.category(c) in ("Cc", "Cs"))
+
+    return "".join(c if shown(c) else "\ufffd" for c in text)
