@@ -22,7 +22,7 @@ from llama_fn.ops.slots import Forked, visible
 from llama_fn.shapes import typed
 
 BLOCK = 64  # queries
-Attend = Callable[[Tensor, Tensor | Forked, Tensor | Forked, Tensor | None], Tensor]
+Attend = Callable[..., Tensor]
 
 
 class Implementation(NamedTuple):
@@ -33,8 +33,14 @@ class Implementation(NamedTuple):
 
 
 def attend(definition: Attend, queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked,
-           positions: Tensor | None) -> Tensor:
-    """Attention by the first implementation of `TABLE` that accepts these; by the definition, if none does."""
+           positions: Tensor | None, segments: Tensor | None = None) -> Tensor:
+    """Attention by the first implementation of `TABLE` that accepts these; by the definition, if none does.
+
+    Only `fused` and the definition know segments.
+    """
+    if segments is not None:
+        kernel: Attend = definition if _beyond(keys) else fused
+        return kernel(queries, keys, values, positions, segments)
     for implementation in TABLE:
         if implementation.accepts(queries, keys, values, positions):
             return implementation.compute(queries, keys, values, positions)
@@ -56,7 +62,8 @@ def of_seen_slots(kernel: Attend) -> Attend:
 
 @typed
 def fused(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"], values: Float[Tensor, "*b k s h"],
-          positions: Int[Tensor, "*b t"] | None) -> Float[Tensor, "*b k g t h"]:
+          positions: Int[Tensor, "*b t"] | None,
+          segments: Int[Tensor, "*b t"] | None = None) -> Float[Tensor, "*b k g t h"]:
     """`written_out`, by torch's fused kernel, which holds no "t s" matrix of scores."""
     *batch, k, g, t, h = queries.shape
     heads = queries.reshape(-1, k * g, t, h)
@@ -65,6 +72,8 @@ def fused(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"],
     if positions is not None:
         slots = torch.arange(keys.shape[-2], device=queries.device)
         visible = (slots <= positions.reshape(-1, t, 1))[:, None]
+    elif segments is not None:
+        visible = (segments[..., None] == segments[..., None, :]).tril().reshape(-1, 1, t, t)
     grouped = {"enable_gqa": True} if g > 1 else {}  # the flag itself may not be symbolic in a compiled graph
     out = F.scaled_dot_product_attention(heads, keys, values, visible, is_causal=visible is None, **grouped)
     return out.reshape(*batch, k, g, t, h)
