@@ -51,10 +51,11 @@ def train(state: TrainState, optimizer: Optimizer, corpus: Corpus, key: Key, ste
     Example: ``for state, metrics in train(state, optimizer, corpus, lf.random.key(0), 100, (1, 32)): ...``.
     """
     step: Callable = jit(make_step(optimizer), donate=("params", "opt_state"))
+    device = state.params.embedding.device
     for number in range(int(state.step), steps):
-        tokens, mask = (x.to(state.params.embedding.device) for x in batch(corpus, key, number, shape))
+        tokens, mask, segments = tree.map(lambda x: x.to(device), batch(corpus, key, number, shape))
         with deterministic():
-            params, opt_state, metrics = step(state.params, state.opt_state, tokens, mask)
+            params, opt_state, metrics = step(state.params, state.opt_state, tokens, mask, segments)
         if not (metrics.loss.isfinite() and metrics.grad_norm.isfinite()):
             raise ValueError(f"step {number + 1}: the loss is {float(metrics.loss)} and the gradient's norm "
                              f"{float(metrics.grad_norm)}; the last snapshot is as it was: go on from it with a lower "
@@ -90,5 +91,5 @@ def evaluate(params: Params, corpus: Corpus, size: int = 32) -> float:
     model; the result does not depend on it, up to rounding.
     """
     device = params.embedding.device
-    losses = [loss_sum(params, tokens.to(device), mask.to(device)) for tokens, mask in rows(corpus, size)]
+    losses = [loss_sum(params, *tree.map(lambda x: x.to(device), some)) for some in rows(corpus, size)]
     return float(sum(total for total, _ in losses) / sum(count for _, count in losses))

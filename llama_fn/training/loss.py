@@ -33,7 +33,8 @@ def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"]
 
 @typed
 def loss_sum(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None,
-             segments: Int[Tensor, "*b t"] | None = None, *, layer: Callable[..., Any] = block) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+             segments: Int[Tensor, "*b t"] | None = None,
+             *, layer: Callable[..., Any] = block) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """The sum of -log p over the tokens that count, and their number. The softmax is taken in float32 at least."""
     nats, counts = _nats(params, tokens, mask, segments, layer)
     return nats.sum(), counts.sum()

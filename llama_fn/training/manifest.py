@@ -15,10 +15,11 @@ from llama_fn.checkpoint.atomic import current
 from llama_fn.checkpoint.files import write_json
 from llama_fn.checkpoint.load import TOKENIZER
 from llama_fn.text import read_json
-from llama_fn.training.data import documents, no_text
 from llama_fn.training.plan import Plan
+from llama_fn.training.texts import as_bytes, documents, no_text
 
 MANIFEST = "run.json"
+PREPARING = ".preparing"  # is in the folder of a run until its manifest is written
 FILES = (TOKENIZER, "data/train.bin", "data/valid.bin")
 
 
@@ -41,7 +42,7 @@ def digest_texts(files: Sequence[Path], under: Path) -> list[Text]:
             raise ValueError(f"{file}: not a file; a run reads its texts several times, so write them to one first")
         whole, empty = hashlib.sha256(), True
         for document in documents(file):
-            data = document.encode()
+            data = as_bytes(document)
             whole.update(len(data).to_bytes(8, "little") + data)  # the length marks where a document ends
             empty = False
         if not empty:
@@ -63,10 +64,13 @@ def write_manifest(folder: Path, plan: Plan, texts: Sequence[Text] | None, previ
     if "sha256" not in manifest:
         manifest["sha256"] = {name: _digest(file_of(folder, name)) for name in FILES}
     write_json(folder / MANIFEST, manifest)
+    (folder / PREPARING).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path, resume: bool) -> dict[str, Any] | None:
     """The manifest of the run in a folder; None if the folder is free for a new run.
+
+    A folder is free, too, in which a program was killed while it prepared a run.
 
     Raises `FileNotFoundError` if there is no run to resume. Raises `ValueError` for a folder that holds something
     else, for a run in the folder if ``resume`` is false, and for a manifest that no training run wrote.
@@ -88,6 +92,8 @@ def read_manifest(folder: Path, resume: bool) -> dict[str, Any] | None:
         return manifest
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose a folder")
+    if (folder / PREPARING).is_file():
+        return None
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no training run; choose another folder")
     if resume:

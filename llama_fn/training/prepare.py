@@ -1,6 +1,9 @@
 """The files that a run learns from: a tokenizer, the tokens for training, and the tokens held out for validation."""
 
+import functools
+import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -9,32 +12,52 @@ from typing import NamedTuple
 from llama_fn import stories
 from llama_fn.checkpoint.atomic import replacing
 from llama_fn.checkpoint.load import TOKENIZER
+from llama_fn.checkpoint.write_errors import explaining_errors
 from llama_fn.random import Key
 from llama_fn.tokenizer import Tokenizer, load_tokenizer
 from llama_fn.tokenizer_training import train_tokenizer
-from llama_fn.training.data import documents, encode_corpus, open_corpus
-from llama_fn.training.manifest import FILES, MANIFEST, file_of
+from llama_fn.training.data import encode_corpus, open_corpus
+from llama_fn.training.encode import DialogTokens
+from llama_fn.training.manifest import FILES, MANIFEST, PREPARING, file_of
+from llama_fn.training.texts import Document, as_bytes, documents, plain
 
 VALIDATION_STORIES = 1000
+FEW = 20  # documents; one in so many is held out
 
 
 class Sources(NamedTuple):
     """Three functions that give texts: for the tokenizer, for training, and held out. Each call begins anew."""
 
     tokenizer: Callable[[], Iterator[str]]
-    train: Callable[[], Iterator[str]]
-    valid: Callable[[], Iterator[str]]
+    train: Callable[[], Iterator[Document]]
+    valid: Callable[[], Iterator[Document]]
 
 
 def sources_of_files(files: Sequence[Path]) -> Sources:
     """The documents of files.
 
-    Every twentieth document is held out. If there are fewer than 20, the last twentieth of each one is held out.
+    About one document in 20 is held out, chosen by its SHA-256: neither the order of the documents nor others beside it
+    change where it belongs, and equal documents stay together. If there are fewer than 20, or none would be held out
+    or left, the last twentieth of each plain text is held out, and one of every 20 prompts and dialogs, one at least.
     """
-    def part(last: bool) -> Iterator[str]:
-        return _split(chain.from_iterable(map(documents, files)), last)
+    def every() -> Iterator[Document]:
+        return chain.from_iterable(map(documents, files))
 
-    return Sources(lambda: part(last=False), lambda: part(last=False), lambda: part(last=True))
+    @functools.cache
+    def by_digest() -> bool:
+        return _can_be_split(every())
+
+    def part(last: bool) -> Iterator[Document]:
+        if by_digest():
+            return (document for document in every() if held_out(document) is last)
+        return _few(list(every()), last)
+
+    return Sources(lambda: map(plain, part(last=False)), lambda: part(last=False), lambda: part(last=True))
+
+
+def held_out(document: Document) -> bool:
+    """Whether a document is for validation: one in 20 is, by its digest alone."""
+    return _number(document) % FEW == 0
 
 
 def sources_of_stories(count: int, train: Key, held_out: Key) -> Sources:
@@ -46,16 +69,28 @@ def sources_of_stories(count: int, train: Key, held_out: Key) -> Sources:
                    lambda: (story.text for story in stories.stories(held_out, VALIDATION_STORIES)))
 
 
-def prepare(folder: Path, vocab_size: int | None, sources: Sources | None) -> Tokenizer:
+def prepare(folder: Path, vocab_size: int | None, sources: Sources | None, dialog_tokens: DialogTokens | None = None,
+            report: Callable[[str, int], None] = lambda name, count: None) -> Tokenizer:
     """Make the files of a run that are missing, each atomically, and return the tokenizer.
 
-    Raises `FileNotFoundError` if a file is missing and there are no sources to make it from.
+    ``dialog_tokens`` is that of `encode`. ``report`` is called with the name of the file that is made, and with the
+    number of characters that were encoded since the last call; of the tokenizer, with its name and 0 when it is begun.
+
+    Until the manifest is written, a hidden file says that the folder is being prepared. So a folder that was left by a
+    killed program is known, and `read_manifest` takes it for a new run. Raises `FileNotFoundError` if a file is missing
+    and there are no sources to make it from.
     """
+    if not (folder / MANIFEST).is_file():
+        clear(folder)  # what a killed program left may be of other texts
+        with explaining_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / PREPARING).touch()
     missing = [name for name in FILES if not file_of(folder, name).is_file()]
     if missing and sources is None:
         raise FileNotFoundError(f"{folder / missing[0]}: no such file; resume with the texts of the run: it is made "
                                 "again from them")
     if sources is not None and TOKENIZER in missing:
+        report(TOKENIZER, 0)
         learned = train_tokenizer(sources.tokenizer(), vocab_size)
         with replacing(folder / TOKENIZER) as temporary:
             temporary.write_bytes(learned.model)
@@ -63,14 +98,24 @@ def prepare(folder: Path, vocab_size: int | None, sources: Sources | None) -> To
     if sources is not None:
         for name, texts in (("data/train.bin", sources.train), ("data/valid.bin", sources.valid)):
             if name in missing:
-                encode_corpus(texts(), tokenizer, folder / name)
+                encode_corpus(texts(), tokenizer, folder / name, dialog_tokens, functools.partial(report, name))
     return tokenizer
 
 
 def clear(folder: Path) -> None:
-    """Remove the files that `prepare` made for a run that could not begin, and folders that are then empty."""
+    """Remove the files that `prepare` made for a run that could not begin, and folders that are then empty.
+
+    Without the hidden file that `prepare` makes, nothing is removed.
+    """
+    if not (folder / PREPARING).is_file():
+        return
     for name in (MANIFEST, *FILES):
         (folder / name).unlink(missing_ok=True)
+        unfinished = re.compile(re.escape(f".{Path(name).name}.") + r"[0-9a-f]{8}\.part")
+        parent = (folder / name).parent
+        for file in [file for file in (parent.iterdir() if parent.is_dir() else ()) if unfinished.fullmatch(file.name)]:
+            file.unlink(missing_ok=True)
+    (folder / PREPARING).unlink()
     for part in (folder / "data", folder):
         if part.is_dir() and not any(part.iterdir()):
             part.rmdir()
@@ -80,16 +125,32 @@ def lowest_loss(folder: Path, tokenizer: Tokenizer, held_out: Key, context: int)
     """The lowest possible loss on the held-out stories: their entropy, in nats per token."""
     corpus = open_corpus(folder / "data" / "valid.bin", tokenizer, context)
     bits = sum(story.bits for story in stories.stories(held_out, VALIDATION_STORIES))
-    return bits * math.log(2) / int(corpus.lengths.sum())
+    return bits * math.log(2) / int(corpus.predictions.sum())
 
 
-def _split(texts: Iterator[str], last: bool) -> Iterator[str]:
-    """The held-out part of texts if ``last``, otherwise the part for training."""
-    few = list(islice(texts, 20))
-    if len(few) == 20:
-        yield from (text for i, text in enumerate(chain(few, texts)) if (i % 20 == 19) is last)
-        return
-    for text in few:
+def _number(document: Document) -> int:
+    """64 bits of a document's SHA-256."""
+    return int.from_bytes(hashlib.sha256(as_bytes(document)).digest()[:8], "little")
+
+
+def _can_be_split(documents: Iterator[Document]) -> bool:
+    """Whether there are 20 documents, of which some are held out by their digests and some are not."""
+    seen: set[bool] = set()
+    for i, document in enumerate(documents, 1):
+        seen.add(held_out(document))
+        if i >= FEW and len(seen) == 2:
+            return True
+    return False
+
+
+def _few(documents: list[Document], last: bool) -> Iterator[Document]:
+    """The held-out part of documents if ``last``, otherwise the part for training."""
+    whole = sorted((x for x in documents if not isinstance(x, str)), key=_number)
+    if len(whole) == len(documents) == 1:
+        raise ValueError("there is only one prompt or dialog: give two at least, one to learn from and one to hold out")
+    count = -(-len(whole) // FEW)
+    yield from whole[:count] if last else whole[count:]
+    for text in (x for x in documents if isinstance(x, str)):
         cut = max(1, len(text) * 19 // 20)
         line = text.rfind("\n", cut * 9 // 10, cut) + 1  # cut at the beginning of a line, if one is near
         yield text[line or cut:] if last else text[:line or cut]

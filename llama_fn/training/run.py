@@ -31,7 +31,7 @@ from llama_fn.checkpoint.load import Model, save
 from llama_fn.checkpoint.snapshot import load_snapshot, save_snapshot
 from llama_fn.model.init import init_params
 from llama_fn.text import parse, read_text
-from llama_fn.training.data import open_corpus, text_files
+from llama_fn.training.data import open_corpus
 from llama_fn.training.loop import TrainState, evaluate, init_state, train
 from llama_fn.training.manifest import (
     FILES,
@@ -45,6 +45,7 @@ from llama_fn.training.manifest import (
 )
 from llama_fn.training.plan import Plan
 from llama_fn.training.prepare import clear, lowest_loss, prepare, sources_of_files, sources_of_stories
+from llama_fn.training.texts import text_files
 
 ReportMeasurement = Callable[[dict], None]
 SNAPSHOT, METRICS = "snapshot.pt", "metrics.jsonl"

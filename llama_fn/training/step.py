@@ -31,16 +31,18 @@ def make_step(optimizer: Optimizer, layer: Callable = block) -> Callable[..., tu
 
     @typed
     def step(params: Params, opt_state: Any, tokens: Int[Tensor, "a b t"],
-             mask: Bool[Tensor, "a b t"]) -> tuple[Params, Any, Metrics]:
+             mask: Bool[Tensor, "a b t"],
+             segments: Int[Tensor, "a b t"] | None = None) -> tuple[Params, Any, Metrics]:
         """One update from `a` micro-batches, gone through one after another to save memory.
 
         Their gradients are those of *sums* of losses, divided at the end by the number of all tokens that count: the
         update is that of one large batch, however the tokens are spread over the micro-batches.
         """
         total, count, grads = 0.0, 0, None
-        for micro, counts in zip(tokens, mask, strict=True):
+        each = [None] * len(tokens) if segments is None else segments
+        for micro, counts, within in zip(tokens, mask, each, strict=True):
             def summed(params: Params) -> tuple[Tensor, Tensor]:
-                return loss_sum(params, micro, counts, layer=layer)  # noqa: B023, called at once
+                return loss_sum(params, micro, counts, within, layer=layer)  # noqa: B023, called at once
 
             new, (nats, number) = torch.func.grad_and_value(summed, has_aux=True)(params)
             total, count = total + nats, count + number

@@ -112,7 +112,8 @@ def test_segments_with_a_cache_are_an_error():
     params = random_params(CONFIG, lf.random.key(0))
     with pytest.raises(ValueError, match="segments divide whole rows, which begin at position 0; call without the"):
         lf.forward(params, ROWS, cache_for(params, (3,)), segments=SEGMENTS)
-    logits, none = lf.forward(params, ROWS, lf.forward(params, ROWS)[1], segments=SEGMENTS)  # no cache, as a value
+    no_cache = lf.forward(params, ROWS)[1]
+    logits, _ = lf.forward(params, ROWS, no_cache, segments=SEGMENTS)
     assert torch.equal(logits, lf.forward(params, ROWS, segments=SEGMENTS)[0])
 
 
