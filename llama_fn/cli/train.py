@@ -9,7 +9,9 @@ from tqdm import tqdm
 
 from llama_fn import random
 from llama_fn.cli.options import device_of
+from llama_fn.cli.preparing_bar import preparing_bar
 from llama_fn.generation.completion import text_completion
+from llama_fn.generation.dialog import dialog_tokens
 from llama_fn.memory import keep_memory
 from llama_fn.training.curve import plot_losses
 from llama_fn.training.manifest import MANIFEST
@@ -27,8 +29,8 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
     writes a snapshot and stops.
 
     Args:
-        texts: A text file, a JSON or JSON-lines file (the "text" of each record), or a folder of such files; by default
-            the stories.
+        texts: A text file, a JSON or JSON-lines file, or a folder of such files; by default the stories. A record has a
+            "text", or a "prompt" and a "completion", or chat "messages"; completions and answers are then learned.
         out: The folder of the run.
         resume: Continue the run in that folder. The result is the same as without the interruption. The plan and the
             texts must be the same; the texts may be left out, because the folder holds their tokens. A larger number of
@@ -60,8 +62,9 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
 
     stopped = ""
     try:
-        model = run(out, plan, texts, resume=resume, evaluate_every=evaluate_every, device=device_of(device),
-                    report=report)
+        with preparing_bar() as preparing:
+            model = run(out, plan, texts, resume=resume, evaluate_every=evaluate_every, device=device_of(device),
+                        report=report, dialog_tokens=dialog_tokens, preparing=preparing)
     except KeyboardInterrupt:
         again = f"with --resume --out {out} and the same options"
         if (out / SNAPSHOT).is_file():

@@ -55,8 +55,8 @@ def encode_corpus(texts: Iterable[Document], tokenizer: Tokenizer, path: str | o
     """Write the tokens of all documents to one file, atomically, and return their number.
 
     The documents are encoded on all cores, and only a few are in memory at a time. ``dialog_tokens`` is that of
-    `encode`. ``report`` is called with numbers of characters that are done. Raises `OSError` that names the file and a
-    remedy, and the errors of `encode`.
+    `encode`. ``report`` is called with numbers of bytes of text that are done. Raises `OSError` that names the file
+    and a remedy, and the errors of `encode`.
 
     Example: ``encode_corpus(texts, tokenizer, "train.bin")``.
     """

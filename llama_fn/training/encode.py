@@ -83,14 +83,14 @@ def encoded(documents: Iterable[Document], tokenizer: Tokenizer, dialog_tokens: 
     """`encode` of each document, in order, computed by a thread on each core.
 
     SentencePiece lets other threads run while it encodes, so that threads serve as well as processes. Only a few
-    documents are ahead of the one that is given. ``report`` is called with numbers of characters that are done.
+    documents are ahead of the one that is given. ``report`` is called with numbers of bytes of text that are done.
     """
     def of_chunk(chunk: list[Document]) -> list[Encoded]:
         return [encode(document, tokenizer, dialog_tokens) for document in chunk]
 
     for chunk, results in ahead(of_chunk, _chunks(documents)):
         yield from results
-        report(sum(len(plain(document)) for document in chunk))
+        report(sum(len(plain(document).encode()) for document in chunk))
 
 
 def ahead(f: Callable[[A], B], items: Iterable[A]) -> Iterator[tuple[A, B]]:

@@ -19,7 +19,6 @@ from llama_fn.training.plan import Plan
 from llama_fn.training.texts import as_bytes, documents, no_text
 
 MANIFEST = "run.json"
-PREPARING = ".preparing"  # is in the folder of a run until its manifest is written
 FILES = (TOKENIZER, "data/train.bin", "data/valid.bin")
 
 
@@ -64,13 +63,10 @@ def write_manifest(folder: Path, plan: Plan, texts: Sequence[Text] | None, previ
     if "sha256" not in manifest:
         manifest["sha256"] = {name: _digest(file_of(folder, name)) for name in FILES}
     write_json(folder / MANIFEST, manifest)
-    (folder / PREPARING).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path, resume: bool) -> dict[str, Any] | None:
     """The manifest of the run in a folder; None if the folder is free for a new run.
-
-    A folder is free, too, in which a program was killed while it prepared a run.
 
     Raises `FileNotFoundError` if there is no run to resume. Raises `ValueError` for a folder that holds something
     else, for a run in the folder if ``resume`` is false, and for a manifest that no training run wrote.
@@ -92,8 +88,6 @@ def read_manifest(folder: Path, resume: bool) -> dict[str, Any] | None:
         return manifest
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose a folder")
-    if (folder / PREPARING).is_file():
-        return None
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no training run; choose another folder")
     if resume:

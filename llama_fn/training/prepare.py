@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -12,25 +11,31 @@ from typing import NamedTuple
 from llama_fn import stories
 from llama_fn.checkpoint.atomic import replacing
 from llama_fn.checkpoint.load import TOKENIZER
-from llama_fn.checkpoint.write_errors import explaining_errors
 from llama_fn.random import Key
 from llama_fn.tokenizer import Tokenizer, load_tokenizer
 from llama_fn.tokenizer_training import train_tokenizer
 from llama_fn.training.data import encode_corpus, open_corpus
 from llama_fn.training.encode import DialogTokens
-from llama_fn.training.manifest import FILES, MANIFEST, PREPARING, file_of
+from llama_fn.training.manifest import FILES, MANIFEST, file_of
 from llama_fn.training.texts import Document, as_bytes, documents, plain
 
 VALIDATION_STORIES = 1000
 FEW = 20  # documents; one in so many is held out
 
 
+ReportPreparing = Callable[[str, int, int | None], None]
+
+
 class Sources(NamedTuple):
-    """Three functions that give texts: for the tokenizer, for training, and held out. Each call begins anew."""
+    """Three functions that give texts: for the tokenizer, for training, and held out. Each call begins anew.
+
+    ``size`` is about how many bytes of text there are, if that is known.
+    """
 
     tokenizer: Callable[[], Iterator[str]]
     train: Callable[[], Iterator[Document]]
     valid: Callable[[], Iterator[Document]]
+    size: int | None = None
 
 
 def sources_of_files(files: Sequence[Path]) -> Sources:
@@ -52,7 +57,8 @@ def sources_of_files(files: Sequence[Path]) -> Sources:
             return (document for document in every() if held_out(document) is last)
         return _few(list(every()), last)
 
-    return Sources(lambda: map(plain, part(last=False)), lambda: part(last=False), lambda: part(last=True))
+    return Sources(lambda: map(plain, part(last=False)), lambda: part(last=False), lambda: part(last=True),
+                   sum(file.stat().st_size for file in files))
 
 
 def held_out(document: Document) -> bool:
@@ -70,52 +76,38 @@ def sources_of_stories(count: int, train: Key, held_out: Key) -> Sources:
 
 
 def prepare(folder: Path, vocab_size: int | None, sources: Sources | None, dialog_tokens: DialogTokens | None = None,
-            report: Callable[[str, int], None] = lambda name, count: None) -> Tokenizer:
+            report: ReportPreparing = lambda name, count, size: None) -> Tokenizer:
     """Make the files of a run that are missing, each atomically, and return the tokenizer.
 
-    ``dialog_tokens`` is that of `encode`. ``report`` is called with the name of the file that is made, and with the
-    number of characters that were encoded since the last call; of the tokenizer, with its name and 0 when it is begun.
-
-    Until the manifest is written, a hidden file says that the folder is being prepared. So a folder that was left by a
-    killed program is known, and `read_manifest` takes it for a new run. Raises `FileNotFoundError` if a file is missing
-    and there are no sources to make it from.
+    ``dialog_tokens`` is that of `encode`. ``report`` is called with the name of the file that is made, with the number
+    of bytes of text that were encoded since the last call (0 when a file is begun), and with about how many there are.
+    Raises `FileNotFoundError` if a file is missing and there are no sources to make it from.
     """
-    if not (folder / MANIFEST).is_file():
-        clear(folder)  # what a killed program left may be of other texts
-        with explaining_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / PREPARING).touch()
     missing = [name for name in FILES if not file_of(folder, name).is_file()]
     if missing and sources is None:
         raise FileNotFoundError(f"{folder / missing[0]}: no such file; resume with the texts of the run: it is made "
                                 "again from them")
     if sources is not None and TOKENIZER in missing:
-        report(TOKENIZER, 0)
+        report(TOKENIZER, 0, None)
         learned = train_tokenizer(sources.tokenizer(), vocab_size)
         with replacing(folder / TOKENIZER) as temporary:
             temporary.write_bytes(learned.model)
     tokenizer = load_tokenizer(file_of(folder, TOKENIZER))
     if sources is not None:
-        for name, texts in (("data/train.bin", sources.train), ("data/valid.bin", sources.valid)):
+        parts = (("data/train.bin", sources.train, FEW - 1), ("data/valid.bin", sources.valid, 1))
+        for name, texts, share in parts:
             if name in missing:
-                encode_corpus(texts(), tokenizer, folder / name, dialog_tokens, functools.partial(report, name))
+                size = None if sources.size is None else sources.size * share // FEW
+                report(name, 0, size)
+                encode_corpus(texts(), tokenizer, folder / name, dialog_tokens,
+                              lambda count: report(name, count, size))  # noqa: B023, called before the next part
     return tokenizer
 
 
 def clear(folder: Path) -> None:
-    """Remove the files that `prepare` made for a run that could not begin, and folders that are then empty.
-
-    Without the hidden file that `prepare` makes, nothing is removed.
-    """
-    if not (folder / PREPARING).is_file():
-        return
+    """Remove the files that `prepare` made for a run that could not begin, and folders that are then empty."""
     for name in (MANIFEST, *FILES):
         (folder / name).unlink(missing_ok=True)
-        unfinished = re.compile(re.escape(f".{Path(name).name}.") + r"[0-9a-f]{8}\.part")
-        parent = (folder / name).parent
-        for file in [file for file in (parent.iterdir() if parent.is_dir() else ()) if unfinished.fullmatch(file.name)]:
-            file.unlink(missing_ok=True)
-    (folder / PREPARING).unlink()
     for part in (folder / "data", folder):
         if part.is_dir() and not any(part.iterdir()):
             part.rmdir()

@@ -32,6 +32,7 @@ from llama_fn.checkpoint.snapshot import load_snapshot, save_snapshot
 from llama_fn.model.init import init_params
 from llama_fn.text import parse, read_text
 from llama_fn.training.data import open_corpus
+from llama_fn.training.encode import DialogTokens
 from llama_fn.training.loop import TrainState, evaluate, init_state, train
 from llama_fn.training.manifest import (
     FILES,
@@ -44,7 +45,14 @@ from llama_fn.training.manifest import (
     write_manifest,
 )
 from llama_fn.training.plan import Plan
-from llama_fn.training.prepare import clear, lowest_loss, prepare, sources_of_files, sources_of_stories
+from llama_fn.training.prepare import (
+    ReportPreparing,
+    clear,
+    lowest_loss,
+    prepare,
+    sources_of_files,
+    sources_of_stories,
+)
 from llama_fn.training.texts import text_files
 
 ReportMeasurement = Callable[[dict], None]
@@ -53,10 +61,12 @@ SNAPSHOT, METRICS = "snapshot.pt", "metrics.jsonl"
 
 def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None = None, *, resume: bool = False,
         evaluate_every: int | None = None, device: torch.device | str | None = None,
-        report: ReportMeasurement = lambda measurement: None) -> Model:
+        report: ReportMeasurement = lambda measurement: None, dialog_tokens: DialogTokens | None = None,
+        preparing: ReportPreparing = lambda name, count, size: None) -> Model:
     """Train a model in a folder, save it there, and return it.
 
-    ``texts`` is a file or a folder (see `read_texts`), or None to train on the embedded stories.
+    ``texts`` is a file or a folder (see `documents`), or None to train on the embedded stories. If there are dialogs in
+    it, pass ``dialog_tokens=lf.dialog_tokens``. ``preparing`` is ``report`` of `prepare`.
 
     ``report`` is called with each measurement, a dictionary, which is also appended to ``metrics.jsonl``. There is one
     before the first step, which takes a while because it compiles; one after every step; and one with "valid_loss"
@@ -106,7 +116,7 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
     try:
         present = [name for name in FILES if file_of(folder, name).is_file()]
         check_files(folder, previous, present)
-        tokenizer = prepare(folder, plan.vocab_size, sources)
+        tokenizer = prepare(folder, plan.vocab_size, sources, dialog_tokens, preparing)
         check_files(folder, previous, {*FILES} - {*present})
         plan = dataclasses.replace(plan, vocab_size=tokenizer.vocab_size)
         config = plan.config()

@@ -69,7 +69,7 @@ def test_a_dialog_that_cannot_be_encoded_is_named(tokenizer):
 
 @given(st.lists(unicode_texts(max_size=9) | st.builds(Prompt, unicode_texts(max_size=5), unicode_texts(max_size=5)),
                 max_size=20), st.integers(1, 30))
-def test_documents_are_encoded_in_order_and_every_character_is_reported(tokenizer, documents, chunk):
+def test_documents_are_encoded_in_order_and_every_byte_is_reported(tokenizer, documents, chunk):
     done = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "CHUNK", chunk)
@@ -78,7 +78,7 @@ def test_documents_are_encoded_in_order_and_every_character_is_reported(tokenize
         own = encode(document, tokenizer)
         assert np.array_equal(tokens, own.tokens)
         assert learned is own.learned is None or np.array_equal(learned, own.learned)
-    assert sum(done) == sum(len(plain(document)) for document in documents)
+    assert sum(done) == sum(len(plain(document).encode()) for document in documents)
 
 
 def test_only_a_few_items_are_ahead_of_the_one_that_is_given(monkeypatch):

@@ -1,31 +1,19 @@
-"""The files that a run learns from: what is held out, and a preparation that is killed."""
+"""The files that a run learns from: what is held out, what is learned of dialogs, and the progress."""
 
 import json
-import os
-import shutil
-import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from writers import calls
 
 import llama_fn as lf
-from llama_fn.training import loop, prepare
-from llama_fn.training.plan import Plan
+from llama_fn.training import prepare
 from llama_fn.training.prepare import held_out, sources_of_files
-from llama_fn.training.run import run
 from llama_fn.training.shard import open_shard
 from llama_fn.training.texts import Dialog, Document, Prompt, documents
 
-SMALL = Plan(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=20, context=24, steps=1, batch=2)
 LINES = [f"the cat number {i} sat on the mat.\n" for i in range(60)]
-
-
-@pytest.fixture(autouse=True)
-def eager(monkeypatch):
-    monkeypatch.setattr(loop, "jit", lambda f, donate: f)
 
 
 @pytest.fixture(scope="session")
@@ -84,14 +72,16 @@ def test_texts_of_which_none_is_held_out_by_its_digest_are_cut(folder):
 
 # --- preparing
 
-def test_progress_counts_every_character_of_every_file(tmp_path):
+def test_progress_counts_every_byte_of_every_file(tmp_path):
     said = []
-    file = write(tmp_path / "a.jsonl", LINES)
+    file = write(tmp_path / "a.jsonl", [line + "\u00e9" for line in LINES])
     prepare.prepare(tmp_path / "run", 300, sources_of_files([file]), report=lambda *what: said.append(what))
     train, valid = split(file)
-    assert said[0] == ("tokenizer.model", 0)
-    for name, texts in (("data/train.bin", train), ("data/valid.bin", valid)):
-        assert sum(count for where, count in said if where == name) == sum(map(len, texts))
+    assert said[0] == ("tokenizer.model", 0, None)
+    for name, texts, share in (("data/train.bin", train, 19), ("data/valid.bin", valid, 1)):
+        own = [rest for where, *rest in said if where == name]
+        assert own[0] == [0, file.stat().st_size * share // 20] and {size for _, size in own} == {own[0][1]}
+        assert sum(count for count, _ in own) == sum(len(text.encode()) for text in texts)
 
 
 def test_dialogs_are_prepared_with_what_is_learned_of_them(tmp_path):
@@ -106,62 +96,3 @@ def test_dialogs_are_prepared_with_what_is_learned_of_them(tmp_path):
     count = len(first.tokens)
     assert shard.tokens[:count].tolist() == first.tokens.tolist()
     assert shard.learned[:count].astype(bool).tolist() == first.mask.tolist()
-
-
-def killed(folder: Path, texts: Path, at: int) -> bool:
-    """Whether a run in a process of its own was killed before its call number `at` that changes the folder.
-
-    The process ends by itself where training begins.
-    """
-    child = os.fork()
-    if child:
-        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    count = 0
-
-    def before(name: str, args: tuple) -> None:
-        nonlocal count
-        count += 1
-        if count == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    try:
-        with pytest.MonkeyPatch.context() as patch, calls(patch, before):
-            patch.setattr("llama_fn.training.run.train", lambda *args: os._exit(0))
-            run(folder, SMALL, texts)
-    finally:
-        os._exit(0)
-
-
-def test_killed_anywhere_while_it_prepares_a_folder_is_started_and_resumed(tmp_path):
-    texts = write(tmp_path / "a.jsonl", LINES)
-    run(tmp_path / "whole", SMALL, texts)
-    expected = {name: (tmp_path / "whole" / name).read_bytes() for name in prepare.FILES}
-    at = 0
-    while killed(tmp_path / f"run{(at := at + 1)}", texts, at):
-        folder = tmp_path / f"run{at}"
-        if (folder / "run.json").is_file() or (folder.is_dir() and not any(folder.iterdir())) or not folder.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            continue  # a run, or nothing at all
-        run(folder, SMALL, texts, resume=at % 2 == 0)
-        assert {name: (folder / name).read_bytes() for name in prepare.FILES} == expected
-        assert not [file for file in folder.rglob(".*")]
-        shutil.rmtree(folder)
-    assert at > 10
-
-
-def test_what_a_killed_preparation_left_of_other_texts_is_made_again(tmp_path):
-    other, texts = write(tmp_path / "a.jsonl", [line.upper() for line in LINES]), write(tmp_path / "b.jsonl", LINES)
-    prepare.prepare(tmp_path / "run", 300, sources_of_files([other]))
-    run(tmp_path / "run", SMALL, texts)
-    run(tmp_path / "whole", SMALL, texts)
-    for name in prepare.FILES:
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_a_file_of_a_user_is_never_removed(tmp_path):
-    (tmp_path / "run" / "data").mkdir(parents=True)
-    (tmp_path / "run" / "data" / "train.bin").write_bytes(b"mine")
-    with pytest.raises(ValueError, match="is not empty and holds no training run"):
-        run(tmp_path / "run", SMALL, write(tmp_path / "a.jsonl", LINES))
-    prepare.clear(tmp_path / "run")
-    assert (tmp_path / "run" / "data" / "train.bin").read_bytes() == b"mine"
