@@ -15,6 +15,8 @@ from llama_fn.checkpoint.atomic import current
 from llama_fn.checkpoint.files import write_json
 from llama_fn.checkpoint.load import TOKENIZER
 from llama_fn.text import read_json
+from llama_fn.tokenizer import load_tokenizer
+from llama_fn.training.early import convert_early, is_early
 from llama_fn.training.plan import Plan
 from llama_fn.training.texts import as_bytes, documents, no_text
 
@@ -151,6 +153,21 @@ def check_files(folder: Path, previous: dict[str, Any] | None, names: Iterable[s
         if name in known and _digest(file_of(folder, name)) != known[name]:
             raise ValueError(f"{folder / name}: damaged, or not of this run (its digest is not that in {MANIFEST}); "
                              "remove it and resume, with the texts of the run: it is made again from them")
+
+
+def convert_files(folder: Path, previous: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Convert files of tokens that an earlier version wrote, and return the manifest of the run without their digests.
+
+    Their digests must have been checked. The manifest is written first, so that a killed program can do it again.
+    """
+    early = [file for name in FILES[1:] if (file := folder / name).is_file() and is_early(file)]
+    if previous is None or not early or not file_of(folder, TOKENIZER).is_file():
+        return previous
+    without = {name: value for name, value in previous.items() if name != "sha256"}
+    write_json(folder / MANIFEST, without)
+    for file in early:
+        convert_early(file, load_tokenizer(file_of(folder, TOKENIZER)))
+    return without
 
 
 def file_of(folder: Path, name: str) -> Path:

@@ -39,6 +39,7 @@ from llama_fn.training.manifest import (
     check_files,
     check_plan,
     check_texts,
+    convert_files,
     digest_texts,
     file_of,
     read_manifest,
@@ -116,6 +117,7 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
     try:
         present = [name for name in FILES if file_of(folder, name).is_file()]
         check_files(folder, previous, present)
+        previous = convert_files(folder, previous)
         tokenizer = prepare(folder, plan.vocab_size, sources, dialog_tokens, preparing)
         check_files(folder, previous, {*FILES} - {*present})
         plan = dataclasses.replace(plan, vocab_size=tokenizer.vocab_size)

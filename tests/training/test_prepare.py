@@ -1,5 +1,7 @@
 """The files that a run learns from: what is held out, what is learned of dialogs, and the progress."""
 
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 
 import llama_fn as lf
 from llama_fn.training import prepare
+from llama_fn.training.plan import Plan
 from llama_fn.training.prepare import held_out, sources_of_files
+from llama_fn.training.run import run
 from llama_fn.training.shard import open_shard
 from llama_fn.training.texts import Dialog, Document, Prompt, documents
 
@@ -96,3 +100,20 @@ def test_dialogs_are_prepared_with_what_is_learned_of_them(tmp_path):
     count = len(first.tokens)
     assert shard.tokens[:count].tolist() == first.tokens.tolist()
     assert shard.learned[:count].astype(bool).tolist() == first.mask.tolist()
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr("llama_fn.training.loop.jit", lambda f, donate: f)
+    plan = Plan(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=20, context=24, steps=1, batch=2)
+    model, folder = run(tmp_path / "run", plan, write(tmp_path / "a.jsonl", LINES)), tmp_path / "run"
+    whole = {name: (folder / name).read_bytes() for name in prepare.FILES}
+    manifest = json.loads((folder / "run.json").read_text())
+    for part in ("train", "valid"):
+        tokens = open_shard(folder / "data" / f"{part}.bin", model.tokenizer).tokens.tobytes()
+        (folder / "data" / f"{part}.bin").write_bytes(tokens)
+        manifest["sha256"][f"data/{part}.bin"] = hashlib.sha256(tokens).hexdigest()
+    (folder / "run.json").write_text(json.dumps(manifest))
+    for steps in (2, 3):  # converted, and as it then is
+        with pytest.warns(UserWarning, match="becomes one of"):
+            run(folder, dataclasses.replace(plan, steps=steps), resume=True)
+        assert {name: (folder / name).read_bytes() for name in prepare.FILES} == whole

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import llama_fn as lf
+from llama_fn.training.early import convert_early, is_early
 from llama_fn.training.encode import Encoded
 from llama_fn.training.shard import open_shard, write_shard
 
@@ -121,3 +122,24 @@ def test_without_the_digest_the_header_and_the_length_are_checked(folder, tokeni
 def test_a_chat_template_changes_no_token(folder, tokenizer, good):
     (folder / "a.bin").write_bytes(good)
     assert len(open_shard(folder / "a.bin", dataclasses.replace(tokenizer, chat_template="x")).tokens) == 270
+
+
+# --- files of earlier versions
+
+@given(st.lists(st.lists(st.integers(2, 400), max_size=9), min_size=1, max_size=6))
+def test_a_file_of_an_earlier_version_is_converted(folder, tokenizer, documents):
+    flat = np.array([token for document in documents for token in (tokenizer.bos_id, *document)], "<u2")
+    (folder / "early.bin").write_bytes(flat.tobytes())
+    assert is_early(folder / "early.bin")
+    assert convert_early(folder / "early.bin", tokenizer) == len(flat)
+    assert read((folder / "early.bin").read_bytes(), tokenizer.model) == [
+        ([tokenizer.bos_id, *document], [True] * (1 + len(document))) for document in documents]
+    assert not is_early(folder / "early.bin")
+
+
+@pytest.mark.parametrize("flat", [b"\1\0\5", np.array([5, 1, 6], "<u2").tobytes(), np.array([1, 401], "<u2").tobytes()])
+def test_a_file_that_no_version_wrote_is_not_converted(folder, tokenizer, flat):
+    (folder / "early.bin").write_bytes(flat)
+    with pytest.raises(ValueError, match=r"early\.bin: not a file of tokens"):
+        convert_early(folder / "early.bin", tokenizer)
+    assert (folder / "early.bin").read_bytes() == flat
