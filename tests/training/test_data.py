@@ -14,6 +14,7 @@ from llama_fn import random
 from llama_fn.training.data import Batch, Corpus, batch, encode_corpus, open_corpus, rows
 from llama_fn.training.encode import Encoded
 from llama_fn.training.shard import open_shard, write_shard
+from llama_fn.training.step import make_step
 
 BOS = 1
 LARGE = 60_000  # tokens of a vocabulary in which every token of a corpus is another one
@@ -214,3 +215,19 @@ def test_packed_or_one_a_row_the_loss_of_a_corpus_is_the_same(tmp_path, model, t
               for pack in (True, False)]
     assert abs(losses[0] - losses[1]) < 1e-5
     assert len(open_shard(tmp_path / "a.bin", model.tokenizer).ends) == 40
+
+
+def test_a_step_of_packed_rows_is_a_step_of_their_documents(tmp_path, model, texts):
+    encode_corpus(texts[:20], model.tokenizer, tmp_path / "a.bin")
+    made = batch(open_corpus(tmp_path / "a.bin", model.tokenizer, 90), random.key(0), 0, (2, 3))
+    params = lf.tree.map(torch.Tensor.double, model.params)
+    step, state = make_step(lf.optim.sgd(0.5)), lf.optim.sgd(0.5).init(params)
+    packed = step(params, state, *made)
+    parts = [part for row in segments(made) for part in row]
+    assert len(parts) >= 6
+    tokens = torch.tensor([[ids + [0] * (91 - len(ids)) for ids, _ in parts]])
+    mask = torch.tensor([[counts + [False] * (91 - len(counts)) for _, counts in parts]])
+    alone = step(params, state, tokens, mask)
+    assert packed[2].count == alone[2].count and torch.isclose(packed[2].loss, alone[2].loss)
+    for x, y in zip(lf.tree.leaves(packed[0]), lf.tree.leaves(alone[0]), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
