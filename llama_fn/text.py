@@ -14,7 +14,7 @@ OTHER_MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
                (codecs.BOM_UTF16_BE, "UTF-16"))
 # Which of 16 bytes are 0 where English text is in another encoding (RFC 4627, section 3).
 OTHER_ZEROS = {b"\1\0" * 8: "UTF-16", b"\0\1" * 8: "UTF-16", b"\1\0\0\0" * 4: "UTF-32", b"\0\0\0\1" * 4: "UTF-32"}
-PART = 1 << 24  # bytes of a text file that are read at a time
+PART = 1 << 22  # bytes of a text file that are read at a time
 DIGITS = 4300  # of an integer; Python's own default limit
 
 

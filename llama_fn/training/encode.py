@@ -58,7 +58,7 @@ def _text_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:
     A piece is encoded with a newline before it, because the tokenizer adds a space to the beginning of a text. In a
     vocabulary in which no token has characters on both sides of a line end, the result is exactly the same.
     """
-    pieces, newline = list(_cut(text)), tokenizer.encode("\n", bos=False)
+    pieces, newline = list(cut(text)), tokenizer.encode("\n", bos=False)
     ids = [np.array(tokenizer.encode(pieces[0], bos=True), np.int64)]
     for piece in pieces[1:]:
         own = tokenizer.encode("\n" + piece, bos=False)
@@ -69,7 +69,7 @@ def _text_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate([*ids, np.array(end, np.int64)])
 
 
-def _cut(text: str) -> Iterator[str]:
+def cut(text: str) -> Iterator[str]:
     """The text in pieces of `PIECE` characters and the rest of the line; there is one at least."""
     at = 0
     while (end := text.find("\n", at + PIECE) + 1) and end < len(text):

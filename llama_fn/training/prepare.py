@@ -15,12 +15,13 @@ from llama_fn.random import Key
 from llama_fn.tokenizer import Tokenizer, load_tokenizer
 from llama_fn.tokenizer_training import train_tokenizer
 from llama_fn.training.data import encode_corpus, open_corpus
-from llama_fn.training.encode import DialogTokens
+from llama_fn.training.encode import DialogTokens, cut
 from llama_fn.training.manifest import FILES, MANIFEST, file_of
 from llama_fn.training.texts import Document, as_bytes, documents, plain
 
 VALIDATION_STORIES = 1000
 FEW = 20  # documents; one in so many is held out
+LEARNED_FROM = 1 << 26  # bytes of text, at most, for the tokenizer
 
 
 ReportPreparing = Callable[[str, int, int | None], None]
@@ -44,6 +45,8 @@ def sources_of_files(files: Sequence[Path]) -> Sources:
     About one document in 20 is held out, chosen by its SHA-256: neither the order of the documents nor others beside it
     change where it belongs, and equal documents stay together. If there are fewer than 20, or none would be held out
     or left, the last twentieth of each plain text is held out, and one of every 20 prompts and dialogs, one at least.
+
+    The tokenizer learns from all texts, or from evenly chosen parts of them if they have more than 64 MiB.
     """
     def every() -> Iterator[Document]:
         return chain.from_iterable(map(documents, files))
@@ -57,8 +60,9 @@ def sources_of_files(files: Sequence[Path]) -> Sources:
             return (document for document in every() if held_out(document) is last)
         return _few(list(every()), last)
 
-    return Sources(lambda: map(plain, part(last=False)), lambda: part(last=False), lambda: part(last=True),
-                   sum(file.stat().st_size for file in files))
+    size = sum(file.stat().st_size for file in files)
+    return Sources(lambda: _sampled(map(plain, part(last=False)), size), lambda: part(last=False),
+                   lambda: part(last=True), size)
 
 
 def held_out(document: Document) -> bool:
@@ -118,6 +122,12 @@ def lowest_loss(folder: Path, tokenizer: Tokenizer, held_out: Key, context: int)
     corpus = open_corpus(folder / "data" / "valid.bin", tokenizer, context)
     bits = sum(story.bits for story in stories.stories(held_out, VALIDATION_STORIES))
     return bits * math.log(2) / int(corpus.predictions.sum())
+
+
+def _sampled(texts: Iterator[str], size: int) -> Iterator[str]:
+    """About `LEARNED_FROM` of ``size`` bytes of text, evenly chosen: a tokenizer is learned in memory."""
+    every = -(-size // LEARNED_FROM)
+    return texts if every <= 1 else islice((part for text in texts for part in cut(text)), 0, None, every)
 
 
 def _number(document: Document) -> int:

@@ -84,7 +84,7 @@ def documents(file: Path) -> Iterator[Document]:
     one record in each line. A record is an object with a string under "text"; or with strings under "prompt" and
     "completion"; or with a dialog under "messages": a list of objects with strings under "role" and "content", which
     go (system,) user, assistant, user, ... and have an answer. Any other file is one plain text; one of more than
-    16 MiB is cut at line ends into several documents of about that size.
+    4 MiB is cut at line ends into several documents of about that size.
 
     Raises `ValueError` that names the file and the line or record for text that is not UTF-8, for wrong JSON, and for a
     record of another kind.
@@ -93,14 +93,16 @@ def documents(file: Path) -> Iterator[Document]:
         found: Iterator[Document] = (_document(*located) for located in _records(file))
     else:
         found = text_parts(file)
-    return (document for document in found if plain(document).strip())
+    return (document for document in found if (text := plain(document)) and not text.isspace())
 
 
 def plain(document: Document) -> str:
     """The text of a document: a prompt joined with its completion, or the messages of a dialog, one a line."""
-    if isinstance(document, Dialog):
-        return "\n".join(message["content"] for message in document.messages)
-    return "".join(document)
+    if isinstance(document, str):
+        return document
+    if isinstance(document, Prompt):
+        return document.prompt + document.completion
+    return "\n".join(message["content"] for message in document.messages)
 
 
 def as_bytes(document: Document) -> bytes:

@@ -74,6 +74,18 @@ def test_texts_of_which_none_is_held_out_by_its_digest_are_cut(folder):
     assert len(train) == len(valid) == 30
 
 
+def test_a_tokenizer_learns_from_all_of_a_text_or_from_even_parts_of_a_large_one(folder, monkeypatch):
+    file = write(folder / "h.jsonl", LINES)
+    whole = list(sources_of_files([file]).tokenizer())
+    assert whole == split(file)[0]
+    monkeypatch.setattr(prepare, "LEARNED_FROM", file.stat().st_size // 7 + 1)
+    assert list(sources_of_files([file]).tokenizer()) == whole[::7]
+    monkeypatch.setattr("llama_fn.training.encode.PIECE", 100)
+    (folder / "i.txt").write_text("".join(LINES))
+    parts = list(sources_of_files([folder / "i.txt"]).tokenizer())
+    assert all(part in "".join(LINES) and len(part) < 140 for part in parts) and 2 <= len(parts) <= 4
+
+
 # --- preparing
 
 def test_progress_counts_every_byte_of_every_file(tmp_path):
