@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import keys, unicode_texts
 
@@ -158,6 +158,7 @@ def test_an_epoch_predicts_every_token_and_its_rows_once(corpus, lengths, contex
 
 
 @given(documents, contexts, keys(), st.booleans())
+@example([12], 8, random.key(0), False)
 def test_a_segment_is_a_stretch_of_one_document_and_all_but_its_first_token_counts(corpus, lengths, context, key, pack):
     stream = corpus(lengths, context, pack)
     whole = stream.tokens.tolist()
