@@ -10,9 +10,11 @@ import tyro
 
 from llama_fn import random
 from llama_fn.cli.options import device_of
+from llama_fn.cli.preparing_bar import preparing_bar
 from llama_fn.cli.samples import samples_of
 from llama_fn.cli.training_bar import training_bar
 from llama_fn.generation.completion import text_completion
+from llama_fn.generation.dialog import dialog_tokens
 from llama_fn.memory import keep_memory
 from llama_fn.ranges import number
 from llama_fn.training.curve import INSTALL, plot_curves
@@ -39,8 +41,8 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
     makes a page about the run.
 
     Args:
-        texts: A text file, a JSON or JSON-lines file (the "text" of each record), or a folder of such files; by default
-            the stories.
+        texts: A text file, a JSON or JSON-lines file, or a folder of such files; by default the stories. A record has a
+            "text", or a "prompt" and a "completion", or chat "messages"; completions and answers are then learned.
         out: The folder of the run.
         resume: Continue the run in that folder. The result is the same as without the interruption. The plan and the
             texts must be the same; the texts may be left out, because the folder holds their tokens. A larger number of
@@ -64,7 +66,7 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
     stopped = ""
     try:
         with (tensorboard_events(out / EVENTS) if tensorboard else contextlib.nullcontext() as write_events,
-              training_bar(_sizes) as show):
+              preparing_bar() as preparing, training_bar(_sizes) as show):
             def report(record: dict) -> None:
                 show(record)
                 if write_events is not None:
@@ -72,7 +74,8 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
 
             peak = measured_flops(place, torch.float32) if stated is None else stated or None
             model = run(out, plan, texts, resume=resume, evaluate_every=evaluate_every, keep=keep, device=place,
-                        report=report, samples=samples, peak=peak)
+                        report=report, samples=samples, peak=peak, dialog_tokens=dialog_tokens,
+                        preparing=preparing)
     except (KeyboardInterrupt, SystemExit):
         again = f"with --resume --out {out} and the same options"
         if has_snapshot(out):

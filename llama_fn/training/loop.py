@@ -55,9 +55,9 @@ def train(state: TrainState, optimizer: Optimizer, corpus: Corpus, key: Key, ste
     step = jit_step(optimizer, update=lambda optimizer: guarded(make_update(optimizer)))
     skipped, device = 0, tree.leaves(state.params)[0].device
     for number in range(int(state.step), steps):
+        tokens, mask, segments = tree.map(lambda x: x.to(device), batch(corpus, key, number, shape))
         with deterministic():
-            params, opt_state, metrics = step(state.params, state.opt_state,
-                                              *(x.to(device) for x in batch(corpus, key, number, shape)))
+            params, opt_state, metrics = step(state.params, state.opt_state, tokens, mask, segments)
         state = TrainState(params, opt_state, state.step + 1)
         skipped = 0 if is_finite(metrics) else skipped + 1
         if skipped == most_skipped:
@@ -103,5 +103,5 @@ def evaluate(params: Params, corpus: Corpus, size: int = 32) -> float:
     model; the result does not depend on it, up to rounding.
     """
     device = params.embedding.device
-    losses = [loss_sum(params, tokens.to(device), mask.to(device)) for tokens, mask in rows(corpus, size)]
+    losses = [loss_sum(params, *tree.map(lambda x: x.to(device), some)) for some in rows(corpus, size)]
     return float(sum(total for total, _ in losses) / sum(count for _, count in losses))

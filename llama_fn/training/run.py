@@ -22,10 +22,12 @@ import torch
 from llama_fn import tree
 from llama_fn.checkpoint.load import Model, save
 from llama_fn.training.begin import OLD_SNAPSHOT, Begun, begin, filled_plan
+from llama_fn.training.encode import DialogTokens
 from llama_fn.training.guarded import is_finite
 from llama_fn.training.lock import locked
 from llama_fn.training.loop import TrainState, evaluate, train, updates_taken
 from llama_fn.training.plan import Plan
+from llama_fn.training.prepare import ReportPreparing
 from llama_fn.training.progress import Samples, flops_per_token, memory_in_use, step_record
 from llama_fn.training.record import METRICS, MetricsFile
 from llama_fn.training.saving import Saver
@@ -38,10 +40,12 @@ ReportMeasurement = Callable[[dict], None]
 def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None = None, *, resume: bool = False,
         evaluate_every: int | None = None, keep: int = 3, device: torch.device | str | None = None,
         samples: Samples | None = None, peak: float | None = None,
-        report: ReportMeasurement = lambda measurement: None) -> Model:
+        report: ReportMeasurement = lambda measurement: None, dialog_tokens: DialogTokens | None = None,
+        preparing: ReportPreparing = lambda name, count, size: None) -> Model:
     """Train a model in a folder, save it there, and return it.
 
-    ``texts`` is a file or a folder (see `read_texts`), or None to train on the embedded stories.
+    ``texts`` is a file or a folder (see `documents`), or None to train on the embedded stories. If there are dialogs in
+    it, pass ``dialog_tokens=lf.dialog_tokens``. ``preparing`` is ``report`` of `prepare`.
 
     ``report`` is called with each measurement, a dictionary, which is also appended to ``metrics.jsonl``. There is one
     before the first step, which takes a while because it compiles; one after every step (see `step_record`); and one
@@ -79,7 +83,7 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
     assert plan.steps is not None  # `filled_plan` gives a number
     every = min(500, max(1, plan.steps // 4)) if evaluate_every is None else evaluate_every
     with locked(folder):
-        begun = begin(folder, plan, None if texts is None else Path(texts), resume, device)
+        begun = begin(folder, plan, None if texts is None else Path(texts), resume, device, dialog_tokens, preparing)
         with contextlib.closing(MetricsFile(folder / METRICS, begun.kept)) as metrics, Saver(folder, keep) as saver:
             state = _steps(folder, begun, every, metrics, saver, samples, peak, report)
         model = Model(state.params, begun.tokenizer)

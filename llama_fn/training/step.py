@@ -14,11 +14,12 @@ from llama_fn.shapes import typed
 from llama_fn.training.loss import loss_sum
 from llama_fn.training.optim import Optimizer, apply_updates, global_norm
 
-Step = Callable[..., tuple[Params, Any, "Metrics"]]  # step(params, opt_state, tokens "a b t", mask "a b t")
+Step = Callable[..., tuple[Params, Any, "Metrics"]]  # step(params, opt_state, tokens, mask, segments), each "a b t"
 # update(params, opt_state, grads, total, count), of sums over as many tokens.
 Update = Callable[[Params, Any, Params, Tensor, Tensor], tuple[Params, Any, "Metrics"]]
-# From parameters, tokens "b t" and mask "b t" to gradients, the sum of the loss, and the number of tokens that count.
-Gradient = Callable[[Params, Tensor, Tensor], tuple[Params, Tensor, Tensor]]
+# gradient(params, tokens, mask) or gradient(params, tokens, mask, segments), each "b t": the gradients, the sum of the
+# loss, and the number of tokens that count.
+Gradient = Callable[..., tuple[Params, Tensor, Tensor]]
 
 
 class Metrics(NamedTuple):
@@ -38,9 +39,9 @@ def make_step(optimizer: Optimizer, layer: Callable = block, *, loss_sum: Callab
     parameters are the master weights of a bfloat16 model. `loss_sum` may have options:
     `functools.partial(loss_sum, z_loss=1e-4)`. `update` makes the update of an optimizer, as `make_update` does.
     """
-    def gradient(params: Params, tokens: Tensor, mask: Tensor) -> tuple[Params, Tensor, Tensor]:
+    def gradient(params: Params, *batch: Tensor) -> tuple[Params, Tensor, Tensor]:
         def summed(params: Params) -> tuple[Tensor, Tensor]:
-            return loss_sum(in_dtype(params, compute_dtype), tokens, mask, layer=layer)
+            return loss_sum(in_dtype(params, compute_dtype), *batch, layer=layer)
 
         grads, (nats, number) = torch.func.grad_and_value(summed, has_aux=True)(params)
         return grads, nats, number
@@ -52,15 +53,17 @@ def accumulated(gradient: Gradient, update: Update) -> Step:
     """The step that adds up gradients over the micro-batches, and updates once."""
     @typed
     def step(params: Params, opt_state: Any, tokens: Int[Tensor, "a b t"],
-             mask: Bool[Tensor, "a b t"]) -> tuple[Params, Any, Metrics]:
+             mask: Bool[Tensor, "a b t"],
+             segments: Int[Tensor, "a b t"] | None = None) -> tuple[Params, Any, Metrics]:
         """One update from `a` micro-batches, gone through one after another to save memory.
 
         Their gradients are those of *sums* of losses, divided at the end by the number of all tokens that count: the
         update is that of one large batch, however the tokens are spread over the micro-batches.
         """
-        grads, total, count = gradient(params, tokens[0], mask[0])
-        for micro, counts in zip(tokens[1:], mask[1:], strict=True):
-            new, nats, number = gradient(params, micro, counts)
+        batch = (tokens, mask) if segments is None else (tokens, mask, segments)
+        grads, total, count = gradient(params, *(x[0] for x in batch))
+        for micro in zip(*(x[1:] for x in batch), strict=True):
+            new, nats, number = gradient(params, *micro)
             grads, total, count = tree.map(torch.add, grads, new), total + nats, count + number
         return update(params, opt_state, grads, total, count)
 
