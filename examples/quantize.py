@@ -17,7 +17,7 @@ import torch
 
 import llama_fn as lf
 from llama_fn.generation.scoring import Perplexity
-from llama_fn.training.data import read_texts
+from llama_fn.training.texts import read_texts
 
 name = sys.argv[1] if len(sys.argv) > 1 else "stories"
 stories = (story.text for story in lf.stories.stories(lf.random.key(100), 100))

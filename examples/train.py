@@ -2,8 +2,8 @@
 
     python examples/train.py [FOLDER] [STEPS] [STORIES]
 
-4000 steps on 200,000 stories give a model like the shipped one. After 300 steps on
-20,000 stories a model already writes sentences.
+4000 steps on 200,000 stories give a model like the shipped one. After 300 steps on 20,000 stories a model already
+writes sentences.
 """
 
 import math
@@ -25,14 +25,14 @@ stories = int(sys.argv[3]) if len(sys.argv) > 3 else 200_000
 # Every random number comes from one key.
 init, order, story_key, held_out = lf.random.split(lf.random.key(0), 4)
 
-# Texts -> tokenizer -> one flat file of tokens, mapped into memory.
+# Texts -> tokenizer -> a file of tokens, mapped into memory.
 texts = [story.text for story in lf.stories.stories(story_key, stories)]
 tokenizer = lf.train_tokenizer(texts[:5000], vocab_size=1024)
 encode_corpus(texts, tokenizer, folder / "train.bin")
 held_out = list(lf.stories.stories(held_out, 1000))
 encode_corpus((story.text for story in held_out), tokenizer, folder / "valid.bin")
 corpus, validation = (open_corpus(folder / f"{part}.bin", tokenizer, context=256) for part in ("train", "valid"))
-floor = sum(story.bits for story in held_out) * math.log(2) / int(validation.lengths.sum())
+floor = sum(story.bits for story in held_out) * math.log(2) / int(validation.predictions.sum())
 
 # Parameters and optimizer state are trees; a step is a pure function of them and a batch.
 config = lf.Config(dim=144, n_layers=4, n_heads=6, n_kv_heads=2, vocab_size=1024, hidden_dim=256, max_seq_len=256)
@@ -46,8 +46,7 @@ opt_state = optimizer.init(params)
 step = jit_step(optimizer)
 with tqdm(range(steps), desc="compiling") as bar, deterministic():
     for i in bar:
-        tokens, mask = batch(corpus, order, i, (1, 32))
-        params, opt_state, metrics = step(params, opt_state, tokens, mask)
+        params, opt_state, metrics = step(params, opt_state, *batch(corpus, order, i, (1, 32)))
         bar.set_description("training")
         bar.set_postfix(loss=f"{float(metrics.loss):.4f}")
 

@@ -1,7 +1,9 @@
-"""What the process does with memory that was freed."""
+"""The process's memory: how much it takes, and whether it keeps what was freed."""
 
 import ctypes
+import os
 import sys
+from pathlib import Path
 
 # The numbers of two parameters of glibc's `mallopt` (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -21,3 +23,11 @@ def keep_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     return bool(mallopt and mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def resident_bytes() -> int | None:
+    """The memory of this process that lies in RAM, in bytes; None where the system is not Linux."""
+    if sys.platform != "linux":
+        return None
+    _, pages, *_ = Path("/proc/self/statm").read_text().split()
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")

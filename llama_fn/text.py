@@ -1,8 +1,10 @@
 """Reads text and JSON from bytes in UTF-8; errors name the file and the place in it."""
 
 import codecs
+import io
 import json
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ OTHER_MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
                (codecs.BOM_UTF16_BE, "UTF-16"))
 # Which of 16 bytes are 0 where English text is in another encoding (RFC 4627, section 3).
 OTHER_ZEROS = {b"\1\0" * 8: "UTF-16", b"\0\1" * 8: "UTF-16", b"\1\0\0\0" * 4: "UTF-32", b"\0\0\0\1" * 4: "UTF-32"}
+PART = 1 << 22  # bytes of a text file that are read at a time
 DIGITS = 4300  # of an integer; Python's own default limit
 
 
@@ -29,6 +32,38 @@ def decode(data: bytes, where: str) -> str:
 def read_text(path: str | os.PathLike) -> str:
     """The text of a file, by `decode`."""
     return decode(Path(path).read_bytes(), str(path))
+
+
+def text_parts(path: str | os.PathLike, size: int = PART) -> Iterator[str]:
+    """The text of a file, by `decode`, in parts of at most about ``size`` bytes: each but the last ends with a line.
+
+    At most two parts are in memory. A line that is longer is not cut.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line_ends = io.IncrementalNewlineDecoder(None, translate=True)
+    read, text = 0, ""
+    with Path(path).open("rb") as file:
+        while True:
+            block = file.read(size)
+            if read == 0 and (other := other_encoding(block)):
+                raise ValueError(f"{path}: {other}")
+            waiting = decoder.getstate()[0]
+            skipped = len(codecs.BOM_UTF8) if read == 0 and block.startswith(codecs.BOM_UTF8) else 0
+            try:
+                new = decoder.decode(block[skipped:], final=not block)
+            except UnicodeDecodeError as error:
+                at = read + skipped - len(waiting) + error.start
+                byte = error.object[error.start]
+                raise ValueError(f"{path}: not UTF-8: byte 0x{byte:02X} at offset {at}; convert it to UTF-8 first"
+                                 ) from None
+            read += len(block)
+            text += line_ends.decode(new, final=not block)
+            if not block:
+                yield text
+                return
+            if len(text) >= size and (end := text.rfind("\n") + 1):
+                yield text[:end]
+                text = text[end:]
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -99,3 +134,16 @@ def characters(data: bytes, where: str, begins: bool = True) -> str:
         at = len(mark) + error.start
         raise ValueError(f"{where}: not UTF-8: byte 0x{data[at]:02X} at offset {at}; convert it to UTF-8 first"
                          ) from None
+
+
+def visible(text: str) -> str:
+    """The text for a terminal or a page, with U+FFFD in the place of every character that neither can show.
+
+    These are control characters other than tabs and newlines, lone surrogates, and Unicode's noncharacters.
+    """
+
+    def shown(c: str) -> bool:
+        nonsense = ord(c) & 0xFFFE == 0xFFFE or 0xFDD0 <= ord(c) <= 0xFDEF
+        return c in "\t\n" or not (nonsense or unicodedata.category(c) in ("Cc", "Cs"))
+
+    return "".join(c if shown(c) else "\ufffd" for c in text)

@@ -15,7 +15,7 @@ from llama_fn.training.step import make_step
 SMALL = Plan(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=20, context=24, steps=8, batch=2)
 TEXTS = {"a.txt": "the cat sat on the mat.\n" * 30, "b.jsonl": '{"text": "the dog ran to the cat."}\n' * 30,
          "c.md": "the mat is on the dog.\n" * 30}
-TIMES = ("seconds", "tokens_per_second")  # what differs between two runs of one plan
+TIMES = ("seconds", "tokens_per_second", "tflops", "mfu", "memory")  # what differs between two runs of one plan
 
 
 def write_texts(folder: Path, texts: dict[str, str] = TEXTS) -> Path:

@@ -20,8 +20,9 @@ from strategies import unicode_texts
 import llama_fn as lf
 from llama_fn.checkpoint.files import read_json
 from llama_fn.text import decode, json_lines, parse, read_text
-from llama_fn.training.data import encode_corpus, read_texts
+from llama_fn.training.data import encode_corpus
 from llama_fn.training.manifest import digest_texts
+from llama_fn.training.texts import read_texts
 
 MARK = codecs.BOM_UTF8
 OTHERS = {"utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE, "utf-32-le": codecs.BOM_UTF32_LE,

@@ -13,7 +13,7 @@ from llama_fn import lora
 from llama_fn.checkpoint.atomic import current
 from llama_fn.checkpoint.files import write_json
 from llama_fn.checkpoint.snapshot import save_snapshot
-from llama_fn.training.curve import plot_losses
+from llama_fn.training.curve import plot_curves
 from llama_fn.training.data import encode_corpus
 
 CONFIG = lf.Config(dim=8, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=402, hidden_dim=6, max_seq_len=16)
@@ -26,7 +26,7 @@ def params(which: int) -> lf.Params:
 
 
 def drawn(metrics: Path, place: Path) -> None:
-    assert plot_losses(metrics, place)
+    assert plot_curves(metrics, place)
 
 
 def all_writers(texts: list[str], folder: Path) -> dict[str, Writer]:

@@ -69,7 +69,7 @@ def decode(work: Work, rounds: int) -> Figures:
     return figures | _compared(times)
 
 
-def _greedy(params: Params, tokens: Tensor, cache: Cache, **parts: Callable) -> tuple[Tensor, Cache]:
+def _greedy(params: Params, tokens: Tensor, cache: Cache, **parts: Any) -> tuple[Tensor, Cache]:
     logits, new = forward(params, tokens, cache, **parts)
     return logits.float().argmax(-1), new  # torch's argmax takes four times as long in bfloat16
 

@@ -13,9 +13,9 @@ from llama_fn.checkpoint.load import Model, check_tokenizer, find, load, save
 from llama_fn.cli.options import Dtype, device_of, dtype_of
 from llama_fn.generation.dialog import dialog_tokens
 from llama_fn.memory import keep_memory
-from llama_fn.training.data import text_files
 from llama_fn.training.examples import read_examples, split
 from llama_fn.training.run import has_snapshot
+from llama_fn.training.texts import text_files
 from llama_fn.training.tune import tune
 from llama_fn.training.tuning import Tuning
 from llama_fn.transforms.quantize import Bits

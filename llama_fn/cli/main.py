@@ -21,12 +21,13 @@ from llama_fn.cli.finetune import finetune
 from llama_fn.cli.generate import generate
 from llama_fn.cli.inspect import inspect
 from llama_fn.cli.perplexity import choose, perplexity
+from llama_fn.cli.report import report
 from llama_fn.cli.tokenizer import tokenizer
 from llama_fn.cli.train import train
 
 COMMANDS = {"generate": generate, "chat": chat, "perplexity": perplexity, "choose": choose, "inspect": inspect,
-            "convert": convert, "train": train, "finetune": finetune, "tokenizer": tokenizer, "evaluate": evaluate,
-            "bench": bench}
+            "convert": convert, "train": train, "finetune": finetune, "report": report, "tokenizer": tokenizer,
+            "evaluate": evaluate, "bench": bench}
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from llama_fn.checkpoint.load import check_tokenizer, load
 from llama_fn.cli.options import Dtype, device_of, dtype_of
 from llama_fn.cli.progress import late_bar
 from llama_fn.generation import scoring
-from llama_fn.training.data import read_texts
+from llama_fn.training.texts import read_texts
 
 
 def perplexity(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")], *, model: str = "stories",

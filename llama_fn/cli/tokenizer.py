@@ -7,7 +7,7 @@ import tyro
 
 from llama_fn.checkpoint.atomic import replacing
 from llama_fn.tokenizer_training import train_tokenizer
-from llama_fn.training.data import read_texts
+from llama_fn.training.texts import read_texts
 
 
 def tokenizer(texts: Annotated[Path, tyro.conf.Positional], *, vocab_size: int | None = None,

@@ -1,67 +1,81 @@
 """`llama-fn train`: from texts to a model."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
-from tqdm import tqdm
 
 from llama_fn import random
 from llama_fn.cli.options import device_of
+from llama_fn.cli.preparing_bar import preparing_bar
+from llama_fn.cli.samples import samples_of
+from llama_fn.cli.training_bar import training_bar
 from llama_fn.generation.completion import text_completion
+from llama_fn.generation.dialog import dialog_tokens
 from llama_fn.memory import keep_memory
-from llama_fn.training.curve import plot_losses
+from llama_fn.ranges import number
+from llama_fn.training.curve import INSTALL, plot_curves
+from llama_fn.training.events import tensorboard_events
 from llama_fn.training.manifest import MANIFEST
 from llama_fn.training.plan import Plan
-from llama_fn.training.run import METRICS, has_snapshot, run
+from llama_fn.training.progress import measured_flops
+from llama_fn.training.record import METRICS
+from llama_fn.training.run import has_snapshot, run
+
+EVENTS, CURVES = "events", "curves.png"
 
 
 def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[TEXTS]")] = None, *,
           plan: Plan = Plan(), out: Path = Path("run"),  # noqa: B008, frozen
-          resume: bool = False, evaluate_every: int | None = None, keep: int = 3, device: str = "auto") -> None:
+          resume: bool = False, evaluate_every: int | None = None, keep: int = 3,
+          sample_every: int | None = None, prompts: tuple[str, ...] = ("",), sample_tokens: int = 100,
+          tensorboard: bool = False, peak_tflops: float | None = None, device: str = "auto") -> None:
     """Train a tokenizer and a model on the embedded stories or on your own texts, and print a sample.
 
     The output folder then holds the model in Meta's layout (for "llama-fn generate --model FOLDER"), metrics.jsonl with
-    a line for each step, loss.png (if matplotlib is installed), and snapshots, one after each evaluation. Ctrl-C,
-    SIGTERM and SIGHUP write a snapshot and stop; the exit status is then 130, 143 or 129.
+    a line for each step, curves.png (if matplotlib is installed), and snapshots, one after each evaluation. Ctrl-C,
+    SIGTERM and SIGHUP write a snapshot and stop; the exit status is then 130, 143 or 129. "llama-fn report FOLDER"
+    makes a page about the run.
 
     Args:
-        texts: A text file, a JSON or JSON-lines file (the "text" of each record), or a folder of such files; by default
-            the stories.
+        texts: A text file, a JSON or JSON-lines file, or a folder of such files; by default the stories. A record has a
+            "text", or a "prompt" and a "completion", or chat "messages"; completions and answers are then learned.
         out: The folder of the run.
         resume: Continue the run in that folder. The result is the same as without the interruption. The plan and the
             texts must be the same; the texts may be left out, because the folder holds their tokens. A larger number of
             steps makes a finished run longer.
         evaluate_every: Steps between two evaluations on held-out texts; by default 500, or a quarter of all steps if
             that is less.
+        sample_every: Steps between two samples of the model, which go to standard error and to metrics.jsonl; by
+            default there are none.
+        prompts: The beginnings of these samples.
+        sample_tokens: The most tokens of each of these samples.
+        tensorboard: Also write TensorBoard's events, to the folder "events" of the run (for "tensorboard --logdir
+            FOLDER").
+        peak_tflops: The machine's highest speed in TFLOP/s, by which MFU divides. By default the speed of a large
+            matrix product, which is measured when the run begins; 0 gives TFLOP/s and no MFU.
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
     """
     keep_memory()
-    bar: tqdm | None = None
-
-    def report(record: dict) -> None:
-        nonlocal bar
-        if bar is None:  # the first record comes after options and texts were checked
-            bar = tqdm(total=record["steps"], initial=record["step"], unit="step", dynamic_ncols=True)
-            size = f"{record['parameters']:,} parameters, {record['training_tokens']:,} tokens to learn from"
-            if record["step"] == record["steps"]:
-                bar.write(f"{size}; all steps are taken", file=sys.stderr)
-                return
-            bar.write(f"{size}; the first step compiles, which takes a minute or two", file=sys.stderr)
-            bar.set_description("compiling")
-        elif "valid_loss" in record:
-            floor = f" (floor {record['floor']:.4f})" if "floor" in record else ""
-            bar.write(f"step {record['step']}: validation loss {record['valid_loss']:.4f}{floor}", file=sys.stderr)
-        else:
-            bar.set_description("training", refresh=False)
-            bar.set_postfix(loss=f"{record['loss']:.4f}", tokens_s=f"{record['tokens_per_second']:,}", refresh=False)
-            bar.update()
-
+    place = device_of(device)
+    samples = samples_of(sample_every, prompts, sample_tokens, plan.seed)
+    stated = None if peak_tflops is None else 1e12 * number("peak_tflops", peak_tflops)
     stopped = ""
     try:
-        model = run(out, plan, texts, resume=resume, evaluate_every=evaluate_every, keep=keep,
-                    device=device_of(device), report=report)
+        with (tensorboard_events(out / EVENTS) if tensorboard else contextlib.nullcontext() as write_events,
+              preparing_bar() as preparing, training_bar(_sizes) as show):
+            def report(record: dict) -> None:
+                show(record)
+                if write_events is not None:
+                    write_events(record)
+
+            peak = measured_flops(place, torch.float32) if stated is None else stated or None
+            model = run(out, plan, texts, resume=resume, evaluate_every=evaluate_every, keep=keep, device=place,
+                        report=report, samples=samples, peak=peak, dialog_tokens=dialog_tokens,
+                        preparing=preparing)
     except (KeyboardInterrupt, SystemExit):
         again = f"with --resume --out {out} and the same options"
         if has_snapshot(out):
@@ -72,10 +86,15 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
             stopped = "stopped before the first step; nothing was kept"
         raise
     finally:
-        if bar is not None:
-            bar.close()
         if stopped:
             print(stopped, file=sys.stderr)
-    if not plot_losses(out / METRICS, out / "loss.png"):
-        print("no loss.png: matplotlib is not installed (pip install 'llama_fn[plot]')", file=sys.stderr)
+    if not plot_curves(out / METRICS, out / CURVES):
+        print(f"no {CURVES}: matplotlib is not installed ({INSTALL})", file=sys.stderr)
     print(text_completion(model, [""], key=random.key(plan.seed))[0].text)
+
+
+def _sizes(record: dict) -> str:
+    """The sizes of the model and of its texts, from the first record of a run."""
+    size = f"{record['parameters']:,} parameters, {record['training_tokens']:,} tokens to learn from"
+    done = record["step"] == record["steps"]
+    return f"{size}; {'all steps are taken' if done else 'the first step compiles, which takes a minute or two'}"

@@ -33,11 +33,12 @@ class Attention(NamedTuple):
 @typed
 def written_out(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"] | Forked,
                 values: Float[Tensor, "*b k s h"] | Forked,
-                positions: Int[Tensor, "*b t"] | None) -> Float[Tensor, "*b k g t h"]:
+                positions: Int[Tensor, "*b t"] | None,
+                segments: Int[Tensor, "*b t"] | None = None) -> Float[Tensor, "*b k g t h"]:
     """The definition: softmax(q k / sqrt(h)) v (Vaswani et al. 2017, eq. 1), with the future masked.
 
-    A query at position p sees the slots 0 to p. Without `positions`, query i stands at position i. The softmax is
-    computed in float32 at least. The slots of a forked cache lie in two tensors, which are not joined.
+    A query at position p sees the slots 0 to p; without `positions`, query i sees 0 to i, those of its segment alone.
+    The softmax is computed in float32 at least. The slots of a forked cache lie in two tensors, which are not joined.
     """
     (key_parts, value_parts) = (list(x) if isinstance(x, Forked) else [x] for x in (keys, values))
     t, h = queries.shape[-2:]
@@ -45,18 +46,20 @@ def written_out(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k 
     if positions is None:
         positions = torch.arange(t, device=queries.device)
     slots = torch.arange(scores.shape[-1], device=queries.device)
-    future = rearrange(slots > positions[..., None], "... t s -> ... 1 1 t s")
+    hidden = slots > positions[..., None]
+    if segments is not None:
+        hidden = hidden | (segments[..., None, :] != segments[..., None])
     upcast = (scores / math.sqrt(h)).to(torch.promote_types(scores.dtype, torch.float32))
-    weights = upcast.masked_fill(future, -math.inf).softmax(-1).to(queries.dtype)
+    weights = upcast.masked_fill(rearrange(hidden, "... t s -> ... 1 1 t s"), -math.inf).softmax(-1).to(queries.dtype)
     parts = zip(weights.split([k.shape[-2] for k in key_parts], -1), value_parts, strict=True)
     return functools.reduce(torch.add, (einsum(w, v, "... k g t s, ... k s h -> ... k g t h") for w, v in parts))
 
 
 @typed
 def attention(params: Attention, x: Float[Tensor, "*b t d"], rotation: Rotation, cache: AnyKeysValues | None,
-              positions: Int[Tensor, "*b t"] | None,
-              slots: Int[Tensor, "_"] | None) -> tuple[Float[Tensor, "*b t d"], AnyKeysValues]:
-    """Each token attends to itself and to the tokens before it, those in the cache included.
+              positions: Int[Tensor, "*b t"] | None, slots: Int[Tensor, "_"] | None,
+              segments: Int[Tensor, "*b t"] | None = None) -> tuple[Float[Tensor, "*b t d"], AnyKeysValues]:
+    """Each token attends to itself and to the tokens before it in its segment, those in the cache included.
 
     With a cache, `positions` are the slots to which the keys and values of these tokens are written, and `slots` are
     the slots that are read. Without one, both are None. The second result is the layer's cache with these tokens in it,
@@ -76,5 +79,5 @@ def attention(params: Attention, x: Float[Tensor, "*b t d"], rotation: Rotation,
     if isinstance(cache, KeysValues) and places is not None and slots is not None:
         new_cache = write(cache, keys, values, places)
         keys, values = read(new_cache, slots)
-    heads = attend(written_out, queries, keys, values, positions)
+    heads = attend(written_out, queries, keys, values, positions, segments)
     return linear(params.wo, rearrange(heads, "... k g t h -> ... t k g h"), inputs=3), new_cache

@@ -28,17 +28,17 @@ class Block(NamedTuple):
 
 @typed
 def block(params: Block, x: Float[Tensor, "*b t d"], rotation: Rotation, cache: AnyKeysValues | None,
-          positions: Int[Tensor, "*b t"] | None, slots: Int[Tensor, "_"] | None,
-          eps: float) -> tuple[Float[Tensor, "*b t d"], AnyKeysValues]:
+          positions: Int[Tensor, "*b t"] | None, slots: Int[Tensor, "_"] | None, eps: float,
+          segments: Int[Tensor, "*b t"] | None = None) -> tuple[Float[Tensor, "*b t d"], AnyKeysValues]:
     """One layer: x + attention(norm x), then x + feed_forward(norm x) (Touvron et al. 2023, section 2.2).
 
     ``rotation`` is RoPE's, ``eps`` the norms' epsilon. With a cache, ``cache`` is this layer's part of it,
     ``positions`` are the slots of the tokens, and ``slots`` are the slots that are read; without one, all three are
-    None. The second result is the layer's new cache, or `NoCache`. Raises `AxesError` for other axes.
+    None, and ``segments`` may be given. The second result is the layer's new cache, or `NoCache`. Raises `AxesError`.
 
     >>> logits, _ = lf.forward(params, tokens, layer=lf.remat(lf.block))
     """
     attended, new_cache = attention(params.attention, rms_norm(params.attention_norm, x, eps), rotation, cache,
-                                    positions, slots)
+                                    positions, slots, segments)
     x = x + attended
     return x + feed_forward(params.feed_forward, rms_norm(params.ffn_norm, x, eps)), new_cache

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from llama_fn.model.transformer import Params
 
 
-def check_sizes(params: "Params", cache: Cache | NoCache | None) -> None:
-    """Raise `ValueError` where the sizes of the config or of the cache are not those of the weights."""
+def check_sizes(params: "Params", cache: Cache | NoCache | None, segments: Tensor | None) -> None:
+    """Raise `ValueError` where config, weights, cache and segments do not fit together."""
+    if isinstance(cache, Cache) and segments is not None:
+        raise ValueError("segments divide whole rows, which begin at position 0; call without the cache")
     v, d = params.embedding.shape
     if (v, d) != (params.config.vocab_size, params.config.dim):
         raise ValueError(f"the config says {params.config.vocab_size} tokens and width {params.config.dim}, "

@@ -56,30 +56,32 @@ def head(norm: Float[Vector, "d"], output: Float[Matrix, "v d"], x: Float[Tensor
 
 @typed
 def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: AnyCache | None = None,
-            *, layer: Callable[..., Any] = block, head: Callable[..., Any] = head,
+            *, segments: Int[Tensor, "*b t"] | None = None, layer: Callable[..., Any] = block,
+            head: Callable[..., Any] = head,
             trunk: Callable[..., Tensor | None] | None = None) -> tuple[Float[Tensor, "*b t v"], AnyCache]:
     """The logits of the token after each token, and the cache with these tokens in it (Touvron et al. 2023).
 
     Without a cache, the tokens are whole sequences from position 0 on, and the second result is `NoCache`. With one,
     they continue each row from its own length. Nothing is changed: the old cache can be continued again. Positions may
-    exceed ``config.max_seq_len``, the context of training; most models write worse there.
+    exceed ``config.max_seq_len``, the context of training; most models write worse there. With ``segments``, a token
+    sees only earlier tokens of its segment, and its position is their number: each document's logits are its own.
 
     ``layer`` computes a layer in the place of `block`, and ``head`` computes the logits. ``trunk(params, tokens, cache,
     slots)`` computes all layers at once, in the memory of the cache, or returns None. `jit_layers` passes all three.
 
-    Raises `ValueError` for no tokens, for a token outside the vocabulary, and for more tokens than the cache has room
-    for, compiled and mapped too; a donated cache is then unchanged. Where the numbers cannot be read before they are
-    used (``ops/inside.py`` says where), the logits of such a token or row are NaN instead.
+    Raises `ValueError` for segments with a cache, for no tokens, and for a token outside the vocabulary or more tokens
+    than the cache has room for, compiled and mapped too; a donated cache is then unchanged. Where the numbers cannot be
+    read before they are used (``ops/inside.py`` says where), the logits of such a token or row are NaN instead.
 
     >>> logits, cache = lf.forward(params, tokens, cache)
     """
-    x, new_cache = _layers(params, tokens, cache, layer, trunk)
+    x, new_cache = _layers(params, tokens, cache, segments, layer, trunk)
     return head(params.norm, params.output, x, params.config.norm_eps), new_cache
 
 
 @typed
 def trunk(params: Params, tokens: Int[Tensor, "*b t"], cache: AnyCache | None = None,
-          *, layer: Callable[..., Any] = block,
+          *, segments: Int[Tensor, "*b t"] | None = None, layer: Callable[..., Any] = block,
           trunk: Callable[..., Tensor | None] | None = None) -> tuple[Float[Tensor, "*b t d"], AnyCache]:
     """`forward` without its head: the last layer's results, and the cache. Arguments and errors are those of `forward`.
 
@@ -87,14 +89,14 @@ def trunk(params: Params, tokens: Int[Tensor, "*b t"], cache: AnyCache | None = 
 
     >>> x, cache = lf.trunk(params, tokens, cache)
     """
-    return _layers(params, tokens, cache, layer, trunk)
+    return _layers(params, tokens, cache, segments, layer, trunk)
 
 
-def _layers(params: Params, tokens: Tensor, cache: Cache | NoCache | None,
-            layer: Callable, trunk: Callable | None) -> tuple[Tensor, Any]:
+def _layers(params: Params, tokens: Tensor, cache: Cache | NoCache | None, segments: Tensor | None, layer: Callable,
+            trunk: Callable | None) -> tuple[Tensor, Any]:
     config, count = params.config, tokens.shape[-1]
     tokens = check_tokens(tokens, config.vocab_size)
-    check_sizes(params, cache)
+    check_sizes(params, cache, segments)
     start, slots, known = 0, None, None
     if isinstance(cache, Cache):
         known = extent(cache.length)
@@ -103,14 +105,16 @@ def _layers(params: Params, tokens: Tensor, cache: Cache | NoCache | None,
         if trunk is not None and (x := trunk(params, tokens, cache, room)) is not None:
             return x, cache._replace(length=grown(cache.length, known, count))
         start, slots = cache.length[..., None], torch.arange(room, device=tokens.device)
-    positions = start + torch.arange(count, device=tokens.device)
+    positions, own = start + torch.arange(count, device=tokens.device), ()
+    if segments is not None:
+        positions, own = (segments[..., None] == segments[..., None, :]).tril(-1).sum(-1), (segments,)
     angles = rotation(positions.expand(tokens.shape), config.head_dim, config.rope_theta, config.rope_scaling)
 
     x = embed(params.embedding, tokens)
     new = []
     for i, weights in enumerate(params.blocks):
         old = KeysValues(cache.k[i], cache.v[i]) if isinstance(cache, Cache) else NoCache()
-        x, keys_values = layer(weights, x, angles, old, positions if cache else None, slots, config.norm_eps)
+        x, keys_values = layer(weights, x, angles, old, positions if cache else None, slots, config.norm_eps, *own)
         new.append(keys_values)
 
     if not isinstance(cache, Cache):

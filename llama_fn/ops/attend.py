@@ -37,8 +37,14 @@ class Implementation(NamedTuple):
 
 
 def attend(definition: Attend, queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked,
-           positions: Tensor | None) -> Tensor:
-    """Attention by the first implementation of `TABLE` that accepts these; by the definition, if none does."""
+           positions: Tensor | None, segments: Tensor | None = None) -> Tensor:
+    """Attention by the first implementation of `TABLE` that accepts these; by the definition, if none does.
+
+    Only `fused` and the definition know segments.
+    """
+    if segments is not None:
+        kernel: Attend = definition if _needs_definition(keys) else fused
+        return kernel(queries, keys, values, positions, segments)
     compiled = compiling()
     for compute, accepts, compiled_only in TABLE:
         if (compiled or not compiled_only) and accepts(queries, keys, values, positions):
@@ -62,7 +68,8 @@ def of_seen_slots(kernel: Attend) -> Attend:
 
 @typed
 def fused(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"], values: Float[Tensor, "*b k s h"],
-          positions: Int[Tensor, "*b t"] | None) -> Float[Tensor, "*b k g t h"]:
+          positions: Int[Tensor, "*b t"] | None,
+          segments: Int[Tensor, "*b t"] | None = None) -> Float[Tensor, "*b k g t h"]:
     """`written_out`, by torch's fused kernel, which holds no "t s" matrix of scores."""
     *batch, k, g, t, h = queries.shape
     heads = queries.reshape(-1, k * g, t, h)
@@ -71,6 +78,8 @@ def fused(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"],
     if positions is not None:
         slots = torch.arange(keys.shape[-2], device=queries.device)
         visible = (slots <= positions.reshape(-1, t, 1))[:, None]
+    elif segments is not None:
+        visible = (segments[..., None] == segments[..., None, :]).tril().reshape(-1, 1, t, t)
     if sdpa_rules.accepts(heads, keys, values):
         return sdpa_rules.attend(heads, keys, values, visible).reshape(*batch, k, g, t, h)
     grouped = {"enable_gqa": True} if g > 1 else {}  # the flag itself may not be symbolic in a compiled graph

@@ -13,13 +13,15 @@ from llama_fn.checkpoint.snapshot_pt import load_snapshot_pt
 from llama_fn.model.init import init_params
 from llama_fn.random import Key
 from llama_fn.tokenizer import Tokenizer
-from llama_fn.training.data import Corpus, open_corpus, text_files
+from llama_fn.training.data import Corpus, open_corpus
+from llama_fn.training.encode import DialogTokens
 from llama_fn.training.loop import TrainState, init_state
 from llama_fn.training.manifest import (
     FILES,
     check_files,
     check_plan,
     check_texts,
+    convert_files,
     digest_texts,
     file_of,
     is_prepared,
@@ -27,9 +29,17 @@ from llama_fn.training.manifest import (
     write_manifest,
 )
 from llama_fn.training.plan import Plan
-from llama_fn.training.prepare import clear, lowest_loss, prepare, sources_of_files, sources_of_stories
+from llama_fn.training.prepare import (
+    ReportPreparing,
+    clear,
+    lowest_loss,
+    prepare,
+    sources_of_files,
+    sources_of_stories,
+)
 from llama_fn.training.record import METRICS, kept_metrics, lines_until
 from llama_fn.training.snapshots import SNAPSHOTS, newest_snapshot
+from llama_fn.training.texts import text_files
 
 OLD_SNAPSHOT = "snapshot.pt"  # of earlier versions
 
@@ -53,7 +63,8 @@ class Begun(NamedTuple):
     seconds: float
 
 
-def begin(folder: Path, plan: Plan, texts: Path | None, resume: bool, device: torch.device | str | None) -> Begun:
+def begin(folder: Path, plan: Plan, texts: Path | None, resume: bool, device: torch.device | str | None,
+          dialog_tokens: DialogTokens | None, preparing: ReportPreparing) -> Begun:
     """Begin a run in a folder, or find where it was stopped. The arguments and errors are those of `run`.
 
     Only one process may be at work in the folder. The plan has been filled from the manifest (`filled_plan`).
@@ -81,7 +92,8 @@ def begin(folder: Path, plan: Plan, texts: Path | None, resume: bool, device: to
             clear(folder, FILES)
         present = [name for name in FILES if file_of(folder, name).is_file()]
         check_files(folder, previous, present)
-        tokenizer = prepare(folder, plan.vocab_size, sources)
+        previous = convert_files(folder, previous)
+        tokenizer = prepare(folder, plan.vocab_size, sources, dialog_tokens, preparing)
         check_files(folder, previous, {*FILES} - {*present})
         plan = dataclasses.replace(plan, vocab_size=tokenizer.vocab_size)
         training, validation = (open_corpus(folder / "data" / f"{part}.bin", tokenizer, plan.context)

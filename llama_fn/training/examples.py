@@ -17,7 +17,7 @@ from llama_fn import random
 from llama_fn.random import Key
 from llama_fn.text import read_text
 from llama_fn.tokenizer import Tokenizer
-from llama_fn.training.data import JSON, _records, no_text, text_files
+from llama_fn.training.texts import JSON, no_text, records, text_files
 
 OfDialog = Callable[[Tokenizer, Sequence[Any]], tuple[Tensor, Tensor]]  # `lf.dialog_tokens`
 Row = tuple[list[int], list[bool]]
@@ -109,7 +109,7 @@ def _located(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
     """Each record, after the place where it stands; a file that is not JSON is one record with a text."""
     for file in text_files(path):
         if file.suffix.lower() in JSON:
-            yield from _records(file)
+            yield from records(file)
         elif (text := read_text(file)).strip():
             yield str(file), {"text": text}
 

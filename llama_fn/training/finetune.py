@@ -90,14 +90,16 @@ def step_of(task: Task, optimizer: Optimizer, *, layer: Callable = block) -> Ste
     For several adapters, all but ``frozen`` is mapped, and so are the metrics. See `make_step`.
     """
     step = guarded(make_step(optimizer, layer, loss_sum=task.loss_sum))
-    if not task.many:
-        return step
+
+    def taken(params: Any, opt_state: Any, tokens: Tensor, mask: Tensor,
+              frozen: tuple = ()) -> tuple[Any, Any, Metrics]:
+        return step(params, opt_state, tokens, mask, None, frozen)
 
     def mapped(params: Any, opt_state: Any, tokens: Tensor, mask: Tensor,
                frozen: tuple = ()) -> tuple[Any, Any, Metrics]:
-        return torch.vmap(step, (0, 0, 0, 0, None))(params, opt_state, tokens, mask, frozen)
+        return torch.vmap(taken, (0, 0, 0, 0, None))(params, opt_state, tokens, mask, frozen)
 
-    return mapped
+    return mapped if task.many else taken
 
 
 @torch.no_grad()

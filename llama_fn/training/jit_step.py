@@ -33,10 +33,10 @@ def jit_step(optimizer: Optimizer, layer: Callable = block, *, loss_sum: Callabl
         return make_step(optimizer, layer, loss_sum=loss_sum, compute_dtype=compute_dtype, update=update)
     layer, entropy = differentiable(layer), Entropy(*map(differentiable, ENTROPY))
 
-    def gradient(params: Any, frozen: tuple, tokens: Tensor, mask: Tensor) -> tuple[Any, Tensor, Tensor]:
+    def gradient(params: Any, frozen: tuple, *batch: Tensor) -> tuple[Any, Tensor, Tensor]:
         with torch.enable_grad():
             own = tree.map(lambda x: x.detach().requires_grad_(), params)
-            nats, number = loss_sum(in_dtype(own, compute_dtype), *frozen, tokens, mask, layer=layer, entropy=entropy)
+            nats, number = loss_sum(in_dtype(own, compute_dtype), *frozen, *batch, layer=layer, entropy=entropy)
         grads = iter(torch.autograd.grad(nats, tree.leaves(own)))
         return tree.map(lambda _: next(grads), params), nats.detach(), number
 

@@ -5,7 +5,7 @@ gives the same bits as a run that never stopped.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -57,17 +57,19 @@ def train(state: TrainState, optimizer: Optimizer, corpus: Corpus, key: Key, ste
     return take_steps(state, step, lambda number: batch(corpus, key, number, shape), steps, device, most_skipped)
 
 
-def take_steps(state: TrainState, step: Callable, batch_of: Callable[[int], tuple[Tensor, Tensor]], steps: int,
+def take_steps(state: TrainState, step: Callable, batch_of: Callable[[int], Iterable[Tensor | None]], steps: int,
                device: torch.device, most_skipped: int = 10) -> Iterator[tuple[TrainState, Metrics]]:
     """Take steps up to number ``steps``, and yield the state and the metrics after each.
 
-    ``step(params, opt_state, tokens, mask)`` is one step, and ``batch_of(number)`` the tokens and the mask of a step.
+    ``step(params, opt_state, *batch)`` is one step, and ``batch_of(number)`` is its batch: tokens, mask and, of packed
+    rows, segments.
     Raises `ValueError` after ``most_skipped`` steps in a row whose loss or gradient norm is not finite.
     """
     skipped = 0
     for number in range(int(state.step), steps):
         with deterministic():
-            params, opt_state, metrics = step(state.params, state.opt_state, *(x.to(device) for x in batch_of(number)))
+            params, opt_state, metrics = step(state.params, state.opt_state,
+                                              *tree.map(lambda x: x.to(device), batch_of(number)))
         state = TrainState(params, opt_state, state.step + 1)
         skipped = 0 if is_finite(metrics).all() else skipped + 1
         if skipped == most_skipped:
@@ -113,5 +115,5 @@ def evaluate(params: Params, corpus: Corpus, size: int = 32) -> float:
     model; the result does not depend on it, up to rounding.
     """
     device = params.embedding.device
-    losses = [loss_sum(params, tokens.to(device), mask.to(device)) for tokens, mask in rows(corpus, size)]
+    losses = [loss_sum(params, *tree.map(lambda x: x.to(device), some)) for some in rows(corpus, size)]
     return float(sum(total for total, _ in losses) / sum(count for _, count in losses))

@@ -51,13 +51,15 @@ ENTROPY = Entropy(cross_entropy, remat(cross_entropy))
 
 
 @typed
-def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None, *,
-         z_loss: float = 0.0, label_smoothing: float = 0.0, layer: Callable[..., Any] = block) -> Float[Tensor, ""]:
+def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None,
+         segments: Int[Tensor, "*b t"] | None = None, *, z_loss: float = 0.0, label_smoothing: float = 0.0,
+         layer: Callable[..., Any] = block) -> Float[Tensor, ""]:
     """The mean of -log p(token | all before it) over the tokens that count: all but a row's first where `mask` is true.
 
     If none counts, the loss is 0. Behind the last token that counts, a row may hold any ids, -100 too. To average over
     several batches exactly, add up `loss_sum` instead: a mean of means weighs a token by the size of its batch.
-    `z_loss` and `label_smoothing` are those of ``cross_entropy``, `layer` is that of `forward`.
+    `segments` and `layer` are those of `forward`. The first token of a segment does not count: with segments, the loss
+    of a row is that of its documents. `z_loss` and `label_smoothing` are those of ``cross_entropy``.
 
     The logits of many tokens over a large vocabulary are never all in memory, forward or backward.
 
@@ -66,14 +68,15 @@ def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"]
 
     >>> grads, loss = torch.func.grad_and_value(lf.loss)(params, tokens)
     """
-    nats, counts = _nats(params, tokens, mask, z_loss, label_smoothing, layer, ENTROPY)
+    nats, counts = _nats(params, tokens, mask, segments, z_loss, label_smoothing, layer, ENTROPY)
     # Divided after the sum, its compiled reverse-over-forward derivative would crash (torch 2.13, pytorch#197067).
     return (nats / counts.sum().clamp(min=1)).sum()
 
 
 @typed
-def loss_sum(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None, *,
-             z_loss: float = 0.0, label_smoothing: float = 0.0, layer: Callable[..., Any] = block,
+def loss_sum(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None,
+             segments: Int[Tensor, "*b t"] | None = None, *, z_loss: float = 0.0, label_smoothing: float = 0.0,
+             layer: Callable[..., Any] = block,
              entropy: Entropy = ENTROPY) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """The sum of -log p over the tokens that count, and their number. The softmax is taken in float32 at least.
 
@@ -81,7 +84,7 @@ def loss_sum(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b
 
     >>> total, count = lf.loss_sum(params, batch)
     """
-    nats, counts = _nats(params, tokens, mask, z_loss, label_smoothing, layer, entropy)
+    nats, counts = _nats(params, tokens, mask, segments, z_loss, label_smoothing, layer, entropy)
     return nats.sum(), counts.sum()
 
 
@@ -89,11 +92,11 @@ def loss_sum(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b
 def row_nats(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None,
              *, layer: Callable[..., Any] = block) -> Float[Tensor, "*b"]:
     """The sum of -log p over the tokens that count, for each row."""
-    return _nats(params, tokens, mask, 0.0, 0.0, layer, ENTROPY)[0].sum(-1)
+    return _nats(params, tokens, mask, None, 0.0, 0.0, layer, ENTROPY)[0].sum(-1)
 
 
-def _nats(params: Params, tokens: Tensor, mask: Tensor | None, z_loss: float, label_smoothing: float,
-          layer: Callable, entropy: Entropy) -> tuple[Tensor, Tensor]:
+def _nats(params: Params, tokens: Tensor, mask: Tensor | None, segments: Tensor | None, z_loss: float,
+          label_smoothing: float, layer: Callable, entropy: Entropy) -> tuple[Tensor, Tensor]:
     """The cross-entropy of every token but the first, 0 where it does not count; and whether it does."""
     z_loss = number("loss: z_loss", z_loss)
     label_smoothing = number("loss: label_smoothing", label_smoothing, high=1.0)
@@ -103,9 +106,12 @@ def _nats(params: Params, tokens: Tensor, mask: Tensor | None, z_loss: float, la
         places = torch.arange(tokens.shape[-1], device=tokens.device)
         last = places[1:].where(mask[..., 1:], -1).amax(-1, keepdim=True)  # of the tokens that count
         tokens = tokens.where(places <= last, 0)
-    x, _ = trunk(params, tokens[..., :-1], layer=layer)
+    within = None if segments is None else segments[..., :-1]
+    x, _ = trunk(params, tokens[..., :-1], segments=within, layer=layer)
     targets, v = tokens[..., 1:].long(), params.config.vocab_size
     counts = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask[..., 1:]
+    if segments is not None:
+        counts = counts & (segments[..., 1:] == segments[..., :-1])
     targets, outside = held(inside(targets, "target", 0, v), 0, v)
 
     f = in_chunks(entropy.of_chunk) if too_many_logits(params.output, x) else entropy.of_all

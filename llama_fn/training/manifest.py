@@ -18,9 +18,11 @@ from llama_fn.checkpoint.files import write_json
 from llama_fn.checkpoint.load import TOKENIZER
 from llama_fn.checkpoint.sealed import CHECKSUM, sealed, unsealed
 from llama_fn.text import read_json
-from llama_fn.training.data import documents, no_text
+from llama_fn.tokenizer import load_tokenizer
+from llama_fn.training.early import convert_early, is_early
 from llama_fn.training.lock import LOCK
 from llama_fn.training.plan import Plan
+from llama_fn.training.texts import as_bytes, documents, no_text
 
 MANIFEST = "run.json"
 FILES = (TOKENIZER, "data/train.bin", "data/valid.bin")
@@ -45,7 +47,7 @@ def digest_texts(files: Sequence[Path], under: Path) -> list[Text]:
             raise ValueError(f"{file}: not a file; a run reads its texts several times, so write them to one first")
         whole, empty = hashlib.sha256(), True
         for document in documents(file):
-            data = document.encode()
+            data = as_bytes(document)
             whole.update(len(data).to_bytes(8, "little") + data)  # the length marks where a document ends
             empty = False
         if not empty:
@@ -172,6 +174,21 @@ def check_files(folder: Path, previous: dict[str, Any] | None, names: Iterable[s
         if name in known and _digest(file_of(folder, name)) != known[name]:
             raise ValueError(f"{folder / name}: damaged, or not of this run (its digest is not that in {MANIFEST}); "
                              "remove it and resume, with the texts of the run: it is made again from them")
+
+
+def convert_files(folder: Path, previous: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Convert files of tokens that an earlier version wrote, and return the manifest of the run without their digests.
+
+    Their digests must have been checked. The manifest is written first, so that a killed program can do it again.
+    """
+    early = [file for name in FILES[1:] if (file := folder / name).is_file() and is_early(file)]
+    if previous is None or not early or not file_of(folder, TOKENIZER).is_file():
+        return previous
+    without = {name: value for name, value in previous.items() if name != "sha256"}
+    write_json(folder / MANIFEST, sealed(without))
+    for file in early:
+        convert_early(file, load_tokenizer(file_of(folder, TOKENIZER)))
+    return without
 
 
 def file_of(folder: Path, name: str) -> Path:

@@ -19,12 +19,16 @@ from typing import Any
 
 import torch
 
+from llama_fn import tree
 from llama_fn.checkpoint.load import Model, save
 from llama_fn.training.begin import OLD_SNAPSHOT, Begun, begin, filled_plan
+from llama_fn.training.encode import DialogTokens
 from llama_fn.training.guarded import is_finite
 from llama_fn.training.lock import locked
 from llama_fn.training.loop import TrainState, evaluate, train, updates_taken
 from llama_fn.training.plan import Plan
+from llama_fn.training.prepare import ReportPreparing
+from llama_fn.training.progress import Samples, flops_per_token, memory_in_use, step_record
 from llama_fn.training.record import METRICS, MetricsFile
 from llama_fn.training.saving import Saver
 from llama_fn.training.snapshots import snapshot_steps
@@ -35,15 +39,19 @@ ReportMeasurement = Callable[[dict], None]
 
 def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None = None, *, resume: bool = False,
         evaluate_every: int | None = None, keep: int = 3, device: torch.device | str | None = None,
-        report: ReportMeasurement = lambda measurement: None) -> Model:
+        samples: Samples | None = None, peak: float | None = None,
+        report: ReportMeasurement = lambda measurement: None, dialog_tokens: DialogTokens | None = None,
+        preparing: ReportPreparing = lambda name, count, size: None) -> Model:
     """Train a model in a folder, save it there, and return it.
 
-    ``texts`` is a file or a folder (see `read_texts`), or None to train on the embedded stories.
+    ``texts`` is a file or a folder (see `documents`), or None to train on the embedded stories. If there are dialogs in
+    it, pass ``dialog_tokens=lf.dialog_tokens``. ``preparing`` is ``report`` of `prepare`.
 
     ``report`` is called with each measurement, a dictionary, which is also appended to ``metrics.jsonl``. There is one
-    before the first step, which takes a while because it compiles; one after every step; and one with "valid_loss"
-    after every evaluation. There is an evaluation every ``evaluate_every`` steps and after the last one. None means
-    500, or a quarter of all steps if that is less.
+    before the first step, which takes a while because it compiles; one after every step (see `step_record`); and one
+    with "valid_loss" after every evaluation. There is an evaluation every ``evaluate_every`` steps and after the last
+    one. None means 500, or a quarter of all steps if that is less. ``samples`` are drawn from the model at intervals.
+    ``peak`` is the machine's highest number of operations per second, for "mfu" in the measurements.
 
     A snapshot is written in the background after every evaluation, and when a signal stops the run. The last ``keep``
     snapshots are kept, and the one with the lowest validation loss. If the disk is full or cannot be written to, a
@@ -75,19 +83,20 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
     assert plan.steps is not None  # `filled_plan` gives a number
     every = min(500, max(1, plan.steps // 4)) if evaluate_every is None else evaluate_every
     with locked(folder):
-        begun = begin(folder, plan, None if texts is None else Path(texts), resume, device)
+        begun = begin(folder, plan, None if texts is None else Path(texts), resume, device, dialog_tokens, preparing)
         with contextlib.closing(MetricsFile(folder / METRICS, begun.kept)) as metrics, Saver(folder, keep) as saver:
-            state = _steps(folder, begun, every, metrics, saver, report)
+            state = _steps(folder, begun, every, metrics, saver, samples, peak, report)
         model = Model(state.params, begun.tokenizer)
         save(model, folder)
     return model
 
 
 def _steps(folder: Path, begun: Begun, every: int, metrics: MetricsFile, saver: Saver,
-           report: ReportMeasurement) -> TrainState:
+           samples: Samples | None, peak: float | None, report: ReportMeasurement) -> TrainState:
     """Take all steps that are left, with evaluations and snapshots, and return the last state."""
     plan, state, rate = begun.plan, begun.state, begun.plan.schedule()
     assert plan.steps is not None
+    flops, device = flops_per_token(plan.config(), plan.context), tree.leaves(state.params)[0].device
     updates, seconds, valid = updates_taken(state.opt_state), begun.seconds, {}
 
     def log(measurement: dict[str, Any]) -> None:
@@ -103,7 +112,7 @@ def _steps(folder: Path, begun: Begun, every: int, metrics: MetricsFile, saver: 
 
     with signals_noted() as signals:
         first = {"step": int(state.step), "steps": plan.steps, "parameters": plan.config().n_params,
-                 "training_tokens": len(begun.training.tokens)}
+                 "training_tokens": len(begun.training.tokens), "flops_per_token": flops, "peak_flops": peak}
         (report if begun.kept else log)(first)
         _convert(folder, save_state, saver)
         since = time.perf_counter()
@@ -112,11 +121,13 @@ def _steps(folder: Path, begun: Begun, every: int, metrics: MetricsFile, saver: 
             step, taken = int(state.step), bool(is_finite(measured))  # this waits until the step is computed
             took = time.perf_counter() - since
             seconds, valid = seconds + took, {}
-            log({"step": step, "loss": float(measured.loss), "grad_norm": float(measured.grad_norm),
-                 "learning_rate": float(rate(torch.tensor(updates))),
-                 "tokens_per_second": round(int(measured.count) / took), "seconds": round(seconds, 2),
+            log({**step_record(step, measured, learning_rate=float(rate(torch.tensor(updates))), interval=took,
+                               seconds=seconds, flops=flops, peak=peak, memory=memory_in_use(device)),
                  **({} if taken else {"skipped": True})})
             updates += taken
+            if samples is not None and (step % samples.every == 0 or step == plan.steps):  # before the snapshot
+                for sample in samples.draw(Model(state.params, begun.tokenizer), step):
+                    log({"step": step, **sample})
             if step % every == 0 or step == plan.steps:
                 valid = {"valid_loss": evaluate(state.params, begun.validation)}
                 log({"step": step, **valid, **begun.floor})
@@ -128,7 +139,7 @@ def _steps(folder: Path, begun: Begun, every: int, metrics: MetricsFile, saver: 
                 if saver.error is not None:
                     raise saver.error
                 stop(signals[0])
-            since = time.perf_counter()  # leaves out the evaluation
+            since = time.perf_counter()  # leaves out the evaluation and the samples
         saver.wait()
     return state
 

@@ -13,11 +13,13 @@ from llama_fn.shapes import typed
 from llama_fn.training.loss import loss_sum
 from llama_fn.training.optim import Optimizer, apply_updates, global_norm
 
-Step = Callable[..., tuple[Any, Any, "Metrics"]]  # step(params, opt_state, tokens "a b t", mask "a b t", frozen)
+# step(params, opt_state, tokens, mask, segments, frozen); tokens, mask and segments are "a b t".
+Step = Callable[..., tuple[Any, Any, "Metrics"]]
 # update(params, opt_state, grads, total, count), of sums over as many tokens.
 Update = Callable[[Any, Any, Any, Tensor, Tensor], tuple[Any, Any, "Metrics"]]
-# gradient(params, frozen, tokens "b t", mask "b t"): gradients, the sum of the loss, and of how many tokens.
-Gradient = Callable[[Any, tuple, Tensor, Tensor], tuple[Any, Tensor, Tensor]]
+# gradient(params, frozen, tokens, mask) or gradient(params, frozen, tokens, mask, segments), each "b t": the gradients,
+# the sum of the loss, and the number of tokens that count.
+Gradient = Callable[..., tuple[Any, Tensor, Tensor]]
 
 
 class Metrics(NamedTuple):
@@ -39,9 +41,9 @@ def make_step(optimizer: Optimizer, layer: Callable = block, *, loss_sum: Callab
     may have options: `functools.partial(loss_sum, z_loss=1e-4)`. `update` makes the update of an optimizer, as
     `make_update` does.
     """
-    def gradient(params: Any, frozen: tuple, tokens: Tensor, mask: Tensor) -> tuple[Any, Tensor, Tensor]:
+    def gradient(params: Any, frozen: tuple, *batch: Tensor) -> tuple[Any, Tensor, Tensor]:
         def summed(params: Any) -> tuple[Tensor, Tensor]:
-            return loss_sum(in_dtype(params, compute_dtype), *frozen, tokens, mask, layer=layer)
+            return loss_sum(in_dtype(params, compute_dtype), *frozen, *batch, layer=layer)
 
         grads, (nats, number) = torch.func.grad_and_value(summed, has_aux=True)(params)
         return grads, nats, number
@@ -53,7 +55,7 @@ def accumulated(gradient: Gradient, update: Update) -> Step:
     """The step that adds up gradients over the micro-batches, and updates once."""
     @typed
     def step(params: Any, opt_state: Any, tokens: Int[Tensor, "a *b t"], mask: Bool[Tensor, "a *b t"],
-             frozen: tuple = ()) -> tuple[Any, Any, Metrics]:
+             segments: Int[Tensor, "a *b t"] | None = None, frozen: tuple = ()) -> tuple[Any, Any, Metrics]:
         """One update from `a` micro-batches, gone through one after another to save memory.
 
         Their gradients are those of *sums* of losses, divided at the end by the number of all tokens that count: the
@@ -61,9 +63,10 @@ def accumulated(gradient: Gradient, update: Update) -> Step:
         that the loss reads and that stay as they are, such as the model under an adapter. They are an argument because
         a compiled step would keep a copy of what it closes over.
         """
-        grads, total, count = gradient(params, frozen, tokens[0], mask[0])
-        for micro, counts in zip(tokens[1:], mask[1:], strict=True):
-            new, nats, number = gradient(params, frozen, micro, counts)
+        batch = (tokens, mask) if segments is None else (tokens, mask, segments)
+        grads, total, count = gradient(params, frozen, *(x[0] for x in batch))
+        for micro in zip(*(x[1:] for x in batch), strict=True):
+            new, nats, number = gradient(params, frozen, *micro)
             grads, total, count = tree.map(torch.add, grads, new), total + nats, count + number
         return update(params, opt_state, grads, total, count)
 

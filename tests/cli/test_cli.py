@@ -215,9 +215,9 @@ def test_train_shows_progress_and_its_model_tells_a_story(tmp_path):
     done = subprocess.run([*COMMAND, "train", "--out", "teller", *sizes], capture_output=True, text=True, check=True,
                           cwd=tmp_path)
     assert "tokens to learn from; the first step compiles" in done.stderr and "step 4: validation loss" in done.stderr
-    assert "(floor " in done.stderr and "loss=" in done.stderr and "tokens_s=" in done.stderr
+    assert "(floor " in done.stderr and "loss " in done.stderr and " tokens/s" in done.stderr
     assert done.stdout.strip()
-    assert {"params.json", "consolidated.00.pth", "tokenizer.model", "metrics.jsonl", "loss.png", "snapshots",
+    assert {"params.json", "consolidated.00.pth", "tokenizer.model", "metrics.jsonl", "curves.png", "snapshots",
             "run.json", "data"} == {p.name for p in (tmp_path / "teller").iterdir()}
     story = subprocess.run([*COMMAND, "generate", "--model", "teller", "--seed", "1"], capture_output=True, text=True,
                            check=True, cwd=tmp_path)

@@ -21,6 +21,7 @@ from llama_fn.model.norm import rms_norm
 from llama_fn.model.rope import rotate, rotation
 from llama_fn.model.rope import scale_frequencies as slowed
 from llama_fn.ops import look_up, room
+from llama_fn.ops.extent import extent
 
 B, T, S = 5, 7, 13  # rows, tokens, slots
 
@@ -436,7 +437,7 @@ def test_a_full_cache_is_refused():
 def test_a_step_reads_whole_pages_up_to_its_last_token(lengths, new, slots):
     config, last = lf.Config(48, 1, 6, 2, 77, 70), max(lengths) + new
     cache = lf.init_cache(config, (B,), max_len=slots)._replace(length=torch.tensor(lengths))
-    read = room.slots_to_read(cache.k[0], cache.length, new)
+    read = room.slots_to_read(cache.k[0], extent(cache.length), new)
     assert read == slots <= last + room.PAGE or (read % room.PAGE == 0 and last <= read < last + room.PAGE)
     assert last < room.slots_for(last) <= last + room.PAGE and room.slots_for(last) % room.PAGE == 1
 
@@ -478,7 +479,7 @@ def test_a_trunk_of_ones_own_computes_all_layers_or_leaves_them(params, able):
     logits, after = lf.forward(params, tokens, cache, trunk=own)
     expected = lf.head(params.norm, params.output, x, params.config.norm_eps) if able else lf.forward(params, tokens)[0]
     assert close(logits, expected) and after.length.tolist() == [T] * B
-    slots = room.slots_to_read(cache.k[0], cache.length, T)
+    slots = room.slots_to_read(cache.k[0], extent(cache.length), T)
     assert [(given[:3], given[3]) for given in asked] == [((params, tokens, cache), slots)]
 
 

@@ -1,31 +1,30 @@
-import json
-import re
+"""Batches: functions of corpus, key and step, in which every token of every document comes as often as any other."""
+
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from chi_square import p_value
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import keys, unicode_texts
 
-from llama_fn import AxesError, random
-from llama_fn.training.data import Corpus, batch, encode_corpus, open_corpus, read_texts, rows
+import llama_fn as lf
+from llama_fn import random
+from llama_fn.training.data import Batch, Corpus, batch, encode_corpus, open_corpus, rows
+from llama_fn.training.encode import Encoded
+from llama_fn.training.shard import open_shard, write_shard
+from llama_fn.training.step import make_step
 
 BOS = 1
-SIXTEEN_BITS = SimpleNamespace(vocab_size=2**16, bos_id=BOS)  # all that a corpus needs of a tokenizer
+LARGE = 60_000  # tokens of a vocabulary in which every token of a corpus is another one
 documents = st.lists(st.integers(1, 40), min_size=1, max_size=8)  # lengths, without the begin
 contexts = st.integers(1, 16)
 
 
-def corpus(folder: Path, lengths: list[int], context: int) -> Corpus:
-    """Documents of these lengths. Only the begin token repeats; every other token at position i is i + 2."""
-    stream = np.arange(2, 2 + sum(lengths) + len(lengths), dtype=np.uint16)
-    stream[np.cumsum([0] + [n + 1 for n in lengths[:-1]])] = BOS
-    (folder / "corpus").write_bytes(stream.tobytes())
-    return open_corpus(folder / "corpus", SIXTEEN_BITS, context)
+@pytest.fixture(scope="session")
+def large(tokenizer) -> lf.Tokenizer:
+    return lf.Tokenizer(tokenizer.model, added=((LARGE, "<last>"),))
 
 
 @pytest.fixture(scope="session")
@@ -33,69 +32,48 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
-# --- texts
-
-@given(st.lists(unicode_texts(), max_size=5), st.booleans())
-@example(["a\u2028b"], False)  # a line separator in Unicode, but not in JSON lines
-def test_a_file_of_json_lines_holds_a_text_a_line(folder, texts, escaped):
-    lines = [json.dumps({"text": text, "id": 1}, ensure_ascii=escaped) for text in texts]
-    (folder / "a.jsonl").write_text("\n\n".join([*lines, '{"text": "last"}']), encoding="utf-8")
-    assert list(read_texts(folder / "a.jsonl")) == [text for text in texts if text.strip()] + ["last"]
-
-
-@given(unicode_texts())
-def test_a_text_file_is_one_text_unchanged_but_for_its_line_ends(folder, text):
-    (folder / "a.txt").write_bytes(f".{text}".encode())
-    assert list(read_texts(folder / "a.txt")) == [f".{text}".replace("\r\n", "\n").replace("\r", "\n")]
+@pytest.fixture(scope="session")
+def corpus(folder, large):
+    """A function that makes documents of these lengths. Every token but the begin tokens is another one, from 2 on."""
+    def made(lengths: list[int], context: int, pack: bool = True, learned: bool = True) -> Corpus:
+        stream = np.arange(2, 2 + sum(lengths) + len(lengths))
+        edges = np.cumsum([n + 1 for n in lengths])
+        stream[[0, *edges[:-1]]] = BOS
+        write_shard(folder / "corpus", large, [Encoded(part, None if learned else part % 3 > 0)
+                                               for part in np.split(stream, edges[:-1])])
+        return open_corpus(folder / "corpus", large, context, pack)
+    return made
 
 
-def test_a_folder_holds_the_texts_of_its_files_in_order(tmp_path):
-    for name, content in {"b.txt": "second", "a.md": "first", "c/d.jsonl": '{"text": "third"}\n{"text": "fourth"}\n',
-                          "image.png": "none", "empty.txt": " \n"}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
-    with pytest.warns(UserWarning, match=r"not read: image\.png \(only \*\.txt, \*\.md, "):
-        assert list(read_texts(tmp_path)) == ["first", "second", "third", "fourth"]
-    assert list(read_texts(str(tmp_path / "image.png"))) == ["none"]  # a file that is named is read
+def segments(made: Batch) -> list[list[tuple[list[int], list[bool]]]]:
+    """The tokens of each segment of each row, and its mask; padding left out."""
+    tokens, mask = made.tokens.reshape(-1, made.tokens.shape[-1]), made.mask.reshape(-1, made.mask.shape[-1])
+    names = torch.zeros_like(tokens) if made.segments is None else made.segments.reshape(tokens.shape)
+    found = []
+    for row, counts, own in zip(tokens, mask, names, strict=True):
+        assert not counts[own < 0].any()
+        found.append([(row[own == name].tolist(), counts[own == name].tolist())
+                      for name in range(int(own.max()) + 1)])
+    return found
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.txt", b"caf\xe9", r"a\.txt: not UTF-8: byte 0xE9 at offset 3; convert it"),
-    ("a.jsonl", b'{"text": "a"}\n\n{"text": "\xe9"}', r"a\.jsonl, line 3: not UTF-8: byte 0xE9 at offset 10"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a\.jsonl, line 2: not JSON: "),
-    ("a.jsonl", b'{"txt": "a"}', r'a\.jsonl, line 1: a record needs a string under "text"'),
-    ("a.jsonl", b'{"text": 5}', r'a\.jsonl, line 1: a record needs a string under "text"'),
-    ("a.jsonl", b'["text"]', r'a\.jsonl, line 1: a record needs a string under "text"'),
-    ("a.jsonl", b'{"text": "a\\ud800"}', r'a\.jsonl, line 1: the "text" holds half a surrogate pair'),
-    ("a.jsonl", b"\n", r"a\.jsonl: no text in it$"),
-    ("a.txt", b" \n\t", r"a\.txt: no text in it$"),
-])
-def test_a_file_that_is_no_text_is_an_error_that_names_the_place(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        list(read_texts(tmp_path / name))
+def predicted(made: Batch) -> list[int]:
+    return made.tokens[made.mask].tolist()
 
 
-def test_no_file_and_a_folder_without_texts_are_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"missing\.txt: no such file or folder"):
-        list(read_texts(tmp_path / "missing.txt"))
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: no text in it (looked for *.txt, *.md, *.json, ")):
-        list(read_texts(tmp_path))
+def without_begins(stream: Corpus) -> list[int]:
+    return [token for token in stream.tokens.tolist() if token != BOS]
 
 
 # --- corpus
 
-@given(st.lists(unicode_texts()))
+@given(st.lists(unicode_texts(), min_size=1))
 def test_a_corpus_is_the_texts_tokens_with_begin_and_end(folder, tokenizer, texts):
     count = encode_corpus(iter(texts), tokenizer, folder / "encoded")
     tokens = [token for text in texts for token in tokenizer.encode(text, bos=True, eos=True)]
-    assert np.fromfile(folder / "encoded", np.uint16).tolist() == tokens and count == len(tokens)
-
-
-def test_a_vocabulary_beyond_16_bits_takes_32(tmp_path):
-    large = SimpleNamespace(vocab_size=2**16 + 1, bos_id=BOS, encode=lambda text, bos, eos: [BOS, 2**16, 2])
-    encode_corpus(["a", "b"], large, tmp_path / "corpus")
-    assert open_corpus(tmp_path / "corpus", large, 2).tokens.tolist() == [BOS, 2**16, 2] * 2
+    stream = open_corpus(folder / "encoded", tokenizer, 5)
+    assert stream.tokens.tolist() == tokens and count == len(tokens)
+    assert stream.predictions.tolist() == [len(tokenizer.encode(text)) for text in texts]
 
 
 @pytest.mark.parametrize("before", [None, b"an older corpus"])
@@ -111,78 +89,146 @@ def test_a_corpus_is_whole_or_as_it_was_before(tmp_path, tokenizer, before):
     assert [file.read_bytes() for file in tmp_path.iterdir()] == ([before] if before else [])
 
 
-@given(documents, contexts, st.integers(1, 9))
-def test_the_rows_predict_every_token_of_every_document_once(folder, lengths, context, size):
-    stream = corpus(folder, lengths, context)
-    assert stream.lengths.min() > 0  # no row for nothing, either
-    predicted = []
-    for tokens, counts in rows(stream, size):
-        assert tokens.shape == counts.shape == (size, context + 1)
-        predicted += tokens[:, 1:][counts[:, 1:]].tolist()
-    assert predicted == [token for token in stream.tokens.tolist() if token != BOS]
+@pytest.mark.parametrize("tokens", [[], [[BOS]], [[BOS], [BOS]]])
+def test_a_file_without_a_token_to_predict_is_an_error(tmp_path, tokenizer, tokens):
+    write_shard(tmp_path / "a.bin", tokenizer, [Encoded(np.array(x), None) for x in tokens])
+    with pytest.raises(ValueError, match=r"a\.bin: there is no token to predict in it"):
+        open_corpus(tmp_path / "a.bin", tokenizer, 8)
+    with pytest.raises(ValueError, match="open_corpus: context must be at least 1, got 0"):
+        open_corpus(tmp_path / "a.bin", tokenizer, 0)
 
+
+@given(documents, contexts, st.integers(1, 9), st.booleans(), st.booleans())
+def test_the_rows_predict_every_learned_token_of_every_document_once(corpus, lengths, context, size, pack, learned):
+    stream, found = corpus(lengths, context, pack, learned), []
+    for made in rows(stream, size):
+        assert made.tokens.shape == made.mask.shape == (size, context + 1)
+        assert (made.segments is not None) is pack
+        found += predicted(made)
+    assert sorted(found) == [token for token in without_begins(stream) if learned or token % 3 > 0]
+
+
+@given(documents, contexts, st.booleans())
+def test_one_document_a_row_is_a_stretch_of_it_and_padding(corpus, lengths, context, learned):
+    stream = corpus(lengths, context, False, learned)
+    (made,) = rows(stream, len(stream.rows.first) - 1)
+    starts = [start for begin, n in zip(stream.begins, lengths, strict=True)
+              for start in range(begin, begin + n, context)]
+    for row, start in zip(made.tokens.tolist(), starts, strict=True):
+        document = np.searchsorted(stream.begins, start, "right") - 1
+        end = min(start + context, stream.begins[document] + lengths[document]) + 1
+        own = stream.tokens[start + 1:end].tolist()
+        assert row == [BOS, *own, *[0] * (context - len(own))]
+
+
+# --- batches
 
 @given(documents, contexts, keys(), st.integers(0, 100))
-def test_a_batch_is_a_function_of_key_and_step_alone(folder, lengths, context, key, step):
-    stream = corpus(folder, lengths, context)
-    tokens, counts = batch(stream, key, step, (2, 3))
+def test_a_batch_is_a_function_of_key_and_step_alone(corpus, lengths, context, key, step):
+    stream = corpus(lengths, context)
+    made = batch(stream, key, step, (2, 3))
     batch(stream, key, step + 1, (3, 2))
-    again = batch(corpus(folder, lengths, context), key.clone(), step, (2, 3))
-    assert tokens.shape == (2, 3, context + 1)
-    assert torch.equal(tokens, again[0]) and torch.equal(counts, again[1])
+    again = batch(corpus(lengths, context), key.clone(), step, (2, 3))
+    assert made.tokens.shape == (2, 3, context + 1)
+    assert all(map(torch.equal, made, again))
 
 
-def test_another_key_or_step_gives_another_batch(folder):
-    stream = corpus(folder, [40] * 50, 8)
-    drawn = [batch(stream, random.key(seed), step, (2, 8))[0] for seed in range(4) for step in range(4)]
+def test_another_key_or_step_gives_another_batch(corpus):
+    stream = corpus([40] * 50, 8)
+    drawn = [batch(stream, random.key(seed), step, (2, 8)).tokens for seed in range(4) for step in range(4)]
     assert len({tuple(tokens.flatten().tolist()) for tokens in drawn}) == 16
 
 
-@given(documents, contexts, keys())
-def test_all_tokens_of_a_batch_count_but_the_begins(folder, lengths, context, key):
-    tokens, counts = batch(corpus(folder, lengths, context), key, 0, (4, 8))
-    assert torch.equal(counts, tokens != BOS)
+@given(documents, contexts, keys(), st.integers(0, 3), st.booleans())
+def test_an_epoch_predicts_every_token_and_its_rows_once(corpus, lengths, context, key, epoch, learned):
+    """Where the mask is of a corpus that is all learned, beginnings of documents fill the rows."""
+    stream = corpus(lengths, context, True, learned)
+    count = len(stream.rows.first) - 1
+    found = [token for step in range(epoch * count, (epoch + 1) * count)
+             for token in predicted(batch(stream, key, step, (1, 1)))]
+    if not learned:
+        assert sorted(found) == [token for token in without_begins(stream) if token % 3 > 0]
+    else:
+        assert {*found} == {*without_begins(stream)}
+        left = sorted(found)
+        for token in without_begins(stream):
+            left.remove(token)
+        fewest = count * (context + 1) - sum(n + 1 for n in lengths)
+        assert len(left) <= fewest
+
+
+@given(documents, contexts, keys(), st.booleans())
+@example([12], 8, random.key(0), False)
+def test_a_segment_is_a_stretch_of_one_document_and_all_but_its_first_token_counts(corpus, lengths, context, key, pack):
+    stream = corpus(lengths, context, pack)
+    whole = stream.tokens.tolist()
+    for row in segments(batch(stream, key, 0, (4, 8))):
+        assert row
+        for tokens, counts in row:
+            if not pack:  # padding has no segment of its own
+                tokens, counts = tokens[:1 + sum(counts)], counts[:1 + sum(counts)]
+            start = whole.index(tokens[1]) - 1
+            assert tokens[0] == BOS and tokens[1:] == whole[start + 1:start + len(tokens)] and BOS not in tokens[1:]
+            assert counts == [False] + [True] * (len(tokens) - 1)
 
 
 @given(documents, contexts, keys())
-def test_a_window_is_a_stretch_of_the_stream_that_begins_a_document_or_lies_in_a_long_one(
-        folder, lengths, context, key):
-    stream = corpus(folder, lengths, context)
-    circle = stream.tokens.tolist() * 3 * (context + 1)
-    begins = np.cumsum([0] + [n + 1 for n in lengths[:-1]]).tolist()
-    for window in batch(stream, key, 0, (4, 8))[0].flatten(0, 1).tolist():
-        start = _start(window, stream.tokens.tolist())
-        assert window == [BOS, *circle[start + 1:start + context + 1]]  # as every prompt begins
-        document = max(begin for begin in begins if begin <= start)
-        assert start == document or lengths[begins.index(document)] > context
+def test_packed_rows_of_texts_have_no_more_than_one_free_slot(corpus, lengths, context, key):
+    made = batch(corpus(lengths, context), key, 1, (3, 5))
+    assert ((made.segments < 0).sum(-1) <= 1).all()
 
 
-def _start(window: list[int], stream: list[int]) -> int:
-    """The position of a row in a stream in which only the begin token repeats."""
-    place, token = next((i, token) for i, token in enumerate(window) if token != BOS)
-    return (stream.index(token) - place) % len(stream)
+@given(keys(), st.integers(1, 50))
+def test_fewer_tokens_than_a_batch_are_enough(corpus, key, length):
+    made = batch(corpus([length], 20), key, 7, (2, 16))
+    assert made.mask.any(-1).all()
 
 
-@given(st.integers(1, 30), contexts)
-def test_a_long_document_is_cut_anywhere(folder, length, context):
-    stream = corpus(folder, [length], context)
-    tokens = batch(stream, random.key(0), 0, (20, 100))[0]
-    starts = {_start(window, stream.tokens.tolist()) for window in tokens.flatten(0, 1).tolist()}
-    # Every full window, and the last row, which is filled up from what follows.
-    assert starts == {*range(max(0, length - context) + 1), (length - 1) // context * context}
+def test_documents_are_visited_evenly(corpus):
+    """Every document, however short, comes once in each epoch: three epochs, in batches that do not fit in them."""
+    lengths = [3, 7, 5, 1, 6, 30]
+    stream = corpus(lengths, 8, learned=False)
+    count = len(stream.rows.first) - 1
+    found = [token for step in range(count) for token in predicted(batch(stream, random.key(3), step, (1, 3)))]
+    assert torch.bincount(torch.tensor(found)).unique().tolist() == [0, 3]
 
 
-@given(keys())
-def test_rows_are_drawn_evenly(folder, key):
-    lengths = [3, 7, 5, 1, 6]
-    stream = corpus(folder, lengths, 8)
-    tokens = batch(stream, key, 0, (16, 64))[0].flatten(0, 1)
-    firsts = torch.bincount(tokens[:, 1], minlength=70)  # the token after the begin tells the document
-    counts = firsts[firsts > 0]
-    assert len(counts) == len(lengths) and p_value(counts, torch.full((5,), 0.2)) > 1e-6
+def test_a_long_document_is_cut_at_other_places_in_other_epochs(corpus):
+    stream = corpus([100], 8)  # 12 rows and a rest of 4
+    count = len(stream.rows.first) - 1
+    firsts = {int(made.tokens[0, 0, 1]) for epoch in range(40) for step in range(count)
+              for made in [batch(stream, random.key(0), epoch * count + step, (1, 1))]}
+    assert firsts >= {*range(3, 8)}
 
 
-@pytest.mark.parametrize("step", [-1, 2**32, 0.5])
-def test_a_step_out_of_range_is_an_error(folder, step):
-    with pytest.raises((ValueError, AxesError), match=f"{step}"):
-        batch(corpus(folder, [5], 3), random.key(0), step, (1, 1))
+@pytest.mark.parametrize("step", [-1, 0.5, 2**60])
+def test_a_step_out_of_range_is_an_error(corpus, step):
+    with pytest.raises(ValueError, match="step|data"):
+        batch(corpus([5], 3), random.key(0), step, (1, 1))
+
+
+# --- and the model
+
+def test_packed_or_one_a_row_the_loss_of_a_corpus_is_the_same(tmp_path, model, texts):
+    encode_corpus(texts[:40], model.tokenizer, tmp_path / "a.bin")
+    from llama_fn.training.loop import evaluate
+    losses = [evaluate(model.params, open_corpus(tmp_path / "a.bin", model.tokenizer, 96, pack))
+              for pack in (True, False)]
+    assert abs(losses[0] - losses[1]) < 1e-5
+    assert len(open_shard(tmp_path / "a.bin", model.tokenizer).ends) == 40
+
+
+def test_a_step_of_packed_rows_is_a_step_of_their_documents(tmp_path, model, texts):
+    encode_corpus(texts[:20], model.tokenizer, tmp_path / "a.bin")
+    made = batch(open_corpus(tmp_path / "a.bin", model.tokenizer, 90), random.key(0), 0, (2, 3))
+    params = lf.tree.map(torch.Tensor.double, model.params)
+    step, state = make_step(lf.optim.sgd(0.5)), lf.optim.sgd(0.5).init(params)
+    packed = step(params, state, *made)
+    parts = [part for row in segments(made) for part in row]
+    assert len(parts) >= 6
+    tokens = torch.tensor([[ids + [0] * (91 - len(ids)) for ids, _ in parts]])
+    mask = torch.tensor([[counts + [False] * (91 - len(counts)) for _, counts in parts]])
+    alone = step(params, state, tokens, mask)
+    assert packed[2].count == alone[2].count and torch.isclose(packed[2].loss, alone[2].loss)
+    for x, y in zip(lf.tree.leaves(packed[0]), lf.tree.leaves(alone[0]), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-9)

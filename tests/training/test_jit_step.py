@@ -27,13 +27,13 @@ def copied(tree):
     return lf.tree.map(torch.clone, tree)
 
 
-def steps(make, optimizer, count=3, **options):
+def steps(make, optimizer, count=3, segments=(), **options):
     """Parameters, optimizer state and metrics after some steps of two micro-batches."""
     params = random_params(CONFIG, lf.random.key(0), torch.float32)
     state, step, measured = (copied(params), optimizer.init(params)), make(optimizer, **options), []
     for i in range(count):
         tokens = token_rows(CONFIG, 2, 3, 9, seed=i)
-        *state, metrics = step(*state, tokens, tokens % 4 > 0)
+        *state, metrics = step(*state, tokens, tokens % 4 > 0, *segments)
         measured.append(metrics)
     return *state, measured
 
@@ -52,9 +52,9 @@ def test_the_compiled_step_is_the_step(name):
 
 
 @pytest.mark.slow
-def test_so_it_is_with_remat_in_chunks_and_in_another_dtype(monkeypatch):
+def test_so_it_is_with_segments_with_remat_in_chunks_and_in_another_dtype(monkeypatch):
     monkeypatch.setattr(chunked_loss, "LOGITS", 7 * 77)
-    for options in ({"layer": lf.remat(lf.block)},
+    for options in ({"segments": [torch.arange(9).expand(2, 3, 9) // 4]}, {"layer": lf.remat(lf.block)},
                     {"loss_sum": functools.partial(loss_sum, z_loss=1e-3, label_smoothing=0.1)}):
         same(steps(jit_step.jit_step, OPTIMIZERS["adamw"], **options),
              steps(make_step, OPTIMIZERS["adamw"], **options), 2e-3)

@@ -96,10 +96,11 @@ def test_a_terminal_that_is_closed_lets_the_step_finish_though_nothing_can_be_pr
     child, terminal = pty.fork()
     if not child:
         def report(record: dict) -> None:
+            os.write(2, f"step {record['step']}\n".encode())
             if record["step"] == 3:
                 while signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:  # until the signal is noted
                     time.sleep(0.01)
-            os.write(2, f"step {record['step']}\n".encode())
+                os.write(2, b"the terminal is gone\n")
 
         status = 0
         try:
@@ -109,7 +110,7 @@ def test_a_terminal_that_is_closed_lets_the_step_finish_though_nothing_can_be_pr
         finally:
             os._exit(status)
     seen = b""
-    while b"step 2" not in seen:
+    while b"step 3" not in seen:
         seen += os.read(terminal, 100)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129

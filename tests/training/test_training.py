@@ -8,7 +8,7 @@ import torch
 
 import llama_fn as lf
 from llama_fn.training import loop, prepare
-from llama_fn.training.curve import plot_losses
+from llama_fn.training.curve import plot_curves
 from llama_fn.training.plan import Plan
 from llama_fn.training.run import run
 from llama_fn.training.step import make_step
@@ -17,10 +17,13 @@ TINY = Plan(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, hidden_dim=70, vocab_si
             warmup=2, stories=60)
 
 
+TIMES = ("seconds", "tokens_per_second", "tflops", "mfu", "memory")
+
+
 def records(folder) -> list[dict]:
     """The metrics without the times in them."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in ("seconds", "tokens_per_second")}
+    return [{k: v for k, v in record.items() if k not in TIMES}
             for record in lines if "parameters" not in record]
 
 
@@ -45,8 +48,8 @@ def test_resume_equals_not_stopping_bit_for_bit(tmp_path, monkeypatch):
     loaded = lf.load(tmp_path / "whole")
     assert all(map(torch.equal, lf.tree.leaves(loaded.params), lf.tree.leaves(whole.params)))
     assert loaded.tokenizer == whole.tokenizer and loaded.params.config.max_seq_len == 40
-    assert plot_losses(tmp_path / "whole" / "metrics.jsonl", tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert plot_curves(tmp_path / "whole" / "metrics.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert [r["step"] for r in records(tmp_path / "whole") if "valid_loss" in r] == [2, 4, 6]
     assert records(tmp_path / "whole")[0]["loss"] == pytest.approx(5.8, abs=0.3)  # log 330 = 5.8
 
