@@ -114,7 +114,7 @@ def by_shape(f: Callable[P, R], donate: str | Sequence[str] = (),
                 if (result := ready(tensors)) is not None:
                     return result
             if plain(tensors):
-                alike.append(compiled(run, args, axes, cpu))
+                alike.append(compiled(run, args, axes[:len(args)], cpu))
                 return alike[-1](tensors)
         return plain_f(*args)
 
