@@ -108,7 +108,7 @@ def test_it_is_chosen_for_values_of_one_token_a_row_alone(monkeypatch):
     mapped = Calls()
     with mapped:
         torch.vmap(lambda t, c: lf.jit_layers()(params, t, c)[0], (0, 0))(tokens, cache())
-    assert mapped.names == []
+    assert {*mapped.names} <= {"flash"}
     monkeypatch.setattr(avx2, "level", lambda: "")
     assert names_of(params, tokens, cache()) == []
 
