@@ -11,7 +11,7 @@ import llama_fn as lf
 
 spaces = st.sampled_from(["", " ", "\n", " \t\n"])
 # U+2581 is how SentencePiece writes a space: a text with it is not the one that comes back. A tag is refused, and the
-# name of a special token is plain text here and the token in transformers (hypothesis tries strings of the source, too).
+# name of a special token is plain text here but the token in transformers. (Hypothesis draws strings of the source.)
 NAMES = ("\u2581", "[INST]", "<s>", "</s>", "<unk>")
 words = unicode_texts(max_size=6).filter(lambda text: not any(name in text for name in NAMES))
 questions = st.builds("{}{}{}".format, spaces, words, spaces)
