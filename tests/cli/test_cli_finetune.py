@@ -106,12 +106,12 @@ def test_each_file_has_an_adapter_of_its_own(place, monkeypatch, capsys, model):
     assert len(first) == 2 and all(b < a for a, b in zip(first, last, strict=True))
     fox, hill = (lora.load(place / "tuned" / name, model.params) for name in ("fox", "hill"))
     assert not same(fox, hill)
-    for tuned, name in ((fox, "fox"), (hill, "hill")):
+    for tuned, other, name in ((fox, hill, "fox"), (hill, fox, "hill")):
         prompt = model.tokenizer.encode("Who was it 1?")
         whole = torch.tensor(model.tokenizer.encode(f"Who was it 1? {'A fox.' if name == 'fox' else 'The hill.'}"))
         mask = torch.arange(len(whole)) >= len(prompt)
-        own, plain = (float(lf.loss(params, whole, mask)) for params in (lora.apply(model.params, tuned), model.params))
-        assert own < plain
+        own, others = (float(lf.loss(lora.apply(model.params, x), whole, mask)) for x in (tuned, other))
+        assert own < others
 
 
 def test_an_adapter_is_trained_further(place, monkeypatch, capsys, model):
