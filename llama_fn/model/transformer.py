@@ -64,7 +64,7 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: AnyCache | None 
     Without a cache, the tokens are whole sequences from position 0 on, and the second result is `NoCache`. With one,
     they continue each row at its own length. The old cache is not changed, so it can be continued again. Positions may
     exceed ``config.max_seq_len``, the context of training; most models predict worse there. With ``segments``, a token
-    attends only to its own segment, where positions start at 0: a document's logits are as if it were alone.
+    attends only within its segment, where positions start at 0: a document's logits are as if it were alone.
 
     ``layer`` replaces `block`, and ``head`` computes the logits. ``trunk(params, tokens, cache, slots)`` computes all
     layers at once and writes into the memory of the cache, or returns None. `jit_layers` passes all three.

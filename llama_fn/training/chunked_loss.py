@@ -17,7 +17,7 @@ LOGITS = 2**24  # the most in memory at once: 64 MiB in float32
 
 
 def too_many_logits(output: Any, x: Tensor) -> bool:
-    """Whether the logits of rows x are to be computed in chunks. A `Tapped` weight may be used only once."""
+    """Whether to compute the logits of rows x in chunks. A `Tapped` weight may be used only once, so not in chunks."""
     return _logits(output, x[..., 0].numel()) > LOGITS and not isinstance(output, Tapped)
 
 

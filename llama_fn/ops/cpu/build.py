@@ -34,7 +34,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def takes(weight: Any, x: Tensor) -> bool:
-    """Whether `sums` computes this product. For quantized weights, inputs are rounded and must be 16-bit."""
+    """Whether `sums` computes this product. For quantized weights it rounds inputs, so they must be 16-bit."""
     rows, d = x.shape[:-1].numel(), x.shape[-1]
     if x.device.type != "cpu" or not 0 < rows <= most(weight) or d == 0 or not level():
         return False

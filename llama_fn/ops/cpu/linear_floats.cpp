@@ -13,8 +13,8 @@ constexpr int64_t TILE = 3;  // outputs whose accumulators are in registers
 constexpr int64_t BLOCK = 1024, TILES = 16;  // BLOCK inputs of a pack stay in the L1 cache while TILES tiles read them
 
 // A step of the inner loop multiplies COUNT weights by COUNT inputs and adds the products to one register (or two) of
-// accumulators. PACK rows are accumulated at once. One or two rows read the weights in STREAMS streams. `One` is the
-// step for a single row.
+// accumulators. PACK rows are accumulated at once. For one or two rows, weights are read in STREAMS streams. `One` is
+// the step for a single row.
 template <class Number>
 struct Eight {
     using One = Eight;
