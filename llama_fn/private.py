@@ -28,7 +28,7 @@ def _found(module: str, name: str, otherwise: Any) -> Any:
         return otherwise
 
 
-# --- What torch is doing. No public name tells. Without these names, only what is public is known.
+# --- What torch is doing. No public name tells all of it. In a torch without these names, less is known.
 
 is_wrapped = _found("torch._C", "_functorch.is_functorch_wrapped_tensor", lambda x: type(x) is not Tensor)
 is_mapped = _found("torch._C", "_functorch.is_batchedtensor", lambda x: False)
@@ -36,7 +36,7 @@ _interpreters = _found("torch._C", "_functorch.get_interpreter_stack", lambda: N
 _kinds = _found("torch._C", "_functorch.TransformType", SimpleNamespace(Grad="grad", Jvp="jvp", Vmap="vmap"))
 _vmap = _found("torch._C", "_functorch.CVmapInterpreterPtr", None)
 _dispatch_mode = _found("torch._C", "_get_dispatch_mode", lambda key: None)
-_proxy = _found("torch._C", "_TorchDispatchModeKey.PROXY", None)  # for `make_fx`, of which `is_compiling` is false
+_proxy = _found("torch._C", "_TorchDispatchModeKey.PROXY", None)  # of `make_fx`, under which `is_compiling()` is false
 autocast = _found("torch._C", "_is_any_autocast_enabled", torch.is_autocast_enabled)
 FakeTensor = _found("torch._subclasses", "FakeTensor", ())
 
@@ -86,7 +86,7 @@ def version(x: Tensor) -> int:
     return x._version
 
 
-# --- Derivatives and batching rules for an operator. `torch.library` offers none for one transform.
+# --- An operator's derivatives and batching rules at one level of transforms. `torch.library` offers none there.
 
 level = _found("torch._C", "_functorch.maybe_current_level", lambda: None)
 _add_axis = _found("torch._C", "_functorch._add_batch_dim", None)
@@ -97,7 +97,7 @@ one_level_of_autograd = _found("torch._functorch.utils", "enable_single_level_au
 
 
 def rules_can_be_set() -> bool:
-    """Whether this torch has all names that a batching rule needs. Without one, torch's own way is right but slower."""
+    """Whether this torch has all names that a batching rule needs. Otherwise torch's own is right but slower."""
     return None not in (_add_axis, _take_axis, _found("torch._functorch.pyfunctorch",
                                                       "retrieve_current_functorch_interpreter", None))
 
@@ -137,7 +137,7 @@ def flash_attention_allowed() -> bool:
 
 
 def copy_each(to: list[Tensor], values: list[Tensor]) -> None:
-    """Copy each value to the tensor in its place; on a GPU by one kernel."""
+    """Copy each value into the tensor at the same index of `to`; on a GPU, by one kernel."""
     if (together := getattr(torch, "_foreach_copy_", None)) is not None:
         together(to, values)
         return
@@ -148,7 +148,7 @@ def copy_each(to: list[Tensor], values: list[Tensor]) -> None:
 def multiplies_bfloat16() -> bool:
     """Whether oneDNN's products of bfloat16 are fast: the processor has instructions for them.
 
-    Where torch does not tell, they are assumed to be.
+    If torch cannot say, they are assumed to be fast.
     """
     known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     return torch.backends.mkldnn.is_available() and known()
@@ -169,7 +169,7 @@ def computes_by_number(target: Any) -> bool:
     return target is torch.ops.aten._to_copy.default or torch.Tag.pointwise in target.tags
 
 
-# --- The compiler beneath `torch.compile`, which takes five times as long to trace a layer, and 0.1 ms at each call.
+# --- The compiler beneath `torch.compile`. Dynamo on top takes five times as long to trace a layer, and 0.1 ms a call.
 
 _bypass = _found("torch._higher_order_ops.wrap", "dynamo_bypassing_wrapper", None)
 
@@ -229,6 +229,6 @@ def load_cpp(source: str, flags: tuple[str, ...]) -> Any:
     """
     from torch._inductor.codecache import CppCodeCache
 
-    # The flags say which instructions there are. Torch 2.11 asks g++ all the same.
+    # The flags name the vector instructions, so inductor need not ask g++ for them. Torch 2.11 asks all the same.
     known = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
     return CppCodeCache.load(source, extra_flags=flags, **({"needs_vec_isa": False} if known else {}))

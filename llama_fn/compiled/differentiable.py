@@ -19,11 +19,11 @@ R = TypeVar("R")
 
 
 def differentiable(f: Callable[..., R]) -> Callable[..., R]:
-    """`f` of positional trees, compiled for every combination of shapes, and its derivative for `torch.autograd`.
+    """`f` of positional trees and its derivative for `torch.autograd`, compiled once per combination of shapes.
 
-    Forward and backward are cut out of one graph, so that what the forward keeps is what the backward cannot compute
-    again cheaply, as in `torch.compile`; to trace them takes a fifth of its time. All layers of a model share both.
-    What is mapped, traced, differentiated by `torch.func` or not at all runs as it is.
+    As in `torch.compile`, forward and backward are cut out of one graph, and the forward saves only what the backward
+    cannot cheaply compute again. Tracing takes a fifth of the time of `torch.compile`. All layers of a model share the
+    compiled code. Where `f` is mapped, traced, differentiated by `torch.func` or not differentiated, it runs as it is.
     """
     known: dict[Hashable, _Compiled] = {}
 
@@ -45,13 +45,13 @@ def differentiable(f: Callable[..., R]) -> Callable[..., R]:
 
 
 class _Compiled(NamedTuple):
-    """A compiled forward, from tensors to results and what is kept; and a backward, from that and cotangents."""
+    """A forward, from tensors to results and saved tensors; and a backward, from saved tensors and cotangents."""
 
     forward: Callable[[list[Tensor]], Sequence[Tensor]]
     backward: Callable[[list[Tensor]], Sequence[Tensor]]
     outputs: int  # how many of the forward's values are results
-    wanted: list[int]  # of which tensors the backward gives gradients
-    result: Any  # the tree of results, with other tensors in it
+    wanted: list[int]  # the indices of the tensors whose gradients the backward returns
+    result: Any  # the tree of results, with placeholders for its tensors
 
 
 class _Applied(torch.autograd.Function):
@@ -78,7 +78,7 @@ def _compiled(f: Callable, args: tuple, tensors: list[Tensor], wanted: list[int]
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    imagined = inductor.FakeTensorMode(shape_env=ShapeEnv())  # without one, torch keeps no code between processes
+    imagined = inductor.FakeTensorMode(shape_env=ShapeEnv())  # without a ShapeEnv, torch's on-disk cache is off
     result: Any = None
 
     def values(*numbers: Tensor) -> tuple[Tensor, ...]:
@@ -109,7 +109,7 @@ def _compiled(f: Callable, args: tuple, tensors: list[Tensor], wanted: list[int]
     behind: list[Callable] = []
 
     def run_backward(values: list[Tensor]) -> Sequence[Tensor]:
-        if not behind:  # compiled for the strides that the forward's values came to have
+        if not behind:  # compiled at the first call, when the strides of the saved tensors are known
             inputs = [imagined.from_tensor(x.detach(), static_shapes=True) for x in values]
             behind.append(_by_inductor(backward, inputs, imagined, values[0]))
         return behind[0](values)

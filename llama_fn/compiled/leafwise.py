@@ -1,9 +1,9 @@
-"""`leafwise`: a function of trees that treats leaf after leaf, as an optimizer does, compiled once for all leaves.
+"""`leafwise`: a function of trees that computes leaf by leaf, as an optimizer does, compiled once for all leaves.
 
-The whole function is traced, and its graph cut into pieces: one for each sum over a leaf, as a norm needs it, and one
-for all that is made of a leaf in the end. A piece starts from the leaves, so that it reads each once. Pieces with the
-same operations are compiled once, as a loop for leaves of any size. The few single numbers between the pieces (a norm,
-a learning rate) are left to torch.
+The whole function is traced, and its graph is cut into pieces: one for each sum over a leaf, as in a norm, and one for
+all results that are computed from a leaf. A piece starts from the leaves themselves, so it reads each of them once.
+Pieces with the same operations are compiled once, as a loop for leaves of any size. The few single numbers between the
+pieces (a norm, a learning rate) are computed by torch.
 """
 
 import functools
@@ -29,7 +29,7 @@ Step = tuple[Callable[..., Sequence[Tensor]], list[Node], list[Node]]
 
 
 def leafwise(f: Callable[..., R], donate: str | Sequence[str] = ()) -> Callable[..., R]:
-    """`f` of positional trees, compiled by its leaves; the memory of an argument in `donate` takes its result."""
+    """`f` of positional trees, compiled leaf by leaf; results overwrite the arguments that `donate` names."""
     names = (donate,) if isinstance(donate, str) else tuple(donate)
     parameters = tuple(inspect.signature(f).parameters)
     known: dict[Hashable, Callable[[list[Tensor]], Any]] = {}
@@ -53,7 +53,7 @@ def leafwise(f: Callable[..., R], donate: str | Sequence[str] = ()) -> Callable[
 
 @undisturbed()
 def _program(f: Callable, structure: Any, tensors: list[Tensor], loops: dict) -> Callable[[list[Tensor]], Any]:
-    """The function for arguments such as these, from their tensors."""
+    """`f` compiled for arguments like these, as a function of the list of their tensors."""
     graph, result = _traced(f, structure, tensors)
     inputs = graph.find_nodes(op="placeholder")
     (values,) = next(iter(graph.find_nodes(op="output"))).args
@@ -87,7 +87,7 @@ def _traced(f: Callable, structure: Any, tensors: list[Tensor]) -> tuple[Graph, 
 
 
 def _steps(graph: Graph, values: Sequence[Node], loops: dict) -> list[Step]:
-    """What to do, in order: single numbers as they come, then all that is made of each leaf, then what is written."""
+    """The steps in order: single numbers as the graph has them, then each leaf's results, then writes by torch."""
     owners, steps, writes, made = _owners(graph), [], [], {}
     for node in graph.nodes:
         if node.op != "call_function":
@@ -103,9 +103,9 @@ def _steps(graph: Graph, values: Sequence[Node], loops: dict) -> list[Step]:
 
 
 def _owners(graph: Graph) -> dict[Node, Node]:
-    """To which leaf each node belongs that is made of leaves.
+    """For each node that is computed from leaves, the leaf that it belongs to.
 
-    Leaves that meet in a node, as a parameter and its gradient, are one.
+    Leaves that are arguments of the same node, such as a parameter and its gradient, count as one.
     """
     above: dict[Node, Node] = {}
 
@@ -126,7 +126,7 @@ def _owners(graph: Graph) -> dict[Node, Node]:
 
 
 def _many(node: Node) -> bool:
-    """Whether it has more than one number; a single one is computed once, and no part of a piece that uses it."""
+    """Whether a node has more than one number. A single number is computed once, and a piece that uses it reads it."""
     return isinstance(node.meta["val"], Tensor) and node.meta["val"].numel() != 1
 
 
@@ -143,7 +143,7 @@ def _by_torch(node: Node) -> Step:
 
 
 def _piece(made: list[Node], owners: dict[Node, Node], loops: dict) -> Step:
-    """These nodes of one leaf, from what it is given and from single numbers, as one loop."""
+    """The step that computes these nodes of one leaf, from arguments and single numbers, by one loop."""
     inside: dict[Node, None] = {}
     read: dict[Node, None] = {}
 
@@ -158,7 +158,7 @@ def _piece(made: list[Node], owners: dict[Node, Node], loops: dict) -> Step:
 
     for node in made:
         visit(node)
-    inside |= dict.fromkeys(node for node in made if node.target is COPY)  # when nobody reads the old numbers any more
+    inside |= dict.fromkeys(node for node in made if node.target is COPY)  # last: no node reads the old numbers then
     graph = Graph()
     copies = {node: graph.placeholder(f"x{i}") for i, node in enumerate(read)}
     for node in inside:
@@ -187,7 +187,7 @@ def _piece(made: list[Node], owners: dict[Node, Node], loops: dict) -> Step:
 
 
 def _by_number(inside: dict[Node, None], read: dict[Node, None]) -> bool:
-    """Whether a piece computes number by number, so that it is the same for leaves of any shape."""
+    """Whether a piece is elementwise up to sums, so that one loop serves leaves of any shape."""
     leaves = [x.meta["val"] for x in read if _many(x)]
     pointwise = all(node.target in (COPY, SUM) or private.computes_by_number(node.target) for node in inside)
     return pointwise and len({x.shape for x in leaves}) == 1 and all(x.is_contiguous() for x in leaves)

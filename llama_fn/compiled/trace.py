@@ -14,7 +14,7 @@ from llama_fn.compiled.inductor import ONE_LOOP, prepared, undisturbed
 from llama_fn.modes import tracing_layers
 from llama_fn.ops.cpu import build
 
-MOST = 4096  # combinations of sizes for which a compiled function remembers whether its graph fits
+MOST = 4096  # the most sizes for which a compiled function remembers whether its graph fits them
 
 
 @undisturbed()
@@ -22,11 +22,11 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
              cpu: Mapping[str, Any] = ONE_LOOP) -> Callable[[list[Tensor]], Any]:
     """`f` compiled for arguments like these, as a function of the list of their tensors.
 
-    That function gives None for tensors of other dtypes, devices, sizes or strides. Each argument comes with its
-    dynamic axis, which may have another size, or None. `cpu` are options for inductor on a CPU, in addition to those
-    that are always set.
+    That function returns None for tensors of other dtypes, devices, sizes or strides. `axes` has each argument's
+    dynamic axis, whose size may vary, or None. `cpu` are options for inductor on a CPU, in addition to those that are
+    always set.
     """
-    # These imports take two seconds: only who compiles pays for them.
+    # These imports take two seconds, so they wait until something is compiled.
     inductor = private.inductor()
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, is_concrete_int
@@ -55,7 +55,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
         result = rebuilt(result, itertools.repeat(torch.empty(0, device="cpu")))
         return values
 
-    # The sizes are inputs, too: torch's cache on disk decides by them whether a graph that it has fits.
+    # The sizes are inputs, too: torch's cache on disk uses them to decide whether a stored graph fits.
     inputs = [*sizes, *fakes]
     with torch.no_grad(), tracing_layers(), fake_mode:
         graph = make_fx(flat, decomposition_table=inductor.decompositions())(*inputs)
@@ -68,7 +68,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
         run = inductor.compile(graph, inputs, is_inference=True)
     build.ready(graph.graph)
 
-    # While it was traced, a condition may have made a dynamic size a constant.
+    # A condition on a dynamic size may have made it a constant during tracing.
     fits = alike(tensors, {i: axis for i, axis in dynamic.items() if not is_concrete_int(fakes[i].shape[axis])})
     fitting: dict[tuple[int, ...], bool] = {}  # sizes, and whether the graph's conditions on sizes hold for them
 
@@ -85,7 +85,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
         numbers: list[Any] = [*sizes, *tensors]
         for i, dtype in outside.items():
             if numbers[i].storage_offset() * numbers[i].itemsize % dtype.itemsize:
-                return None  # it begins within a word
+                return None  # it is not aligned to the wider dtype
             numbers[i] = numbers[i].view(dtype)
         return rebuilt(result, iter(run(numbers)))
 
@@ -105,10 +105,10 @@ def alike(tensors: list[Tensor], dynamic: Mapping[int, int] = MappingProxyType({
 
 
 def _views_outside(graph: Graph, inputs: list[Any]) -> dict[int, torch.dtype]:
-    """Change the graph so that an input which it views as another dtype comes in as that dtype.
+    """Change the graph: an input that it views as another dtype becomes an input of that dtype.
 
-    Weights of 8 and 4 bits are read as words. Inductor leaves such a view to torch, which ends a loop and takes as long
-    as three loops. The result says which inputs come in as which dtype.
+    Weights of 8 and 4 bits are read as wider words. Inductor would call torch for such a view, which ends a fused loop
+    and takes as long as three loops. The result maps the indices of these inputs to their new dtypes.
     """
     view, as_dtype = torch.ops.aten.view.default, torch.ops.aten.view.dtype
     places, outside = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}, {}
@@ -127,7 +127,7 @@ def _views_outside(graph: Graph, inputs: list[Any]) -> dict[int, torch.dtype]:
 
 
 def collect(values: tuple, tensors: list[Tensor], rest: list[Any]) -> None:
-    """Append the tensors in `values` to the one list, and everything else that a function can see to the other."""
+    """Append the tensors in `values` to `tensors`, and everything else that a function can see to `rest`."""
     for x in values:
         kind = type(x)  # comparing types saves the 0.3 us of an `isinstance` that fails
         if kind is Tensor:

@@ -23,7 +23,7 @@ from llama_fn.shapes import typed
 from llama_fn.transforms import lora
 from llama_fn.transforms.lora import Lora
 
-CHUNK = 512  # tokens of a prompt that go through the model at once, since attention's mask "t s" is held in memory
+CHUNK = 512  # the most prompt tokens that go through the model at once: attention's mask "t s" is held in memory
 
 
 class State(NamedTuple):
@@ -44,11 +44,10 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int, adap
             run: Callable = forward) -> tuple[State, Float[Tensor, "b t v"]]:
     """The state after `prompts`, and the logits after every prompt token.
 
-    The state has room for rows of `max_len` tokens and a few more. Shorter prompts are padded on the right. What a
-    cache holds beyond a row's length is never read, and the row's next tokens overwrite it, so a row is what it would
-    be alone. `adapters` is a stack of adapters, one a row, or None; `run` is `forward`, or has its signature. Raises
-    `ValueError` for an empty prompt, for one that does not fit, and for a number of adapters that is not that of the
-    prompts.
+    The state has room for rows of `max_len` tokens and a few more. Shorter prompts are padded on the right. The slots
+    beyond a row's length are never read, and the row's next tokens overwrite them, so each row decodes as if it were
+    alone. `adapters` is a stack of adapters, one a row, or None; `run` is `forward`, or has its signature. Raises
+    `ValueError` for an empty prompt, for one that does not fit, and if there are not as many adapters as prompts.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not all(lengths):
@@ -80,10 +79,10 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int, adap
 
 def resume(params: Params, tokens: Sequence[int], cache: Cache | NoCache | None, max_len: int,
            layer: Callable = block, head: Callable = head) -> State:
-    """The state of one row after `tokens`, the first `length` of which are in the cache already.
+    """The state of one row after `tokens`, whose first `cache.length` tokens are in the cache already.
 
-    The others go through the model, and at least the last one does. The cache grows to `max_len` slots and a few more
-    if it has fewer. (Its axis s has two sizes here, so this function is not `typed`.)
+    The other tokens go through the model. The last one always does, since its logits are needed. The cache grows to
+    `max_len` slots and a few more if it has fewer. (Its axis s has two sizes here, so this function is not `typed`.)
     """
     check("token", min(tokens), max(tokens), 0, params.config.vocab_size)
     device, dtype, slots = params.embedding.device, params.embedding.dtype, slots_for(max_len)
@@ -105,13 +104,13 @@ def resume(params: Params, tokens: Sequence[int], cache: Cache | NoCache | None,
 def drawn(logits: Tensor, lengths: Tensor, tokens: Tensor, keys: Tensor, sample: Sampler) -> Tensor:
     """The next token of every row, -1 where its logits are not `drawable`.
 
-    At position i, the key is the row's key folded in with i. So a draw depends on the row alone, and neither on the
+    The key at position i is the row's key with i folded in. So a draw depends on the row alone, and neither on the
     batch nor on how the row came to its length.
     """
     def one(key: Tensor, position: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
         return sample(random.fold_in(key, position), logits, tokens)
 
-    # A sampler that is mapped over rows cannot look at its logits, so they are looked at here.
+    # Under `vmap`, a sampler cannot branch on the values of its logits, so they are checked here.
     return torch.vmap(one)(keys, lengths, logits, tokens).where(drawable(logits), -1)
 
 
@@ -136,11 +135,11 @@ def step(params: Params, state: State, token: Tensor, keys: Tensor, sample: Samp
 
 
 def step_for(params: Params, rows: int, sample: Sampler, layer: Callable = block, head: Callable = head) -> Callable:
-    """`step`, or its compiled form where that is faster for such parameters and so many rows after their prompts.
+    """`step`, or its compiled form where that is faster for such parameters and this number of rows.
 
-    A compiled step donates the cache of its state: the old state, of a smaller length, stays valid until somebody else
-    continues it. A sampler is compiled if it is a `Sampling`: another one may depend on more than its arguments, and
-    runs as it is. So do a `layer` and a `head` of the caller's own.
+    A compiled step writes into the cache of its state. The old state stays valid, since its length is smaller. But if
+    it is continued twice, the second time overwrites the slots of the first. A `Sampling` is compiled. Another sampler
+    may depend on more than its arguments, so it runs as it is. So do a `layer` and a `head` of the caller's own.
     """
     if layer is not block or head is not plain_head:
         return functools.partial(step, run=functools.partial(forward, layer=layer, head=head))
@@ -162,16 +161,16 @@ def _step_by(compiled: Callable, params: Params, state: State, token: Tensor, ke
 
 def _forward_and_draw(params: Params, cache: Cache, tokens: Tensor, token: Tensor, keys: Tensor, sample: Sampler, *,
                       draw: Callable, **parts: Callable) -> tuple[Tensor, Cache, Tensor, Tensor]:
-    """`step` on the parts of a state: what is recorded for a GPU takes the cache as an argument of its own."""
+    """`step` on the parts of a state, because a step recorded for a GPU takes the cache as a separate argument."""
     logits, cache, tokens = _advanced(params, None, cache, tokens, token, functools.partial(forward, **parts))
     return logits, cache, tokens, draw(logits, cache.length, tokens, keys, sample)
 
 
-_compiled = decoder(_forward_and_draw, drawn)  # it owns the compiled step, which all of a process's texts share
+_compiled = decoder(_forward_and_draw, drawn)  # it holds the compiled step, which all generation in a process shares
 
 
 class Step(NamedTuple):
-    """A token that was drawn, its row, the logits it was drawn from, and the state, which it is not yet part of."""
+    """A token that was drawn, its row, the logits it was drawn from, and the state, which does not contain it yet."""
 
     row: int
     token: int
@@ -182,16 +181,16 @@ class Step(NamedTuple):
 def steps(params: Params, state: State, keys: Int[Tensor, "b 2"], sample: Sampler, ends: Collection[int],
           limits: Sequence[int], stopped: Callable[[int, int], bool] = lambda row, token: False,
           run: Callable = step) -> Iterator[Step]:
-    """All tokens of all rows, as they are drawn; a token goes through the model when the one after it is asked for.
+    """All tokens of all rows, as they are drawn; a token goes through the model when the next is requested.
 
-    A row ends before a token of `ends`, after as many tokens as its limit says, or with a token at which it is
-    `stopped(row, token)`, which is asked once for each; it then leaves the batch. What is compiled for a number of rows
-    goes on with a power of two: the first of those that stay fills up for those that left. Raises `ValueError` for
-    logits that are not `drawable`.
+    A row ends before a token of `ends`, after as many tokens as its limit says, or after a token for which
+    `stopped(row, token)` is true; it then leaves the batch. `stopped` is called at most once for each token. For a
+    compiled step, copies of the first remaining row fill the batch up to a power of two, so that it is compiled for few
+    sizes. Raises `ValueError` for logits that are not `drawable`.
     """
     left = list(limits)
     going, stay = list(range(len(limits))), [row for row, limit in enumerate(limits) if limit > 0]
-    keys = keys.contiguous()  # one key for all rows has other strides than the keys of those that stay
+    keys = keys.contiguous()  # one key expanded to all rows has other strides than the keys selected below
     token = None
     while stay:
         if len(stay) < len(going):

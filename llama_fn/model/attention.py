@@ -37,8 +37,8 @@ def written_out(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k 
                 segments: Int[Tensor, "*b t"] | None = None) -> Float[Tensor, "*b k g t h"]:
     """The definition: softmax(q k / sqrt(h)) v (Vaswani et al. 2017, eq. 1), with the future masked.
 
-    A query at position p sees the slots 0 to p; without `positions`, query i sees 0 to i, those of its segment alone.
-    The softmax is computed in float32 at least. The slots of a forked cache lie in two tensors, which are not joined.
+    A query at position p attends to slots 0 to p. Without `positions`, query i attends to its segment's tokens up to i.
+    The softmax is computed in float32 at least. A forked cache's slots are in two tensors, which are not concatenated.
     """
     (key_parts, value_parts) = (list(x) if isinstance(x, Forked) else [x] for x in (keys, values))
     t, h = queries.shape[-2:]

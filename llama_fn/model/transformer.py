@@ -24,7 +24,7 @@ from llama_fn.shapes import typed
 class Params(NamedTuple):
     """All weights of a model, as plain tensors in a tree, and its `Config`, which has no leaves.
 
-    So ``torch.func.grad`` differentiates by them, and `lf.tree.map` changes them.
+    So ``torch.func.grad`` differentiates with respect to them, and `lf.tree.map` changes them.
 
     >>> rounded: lf.Params = lf.tree.map(lambda x: x.bfloat16(), params)
     """
@@ -45,9 +45,9 @@ def embed(weight: Float[Table, "v d"], tokens: Int[Tensor, "*b t"]) -> Float[Ten
 @typed
 def head(norm: Float[Vector, "d"], output: Float[Matrix, "v d"], x: Float[Tensor, "*b t d"],
          eps: float) -> Float[Tensor, "*b t v"]:
-    """The logits of the last layer's results x: output (norm x), where ``eps`` is the norm's epsilon.
+    """The logits, output (norm x), of the last layer's result x; ``eps`` is the norm's epsilon.
 
-    Raises `AxesError` for other axes.
+    Raises `AxesError` if the axes do not match.
 
     >>> logits = lf.head(params.norm, params.output, x, params.config.norm_eps)
     """
@@ -59,19 +59,19 @@ def forward(params: Params, tokens: Int[Tensor, "*b t"], cache: AnyCache | None 
             *, segments: Int[Tensor, "*b t"] | None = None, layer: Callable[..., Any] = block,
             head: Callable[..., Any] = head,
             trunk: Callable[..., Tensor | None] | None = None) -> tuple[Float[Tensor, "*b t v"], AnyCache]:
-    """The logits of the token after each token, and the cache with these tokens in it (Touvron et al. 2023).
+    """For each token, the logits of the next one; and the cache with these tokens in it (Touvron et al. 2023).
 
     Without a cache, the tokens are whole sequences from position 0 on, and the second result is `NoCache`. With one,
-    they continue each row from its own length. Nothing is changed: the old cache can be continued again. Positions may
-    exceed ``config.max_seq_len``, the context of training; most models write worse there. With ``segments``, a token
-    sees only earlier tokens of its segment, and its position is their number: each document's logits are its own.
+    they continue each row at its own length. The old cache is not changed, so it can be continued again. Positions may
+    exceed ``config.max_seq_len``, the context of training; most models predict worse there. With ``segments``, a token
+    attends only within its segment, where positions start at 0: a document's logits are as if it were alone.
 
-    ``layer`` computes a layer in the place of `block`, and ``head`` computes the logits. ``trunk(params, tokens, cache,
-    slots)`` computes all layers at once, in the memory of the cache, or returns None. `jit_layers` passes all three.
+    ``layer`` replaces `block`, and ``head`` computes the logits. ``trunk(params, tokens, cache, slots)`` computes all
+    layers at once and writes into the memory of the cache, or returns None. `jit_layers` passes all three.
 
-    Raises `ValueError` for segments with a cache, for no tokens, and for a token outside the vocabulary or more tokens
-    than the cache has room for, compiled and mapped too; a donated cache is then unchanged. Where the numbers cannot be
-    read before they are used (``ops/inside.py`` says where), the logits of such a token or row are NaN instead.
+    Raises `ValueError` for segments with a cache, for no tokens, for a token outside the vocabulary, and for more
+    tokens than the cache has room for, also when compiled or mapped. A donated cache is then unchanged. Where nothing
+    can read the numbers before use (``ops/inside.py`` says where), the logits of such a token or row are NaN instead.
 
     >>> logits, cache = lf.forward(params, tokens, cache)
     """

@@ -1,7 +1,7 @@
-"""Attention, computed fast: an ordered table of implementations, of which the first that accepts runs.
+"""Attention, computed fast: the first implementation in `TABLE` that accepts the arguments runs.
 
-The definition stands in `model/attention.py`, and is the table's last row: the model hands it down. Every row is tested
-against it.
+The definition is in `model/attention.py`. The model passes it in, and it runs if no implementation accepts. Every
+implementation is tested against it.
 """
 
 import math
@@ -22,13 +22,13 @@ from llama_fn.ops.slots import Forked, visible
 from llama_fn.shapes import typed
 
 BLOCK = 64  # queries
-Attend = Callable[..., Tensor]  # of queries, keys, values and positions; most take only some kinds of these
+Attend = Callable[..., Tensor]  # of queries, keys, values and positions; most accept only some of them
 
 
 class Implementation(NamedTuple):
     """A way to attend, and whether it accepts queries, keys, values and positions.
 
-    A row that is `compiled` is for compiled steps alone, and is not asked in eager mode.
+    One that is `compiled` is only for compiled steps, and is skipped in eager mode.
     """
 
     compute: Attend
@@ -38,9 +38,9 @@ class Implementation(NamedTuple):
 
 def attend(definition: Attend, queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked,
            positions: Tensor | None, segments: Tensor | None = None) -> Tensor:
-    """Attention by the first implementation of `TABLE` that accepts these; by the definition, if none does.
+    """Attention by the first implementation of `TABLE` that accepts these arguments, or else by the definition.
 
-    Only `fused` and the definition know segments.
+    Only `fused` and the definition support segments.
     """
     if segments is not None:
         kernel: Attend = definition if _needs_definition(keys) else fused
@@ -55,7 +55,7 @@ def attend(definition: Attend, queries: Tensor, keys: Tensor | Forked, values: T
 def of_seen_slots(kernel: Attend) -> Attend:
     """The kernel, on keys and values cast to the queries' dtype, with zeros in the slots that no query sees.
 
-    A kernel may multiply a masked slot by 0, which makes NaN of a NaN there.
+    A kernel may multiply a masked slot by 0. If that slot held a NaN, the product would be NaN.
     """
     def attend(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> Tensor:
         if positions is not None:
@@ -82,7 +82,7 @@ def fused(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"],
         visible = (segments[..., None] == segments[..., None, :]).tril().reshape(-1, 1, t, t)
     if sdpa_rules.accepts(heads, keys, values):
         return sdpa_rules.attend(heads, keys, values, visible).reshape(*batch, k, g, t, h)
-    grouped = {"enable_gqa": True} if g > 1 else {}  # the flag itself may not be symbolic in a compiled graph
+    grouped = {"enable_gqa": True} if g > 1 else {}  # in a compiled graph g > 1 may be symbolic; the flag must not be
     out = F.scaled_dot_product_attention(heads, keys, values, visible, is_causal=visible is None, **grouped)
     return out.reshape(*batch, k, g, t, h)
 
@@ -90,16 +90,16 @@ def fused(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"],
 @typed
 def in_blocks(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"], values: Float[Tensor, "*b k s h"],
               positions: Int[Tensor, "*b t"] | None) -> Float[Tensor, "*b k g t h"]:
-    """`fused` block by block of queries, each over the slots up to the block's last position.
+    """`fused` for one block of queries after another, each over the slots up to the block's last position.
 
-    Positions must be consecutive. Torch's kernel computes masked scores too; blocks leave most of them out.
+    Positions must be consecutive. Torch's kernel computes masked scores, too; with blocks, most are never computed.
     """
     t, s, parts = queries.shape[-2], keys.shape[-2], []
     if positions is None:
         positions = torch.arange(t, device=queries.device).expand(*queries.shape[:-4], t)
     for at in range(0, t, BLOCK):
         end = min(at + BLOCK, t)
-        slots = s - t + end  # the last query stands in the last slot, or before it
+        slots = s - t + end  # the last query's position is the last slot or an earlier one
         parts.append(fused(queries[..., at:end, :], keys[..., :slots, :], values[..., :slots, :],
                            positions[..., at:end]))
     return torch.cat(parts, -2)
@@ -165,13 +165,13 @@ def _one(queries: Tensor, positions: Tensor | None) -> bool:
 def _needs_definition(keys: Tensor | Forked) -> bool:
     """Whether only the definition will do: for a forked cache, in forward mode, and for second derivatives.
 
-    Torch's kernel has a second derivative here, but recomputes what it did not keep: 3 to 15 % slower.
+    Torch's kernel has a second derivative, too, but is 3 to 15 % slower: it recomputes what it did not keep.
     """
     return isinstance(keys, Forked) or forward_mode() or twice()
 
 
 def _values_by_layers(queries: Tensor, keys: Tensor | Forked) -> bool:
-    """Whether values alone are asked for while `jit_layers` traces: no transform knows our kernels."""
+    """Whether `jit_layers` traces, without derivatives or transforms: this package's kernels support neither."""
     return by_layers() and not queries.requires_grad and not transforms() and not _needs_definition(keys)
 
 
@@ -194,7 +194,7 @@ def _for_one_query(queries: Tensor, keys: Tensor | Forked, values: Tensor | Fork
 
 
 def _for_blocks(queries: Tensor, keys: Tensor | Forked, values: Tensor | Forked, positions: Tensor | None) -> bool:
-    """Of 256 tokens, blocks take 0.8 of the time of the whole, of 512 three quarters, with AVX2 half."""
+    """For 256 tokens, blocks take 0.8 of the time of one call; for 512 tokens, 0.75, and 0.5 with AVX2."""
     return (queries.device.type == "cpu" and queries.shape[-2] > BLOCK and eager() and not transforms()
             and not _needs_definition(keys)
             and not any(isinstance(x, Tensor) and x.requires_grad for x in (queries, keys, values)))

@@ -1,7 +1,7 @@
-"""The linear map y = W x, computed fast: an ordered table of implementations, of which the first that accepts runs.
+"""The linear map y = W x, computed fast: the first implementation in `TABLE` that accepts the arguments runs.
 
-The definition stands in `model/linear.py`, and is the table's last row: the model hands it down. Every row is tested
-against it.
+The definition is in `model/linear.py`. The model passes it in, and it runs if no implementation accepts. Every
+implementation is tested against it.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from llama_fn.ops.weight import Matrix
 class Implementation(NamedTuple):
     """A way to compute y = W x, and whether it accepts a matrix W "o d" and rows x "*b d".
 
-    A row that is `compiled` is for compiled steps alone, and is not asked in eager mode.
+    One that is `compiled` is only for compiled steps, and is skipped in eager mode.
     """
 
     compute: Callable[[Any, Tensor], Tensor]
@@ -33,10 +33,10 @@ class Implementation(NamedTuple):
 
 
 def chosen(matrix: Flat, x: Tensor, definition: Callable[[Any, Tensor], Tensor]) -> Callable[[Flat, Tensor], Tensor]:
-    """The first implementation of `TABLE` that accepts these; the definition, which computes everything, if none does.
+    """The first implementation of `TABLE` that accepts these arguments, or else the definition, which accepts any.
 
-    Under a transform an axis may be hidden, and few rows be many: there, and where gradients are recorded, torch's own
-    product runs.
+    Under `vmap` an axis is hidden, so what looks like a few rows may be many. Under a transform, and where gradients
+    are recorded, torch's own product therefore runs.
     """
     compiled = compiling()
     for compute, accepts, compiled_only in TABLE:
@@ -54,7 +54,7 @@ def integers(weight: Quantized | Grouped, x: Tensor, inputs: int) -> Tensor:
 def together(weights: Sequence[Matrix], x: Tensor) -> list[Tensor] | None:
     """The linear maps y = W x of several weights by one kernel, or None if no kernel accepts them all.
 
-    A GPU has read a small weight before it is at full speed; on the CPU each call costs time.
+    A GPU finishes reading one small weight before it reaches full speed. On the CPU, each call has a fixed cost.
     """
     if not compiling():
         return None

@@ -1,8 +1,7 @@
-"""The cross-entropy a chunk of tokens at a time, so that the logits of a large vocabulary are never all in memory.
+"""The cross-entropy, a chunk of tokens at a time, so that the logits of a large vocabulary are never all in memory.
 
 For 4,096 tokens and 32,000 words, logits in float32 take 500 MiB, and their gradient as much again. Each chunk's
-logits are computed, used and dropped, and computed again for the backward: `remat` makes that right under every
-transform.
+logits are computed, used, freed, and computed again for the backward. `remat` makes this correct under every transform.
 """
 
 from collections.abc import Callable
@@ -14,11 +13,11 @@ from torch import Tensor
 from llama_fn.modes import mapped
 from llama_fn.transforms.tapped import Tapped
 
-LOGITS = 2**24  # as many are in memory at once: 64 MiB in float32
+LOGITS = 2**24  # the most in memory at once: 64 MiB in float32
 
 
 def too_many_logits(output: Any, x: Tensor) -> bool:
-    """Whether the logits of rows x are to be computed in chunks. A `Tapped` weight may be used once."""
+    """Whether to compute the logits of rows x in chunks. A `Tapped` weight may be used only once, so not in chunks."""
     return _logits(output, x[..., 0].numel()) > LOGITS and not isinstance(output, Tapped)
 
 
@@ -33,5 +32,5 @@ def in_chunks(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _logits(output: Any, rows: int) -> int:
-    """How many logits so many rows have, for all that `vmap` maps together."""
+    """The number of logits of these rows, in all examples that `vmap` maps together."""
     return rows * output.shape[0] * mapped()

@@ -22,7 +22,7 @@ Step = Callable[..., tuple[Any, Any, Metrics]]
 
 
 class Task(NamedTuple):
-    """What fine-tuning needs to know: ``loss_sum(trained, *frozen, tokens, mask)`` is what its steps make smaller."""
+    """What fine-tuning needs to know: its steps minimize ``loss_sum(trained, *frozen, tokens, mask)``."""
 
     trained: Any
     """The tree that is trained, before the first step: parameters, an adapter, or a stack of adapters."""
@@ -30,15 +30,15 @@ class Task(NamedTuple):
     """Trees that the loss reads and that stay as they are."""
     loss_sum: Callable[..., tuple[Tensor, Tensor]]
     finish: Callable[[Any], Any]
-    """From the trained tree to the result: parameters in the dtypes of the model, or the adapter itself."""
+    """Turns the trained tree into the result: parameters in the dtypes of the model, or the adapter itself."""
     many: bool = False
-    """Whether every leaf of the trained tree has a first axis, that of several adapters."""
+    """Whether the trained tree is a stack of adapters, along the first axis of every leaf."""
 
 
 def full(params: Params, beta: float | None = None) -> Task:
     """All parameters are trained, in float32 at least, so that small updates are not rounded away.
 
-    The model computes in the dtypes of ``params``, and the result has them again. With ``beta``, the loss is
+    The model computes in the dtypes of ``params``, and the result is cast back to them. With ``beta``, the loss is
     `dpo_loss`, whose reference is ``params``. Raises `ValueError` for quantized weights.
     """
     if fixed := [path for path, x in tree.paths(params).items() if not x.is_floating_point()]:
@@ -59,8 +59,8 @@ def full(params: Params, beta: float | None = None) -> Task:
 def adapter(params: Params, start: Lora, beta: float | None = None, reference: Params | None = None) -> Task:
     """An adapter is trained on top of ``params``, which stay as they are and may be quantized.
 
-    ``start`` is the adapter before the first step. With ``beta``, the loss is `dpo_loss` with this ``reference``; None
-    stands for ``params``.
+    ``start`` is the adapter before the first step. With ``beta``, the loss is `dpo_loss` with this ``reference``; if
+    it is None, ``params`` is the reference.
     """
     def policy(trained: Lora, base: Params, *frozen: Params) -> Params:
         return lora.apply(base, trained)
@@ -72,7 +72,7 @@ def adapter(params: Params, start: Lora, beta: float | None = None, reference: P
 def adapters(params: Params, starts: Lora, beta: float | None = None) -> Task:
     """Several adapters are trained in one step, as a stacked tree, each as if it were alone (see `adapter`).
 
-    The batches have a first axis, too: the rows of each adapter.
+    The batches have a first axis, too: entry i holds the rows of adapter i.
     """
     return adapter(params, starts, beta)._replace(many=True, finish=lora.unstack)
 
@@ -87,7 +87,7 @@ def begin(task: Task, optimizer: Optimizer) -> TrainState:
 def step_of(task: Task, optimizer: Optimizer, *, layer: Callable = block) -> Step:
     """The step ``(trained, opt_state, tokens, mask, frozen) -> (trained, opt_state, metrics)`` of a task.
 
-    For several adapters, all but ``frozen`` is mapped, and so are the metrics. See `make_step`.
+    For several adapters, every argument but ``frozen`` has a first axis, and so have the results. See `make_step`.
     """
     step = guarded(make_step(optimizer, layer, loss_sum=task.loss_sum))
 
@@ -104,7 +104,7 @@ def step_of(task: Task, optimizer: Optimizer, *, layer: Callable = block) -> Ste
 
 @torch.no_grad()
 def evaluate(task: Task, trained: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
-    """The mean loss over batches, for each adapter, or as a list of one number."""
+    """The mean loss over batches, as a list: one number for each adapter, or one in all."""
     def summed(trained: Any, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return task.loss_sum(trained, *task.frozen, tokens, mask)
 
@@ -115,7 +115,7 @@ def evaluate(task: Task, trained: Any, batches: Iterable[tuple[Tensor, Tensor]])
 
 
 def _loss_sum(policy: Callable[..., Params], beta: float | None) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The loss of the model that ``policy(trained, *frozen)`` gives; with ``beta``, against the last frozen tree."""
+    """The loss of the model ``policy(trained, *frozen)``; with ``beta``, DPO's, whose reference is ``frozen[-1]``."""
     def summed(trained: Any, *rest: Any, layer: Callable = block) -> tuple[Tensor, Tensor]:
         *frozen, tokens, mask = rest
         params = policy(trained, *frozen)

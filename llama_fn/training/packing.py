@@ -14,15 +14,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-ROUNDS = 8  # of the Feistel network; four are enough for a cipher, but rows are few
+ROUNDS = 8  # of the Feistel network; four are enough for a cipher's wide blocks, but few rows make narrow ones
 MASK = 2**32 - 1
 
 
 class Rows(NamedTuple):
     """The rows: which items each has.
 
-    Item i of a row is number ``number[i]`` of document ``document[i]``, counted in full rows. The items of row r are
-    those from ``first[r]`` to ``first[r + 1]``.
+    Item i is number ``number[i]`` of the items of document ``document[i]``: its full rows in order, then its rest. The
+    items of row r are those from ``first[r]`` up to ``first[r + 1]``, which is excluded.
     """
 
     document: np.ndarray
@@ -38,14 +38,14 @@ class Span(NamedTuple):
 
 
 def rows_of(predictions: np.ndarray, context: int, pack: bool) -> Rows:
-    """The rows of documents with so many predictions each; one item a row unless ``pack``."""
+    """The rows of documents that have these numbers of predictions; one item a row unless ``pack``."""
     full, rest = np.divmod(predictions, context)
     items = full + (rest > 0)
     document = np.repeat(np.arange(len(predictions)), items)
     number = np.arange(len(document)) - np.repeat(np.cumsum(items) - items, items)
     if not pack:
         return Rows(document, number, np.arange(len(document) + 1))
-    # The begin token of a segment takes a slot; a rest that is cut in two has two of them.
+    # The begin token of each segment takes one more slot. A rest that is cut in two has two segments.
     slots = np.where(number < full[document], context, rest[document]) + 1
     slots += (number == full[document]) & (number > 0) & (rest[document] > 1)
     order, sizes = filled(slots, context + 1)
@@ -55,7 +55,7 @@ def rows_of(predictions: np.ndarray, context: int, pack: bool) -> Rows:
 def filled(slots: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
     """Items of these sizes in rows of ``room``: the items row after row, and the number of items of each row.
 
-    Each row takes the longest item left that fits, again and again. Rows with items of the same lengths are made
+    Each row repeatedly takes the longest remaining item that fits. Rows with items of the same lengths are made
     together, so that the time depends on the lengths and not on the number of items.
     """
     order = np.argsort(slots, kind="stable")
@@ -81,8 +81,8 @@ def filled(slots: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
 def spans(begin: int, predictions: int, number: int, context: int, shift: int) -> list[Span]:
     """The stretches of item ``number`` of the document that begins at ``begin``, in an epoch with this shift.
 
-    ``shift`` lies in [0, 2**32); as a fraction of that, it is the fraction of the rest that comes first. Whatever it
-    is, the items of a document predict each of its tokens, except the first, exactly once.
+    ``shift`` lies in [0, 2**32), and ``shift / 2**32`` is the fraction of the rest that lies at the document's start.
+    For every shift, the items of a document predict each of its tokens, except the first, exactly once.
     """
     full, rest = divmod(predictions, context)
     first = shift * (rest + 1) >> 32 if full else 0  # predictions of the rest that lie at the document's beginning
@@ -93,9 +93,9 @@ def spans(begin: int, predictions: int, number: int, context: int, shift: int) -
 
 
 def beginnings(predictions: np.ndarray, space: int, word: int) -> list[tuple[int, int]]:
-    """Documents to fill ``space`` slots of a row, drawn by 32 bits: each with how many of its tokens to predict.
+    """Documents that fill ``space`` slots of a row, each with the number of its tokens to predict.
 
-    Every document is as likely as any other. The last one is cut where the row ends.
+    The 32 bits of ``word`` seed the draw; every document is equally likely. The last one is cut where the row ends.
     """
     found = []
     while space > 1:
@@ -108,10 +108,10 @@ def beginnings(predictions: np.ndarray, space: int, word: int) -> list[tuple[int
 
 
 def permuted(place: int, count: int, words: Sequence[int]) -> int:
-    """Where a random permutation of ``count`` numbers, which is drawn by ``words`` of 32 bits, sends ``place``.
+    """The image of ``place`` under a random permutation of ``count`` numbers, whose keys are ``words`` of 32 bits.
 
     A Feistel network permutes the numbers of 2 n bits, and is applied until the result is below ``count`` (Black and
-    Rogaway 2002, "Ciphers with arbitrary finite domains"). So one number of a permutation costs no memory.
+    Rogaway 2002, "Ciphers with arbitrary finite domains"). So the permutation itself is never in memory.
     """
     half = max(3, ((count - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1

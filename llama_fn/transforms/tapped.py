@@ -1,9 +1,9 @@
-"""A value in a weight's place that measures the squared norm of the weight's gradient, and never computes the gradient.
+"""A stand-in for a weight, which measures the squared norm of the weight's gradient without keeping the gradient.
 
 The gradient of a linear map's weight is g^T x, where x "t d" is the input and g "t o" the cotangent of the output. Its
-squared norm is the sum of the products of two matrices "t t" of pairs of tokens, (x x^T) * (g g^T) (Goodfellow 2015,
-"Efficient per-example gradient computations"; Li et al. 2022, "Large language models can be strong differentially
-private learners", section 4).
+squared norm is the sum of all elements of (x x^T) * (g g^T), the elementwise product of two matrices "t t" (Goodfellow
+2015, "Efficient per-example gradient computations"; Li et al. 2022, "Large language models can be strong differentially
+private learners", section 4). Where g^T x is smaller than these matrices, it is computed instead, squared and freed.
 """
 
 from collections.abc import Callable
@@ -35,12 +35,12 @@ class TappedError(AttributeError, ValueError):
 
 
 class Tapped(Base):
-    """A weight that computes as ever, and whose squared gradient norm becomes the gradient of `tap`, a zero.
+    """A weight that computes as usual. The squared norm of its gradient becomes the gradient of `tap`, a zero.
 
-    It is a leaf and not a tree of tensors. So code that does not know it fails: if it changed the weight before the
-    use, the measured gradient would be that of another tensor. It may be used once, since the norm of a sum of
-    gradients does not follow from their norms. It may be used only at the level of transforms where it was made, since
-    a `vmap` or `grad` inside the loss makes such a sum of its use.
+    It is a leaf, not a tree of tensors, so code that does not know it fails. Such code might change the weight before
+    the model uses it, and the measured gradient would be that of another tensor. It may be used only once, since the
+    norm of a sum of gradients does not follow from their norms. It may be used only at the level of transforms where it
+    was made: inside a further `vmap` or `grad`, a single use can have such a sum as its gradient.
     """
 
     def __init__(self, weight: Tensor, tap: Tensor, path: str) -> None:
@@ -114,7 +114,7 @@ def scale_observed(y: Tensor, x: Tensor, tap: Tensor) -> Tensor:
 
 @typed
 def linear_square(x: Float[Tensor, "t d"], g: Float[Tensor, "t o"]) -> Float[Tensor, ""]:
-    """The squared norm |g^T x|^2, by the smaller way: the matrices of pairs of tokens, or the gradient itself."""
+    """The squared norm |g^T x|^2, from the smaller of the two: the matrices "t t", or the gradient itself."""
     if 2 * len(x) ** 2 <= x.shape[-1] * g.shape[-1]:
         return ((x @ x.mT) * (g @ g.mT)).sum()
     return (g.mT @ x).square().sum()
@@ -129,7 +129,7 @@ def embedding_square(tokens: Int[Tensor, "t"], g: Float[Tensor, "t d"], v: int) 
 
 
 class _Observed(torch.autograd.Function):
-    """The identity of y. Its backward passes the cotangent g on, and gives the tap `square(x, g)`."""
+    """The identity on y. Its backward passes the cotangent g on, and `square(x, g)` is the gradient of the tap."""
 
     generate_vmap_rule = True
 

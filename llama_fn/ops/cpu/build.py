@@ -4,9 +4,9 @@ They need a processor with AVX2 or AVX-512. There are linear maps of a few rows 
 `linear_integers.cpp`), attention of one query a row (`attend_one_query.cpp`) and of many (`attend_many_queries.cpp`),
 and all layers of one token at once (`step.cpp`, see `compiled/whole_step.py`).
 
-Torch's own kernels do not read at the memory's speed there (that for four bits reads 7 GB/s of 30). Inductor's loops
-compute with floats alone, read a weight again for each row, reach a third of these kernels' speed in attention, and
-take twice as long to trace.
+Torch's own kernels for these do not reach the memory's speed (its 4-bit kernel reads 7 GB/s of 30). Inductor's loops
+compute only with floats, read each weight once per row, reach a third of these kernels' speed in attention, and take
+twice as long to trace.
 """
 
 import functools
@@ -27,14 +27,14 @@ from llama_fn.ops.quantized import GROUP, Grouped, Quantized, as_made
 from llama_fn.private import FakeTensor, load_cpp
 
 FILES = {"floats": "linear_floats.cpp", "integers": "linear_integers.cpp", "one_query": "attend_one_query.cpp",
-         "one_token": "step.cpp", "many_queries": "attend_many_queries.cpp"}  # of each operator
-STEP, PROMPT = ("floats", "integers", "one_query", "one_token"), ("many_queries",)  # operators that are compiled as one
+         "one_token": "step.cpp", "many_queries": "attend_many_queries.cpp"}  # the source of each operator
+STEP, PROMPT = ("floats", "integers", "one_query", "one_token"), ("many_queries",)  # each is compiled as one library
 KERNELS = (*STEP, *PROMPT)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def takes(weight: Any, x: Tensor) -> bool:
-    """Whether `sums` computes this product. For quantized weights it rounds inputs, so they must have 16 bits."""
+    """Whether `sums` computes this product. For quantized weights it rounds inputs, so they must be 16-bit."""
     rows, d = x.shape[:-1].numel(), x.shape[-1]
     if x.device.type != "cpu" or not 0 < rows <= most(weight) or d == 0 or not level():
         return False
@@ -52,12 +52,12 @@ def most(weight: Any) -> int:
 def sums(weights: Sequence[Tensor | Quantized | Grouped], x: Tensor) -> list[Tensor]:
     """W x in float32 for weights "... d" of one kind and rows "r d": for each weight, its outputs "r o".
 
-    For quantized weights, inputs are rounded, by at most 2^-16 of the largest of a group of 64.
+    For quantized weights, inputs are rounded. The error is at most 2^-16 of the largest input in a group of 64.
     """
     _loaded(x, STEP)
     values, scales = parts(weights)
     rest = x.float().contiguous(), torch.get_num_threads()
-    if isinstance(weights[0], Quantized):  # of a tree that was cast they may be otherwise
+    if isinstance(weights[0], Quantized):  # a cast of the tree may have changed their dtype
         scales = [scale.float().contiguous() for scale in scales]
     rows = torch.ops.llama_fn.integers(values, scales, *rest) if scales else torch.ops.llama_fn.floats(values, *rest)
     return list(rows.split([math.prod(w.shape[:-1]) for w in weights], -1))
@@ -144,15 +144,15 @@ def load(kernels: tuple[str, ...] = STEP) -> None:
 
 
 def _loaded(x: Tensor, kernels: tuple[str, ...]) -> None:
-    """`load`; while tracing, only start to, since nothing runs yet."""
+    """`load` these kernels. While tracing, only start to compile them, since nothing runs yet."""
     _made() if isinstance(x, FakeTensor) else load(kernels)
 
 
 @functools.cache
 def _made() -> dict[tuple[str, ...], Future]:
-    """The kernels being compiled, in threads, because a step is traced meanwhile: compiling takes six seconds.
+    """The kernels, as futures: threads compile them, which takes six seconds, while a step is traced.
 
-    They are compiled as inductor's loops are, and kept on disk between processes in the same folder.
+    They are compiled like inductor's loops, and kept on disk in the same folder for later processes.
     """
     compiler = ThreadPoolExecutor(2)
     flags = ("-mavx2", "-mfma", "-mf16c")
@@ -162,7 +162,7 @@ def _made() -> dict[tuple[str, ...], Future]:
 def _source(kernels: tuple[str, ...]) -> str:
     """The source files of these kernels and what they include, as one text.
 
-    Its first line names the instructions: different processors may share the folder of compiled kernels.
+    Its first line names the vector instructions, since different processors may share the folder of compiled kernels.
     """
     source, seen = f"// {level()}\n", set()
 
@@ -176,7 +176,7 @@ def _source(kernels: tuple[str, ...]) -> str:
     return source + "".join(take(FILES[kernel]) for kernel in kernels)
 
 
-# Their kernels for the CPU are in C++.
+# The CPU kernels of these operators are the C++ sources in `FILES`.
 define("floats(Tensor[] values, Tensor x, int threads) -> Tensor", _empty_floats)
 define("integers(Tensor[] values, Tensor[] scales, Tensor x, int threads) -> Tensor", _empty_integers)
 define("one_token(Tensor tokens, Tensor embedding, Tensor frequencies, Tensor[] norms, Tensor[] values, "

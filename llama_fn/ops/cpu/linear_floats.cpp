@@ -10,10 +10,11 @@
 namespace {
 
 constexpr int64_t TILE = 3;  // outputs whose accumulators are in registers
-constexpr int64_t BLOCK = 1024, TILES = 16;  // a block of inputs stays in the L1 cache for so many tiles
+constexpr int64_t BLOCK = 1024, TILES = 16;  // BLOCK inputs of a pack stay in the L1 cache while TILES tiles read them
 
-// A step of the inner loop: it multiplies COUNT weights and inputs and adds them to one register of accumulators. PACK
-// rows are accumulated at once. For one or two rows, weights are read in STREAMS streams, by the step `One`.
+// A step of the inner loop multiplies COUNT weights by COUNT inputs and adds the products to one register (or two) of
+// accumulators. PACK rows are accumulated at once. For one or two rows, weights are read in STREAMS streams. `One` is
+// the step for a single row.
 template <class Number>
 struct Eight {
     using One = Eight;
@@ -48,7 +49,7 @@ struct Sixteen {
 
 #ifdef __AVX512BF16__
 template <>
-struct Sixteen<BFloat16> {  // of pairs
+struct Sixteen<BFloat16> {  // each accumulator adds up products of pairs
     using One = struct Halves;
     using Weight = uint16_t;
     using Input = uint16_t;
@@ -89,9 +90,9 @@ struct Halves : Sixteen<BFloat16> {
 float sum_of(Halves::Sums sums) { return sum_of(_mm256_add_ps(sums.first, sums.last)); }
 #endif
 
-// Accumulates the inputs from `begin` to `end` for some outputs of ROWS rows (or one fewer), whose inputs lie in memory
-// as "d/COUNT ROWS COUNT". The accumulators are kept from call to call; the last call writes them to y "r total".
-// `next` are the weights to prefetch.
+// Accumulates inputs `begin` to `end` for OUTPUTS outputs of ROWS rows, whose inputs lie in memory as
+// "d/COUNT ROWS COUNT". Only the first `rows` rows are real: ROWS, or one fewer. `kept` holds the accumulators between
+// calls; the last call writes their sums to y "r total". `next` are the weights to prefetch.
 template <class Step, int OUTPUTS, int ROWS>
 void tile(const typename Step::Weight* weight, const typename Step::Weight* next, int64_t d, int64_t begin, int64_t end,
           const typename Step::Input* x, int64_t rows, typename Step::Sums* kept, float* y, int64_t total) {
@@ -100,7 +101,7 @@ void tile(const typename Step::Weight* weight, const typename Step::Weight* next
     UNROLLED for (int o = 0; o < OUTPUTS; o++)
         UNROLLED for (int r = 0; r < ROWS; r++) sums[o][r] = begin ? kept[o * ROWS + r] : Step::none();
     x += begin * ROWS;
-    _Pragma("GCC unroll 4") for (int64_t i = begin; i < end; i += COUNT, x += COUNT * ROWS) {  // 6 % faster
+    _Pragma("GCC unroll 4") for (int64_t i = begin; i < end; i += COUNT, x += COUNT * ROWS) {  // unrolled: 6 % faster
         decltype(Step::weights(weight)) weights[OUTPUTS];
         UNROLLED for (int o = 0; o < OUTPUTS; o++) weights[o] = Step::weights(weight + o * d + i);
         if (i % LINE == 0)
@@ -120,25 +121,26 @@ void tile(const typename Step::Weight* weight, const typename Step::Weight* next
         UNROLLED for (int o = 0; o < OUTPUTS; o++) y[r * total + o] = sum_of(sums[o][r]);
 }
 
-// Of a quarter of a pack's rows, of two quarters, of three, of all.
+// `tile` for one, two, three and four quarters of a pack's rows.
 template <class Step, int OUTPUTS>
 constexpr decltype(&tile<Step, 1, 1>) TILE_OF[] = {
     tile<Step, OUTPUTS, Step::PACK / 4>, tile<Step, OUTPUTS, Step::PACK / 2>, tile<Step, OUTPUTS, Step::PACK * 3 / 4>,
     tile<Step, OUTPUTS, Step::PACK>};
 
-// The outputs of a piece. For few rows, tile after tile reads the same block of inputs, which stays in the L1 cache (a
-// third faster for eight rows). For many rows, a tile's weights are what is read again.
+// How many outputs a piece has. For at most PACK rows, a piece is many tiles, which all read the same block of inputs.
+// The block stays in the L1 cache (a third faster for eight rows). For more rows, a piece is one tile, and every pack
+// of rows reads its weights again.
 template <class Step>
 int64_t outputs_of_rows(int64_t rows) { return rows <= Step::PACK ? TILES * TILE : TILE; }
 
-// Computes pieces of a matrix's outputs from `begin` to `end`, for packed rows, into y "r total".
+// Computes pieces `piece` to `last_piece` of a matrix's outputs `begin` to `end`, for packed rows, into y "r total".
 template <class Step>
 void tiles(const void* values, const void* x, int64_t rows, int64_t d, float* y, int64_t total, int64_t begin,
            int64_t end, int64_t piece, int64_t last_piece) {
     constexpr int64_t PACK = Step::PACK;
     const auto* const weight = (const typename Step::Weight*)values;
     const auto* const inputs = (const typename Step::Input*)x;
-    typename Step::Sums kept[TILES + 1][TILE * PACK];  // of the last, two may be of one output
+    typename Step::Sums kept[TILES + 1][TILE * PACK];  // the last piece may end with two tiles of one output
     const int64_t outputs = outputs_of_rows<Step>(rows), block = rows <= PACK ? BLOCK : d;
     for (; piece < last_piece; piece++) {
         const int64_t first = begin + piece * outputs, last = std::min(first + outputs, end);
@@ -157,7 +159,7 @@ void tiles(const void* values, const void* x, int64_t rows, int64_t d, float* y,
     }
 }
 
-// The same of one row or two, side by side as "d/COUNT ROWS COUNT": a piece is an output of each stream.
+// The same for one or two rows, packed as "d/COUNT ROWS COUNT". A piece is one output of each stream.
 template <class Step, int ROWS>
 void streams(const void* values, const void* packed, int64_t d, float* y, int64_t total, int64_t begin, int64_t end,
              int64_t piece, int64_t last_piece) {
@@ -180,13 +182,13 @@ void streams(const void* values, const void* packed, int64_t d, float* y, int64_
                     sums[s][r] = Step::add(sums[s][r], weights, Step::inputs(x + ROWS * i + COUNT * r));
             }
         UNROLLED for (int s = 0; s < STREAMS; s++)
-            if (begin + s * each + piece < end)  // otherwise an output that another thread may write
+            if (begin + s * each + piece < end)  // otherwise o[s] was clamped, and another thread may write that output
                 UNROLLED for (int r = 0; r < ROWS; r++) y[r * total + o[s]] = sum_of(sums[s][r]);
     }
 }
 
-// Rows "r d" in packs of at most `most`, each "d/COUNT r COUNT", in which the number of rows is a multiple of `some`:
-// those beyond the last are zeros.
+// Copies rows "r d" into packs of at most `most` rows, each "d/COUNT r COUNT". The number of rows is rounded up to a
+// multiple of `some`; the added rows are zeros.
 template <class Step>
 void pack(const Rows& x, int64_t most, int64_t some, typename Step::Input* packed) {
     constexpr int64_t COUNT = Step::COUNT;
@@ -221,7 +223,8 @@ void many_by(const Matrices& matrices, const Rows& x, float* y, int64_t threads)
     });
 }
 
-// The product of matrices of one dtype, side by side, with rows of the same dtype: "r o".
+// The products "r o" of matrices of one dtype and rows; the outputs of all matrices are concatenated. The rows are
+// float32, but hold numbers of the matrices' dtype.
 void floats_times(const Matrices& matrices, const Rows& x, float* y, int64_t threads) {
     STD_TORCH_CHECK(0 < x.rows && 0 < x.d && x.d % 8 == 0, "floats: rows of whole registers");
     const auto by = [&](auto step) {

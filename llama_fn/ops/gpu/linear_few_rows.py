@@ -1,8 +1,8 @@
 """A few rows times matrices on a GPU, at the memory's speed. Torch has no such kernel, least of all for 8 bits.
 
-Weights do not change during a step. So a program loads its first block of weights while the previous kernel still runs,
-and the next kernel's programs may start as soon as this one's have. Block sizes are the fastest of some fifty measured
-(H100).
+Weights do not change during a step. So a program loads its first block of weights while the previous kernel still
+runs, and the next kernel's programs may start once all programs of this one have started (PDL, programmatic dependent
+launch). The block sizes were the fastest of about fifty that were measured on an H100.
 """
 
 # The checker takes a Triton kernel's body and its launch `kernel[grid](...)` for plain Python.
@@ -21,12 +21,12 @@ from llama_fn.ops.gpu.launch import own_outputs, silu
 from llama_fn.ops.operators import define
 
 OUTPUTS, BLOCK = 64, 128  # the outputs of a program, and the inputs that it multiplies at a time
-FIRST = 512  # inputs of the first block of bytes, for up to 16 rows
-ENOUGH = 256  # programs: two for each of a Hopper's multiprocessors
+FIRST = 512  # inputs in a program's first block, for weights of 8 bits and up to 16 rows
+ENOUGH = 256  # programs: about two for each of an H100's 132 multiprocessors
 
 
 class Weights(NamedTuple):
-    """Matrices "o d" of one dtype that meet the same rows, and their outputs' scales (or an empty list)."""
+    """Matrices "o d" of one dtype that multiply the same rows, and the scales of their outputs (or an empty list)."""
 
     values: list[Tensor]
     scales: list[Tensor]
@@ -35,7 +35,7 @@ class Weights(NamedTuple):
 def sums(weights: list[Tensor], x: Tensor, split_size: int) -> Tensor:
     """The split-K parts of W x in float32, for up to `gpu.MOST` weights "o d" of one dtype and rows "b d": "p b o".
 
-    The outputs of all weights stand side by side. Each part is the sum over `split_size` inputs; the caller adds up p.
+    The outputs of all weights are concatenated. Each part is the sum over `split_size` inputs; the caller sums over p.
     """
     y = empty_sums(weights, x, split_size)
     _launch(weights, [], x, y, split_size, len(y), gated=False)
@@ -57,7 +57,7 @@ def sums_of(weights: Weights, x: Tensor) -> tuple[Tensor, tuple]:
 def gated_sums(weights: Weights, x: Tensor) -> Tensor:
     """The gated product silu(W0 x) * W1 x of rows "b d" and two weights "o d": "b o".
 
-    It needs a `split_size` of all inputs, so that one program has the whole sum.
+    `split_size` must be all inputs, so that one program has the whole sum.
     """
     y = x.new_empty((len(x), len(weights.values[0])))
     _launch(*weights, x, y, split_size(weights.values, x), 1, gated=True)
@@ -76,10 +76,10 @@ def _launch(weights: list[Tensor], scales: list[Tensor], x: Tensor, y: Tensor, s
 
 
 def split_size(weights: list[Tensor], x: Tensor) -> int:
-    """How many inputs a program sums (split-K), in whole blocks, so that there are some hundred programs.
+    """How many inputs each program sums (split-K): whole blocks, such that there are a few hundred programs.
 
-    It is an argument of the operator, so that it stands in the compiled graph. Torch's on-disk cache of graphs would
-    not notice a size that is computed inside the operator.
+    It is an argument of the operator, so that it is part of the compiled graph. If the operator computed it, torch's
+    on-disk cache of graphs would not notice that it changed.
     """
     bytes_, tiles = weights[0].dtype == torch.int8, sum(len(weight) for weight in weights) / OUTPUTS
     parts = max(1, round((396 if bytes_ else 256) / tiles))
@@ -88,7 +88,7 @@ def split_size(weights: list[Tensor], x: Tensor) -> int:
 
 
 def _pairs(power: str, kind: str) -> str:
-    """PTX that makes two pairs of 16-bit numbers from four bytes; `_exact` says how."""
+    """PTX that converts four signed bytes to two pairs of 16-bit floats; `_exact` says how."""
     two = """
         prmt.b32 two, $2, 0, {};
         lop3.b32 low, two, 0x007f007f, {power}, 0xea;
@@ -106,8 +106,8 @@ FLOAT16 = tl.constexpr(_pairs("0x64006400", "f16x2"))
 def _exact(number, dtype: tl.constexpr, PAIRS: tl.constexpr):
     """Signed bytes as 16-bit floats, exactly.
 
-    With PAIRS, two at a time: the seven lower bits are put into the mantissa of a power of two, and that power is
-    subtracted. Where the sign bit is set, 128 more is subtracted (128 or 256 in bfloat16, 1024 or 1152 in float16).
+    With PAIRS, two bytes are converted at a time. The seven lower bits are put into the mantissa of a power of two (128
+    in bfloat16, 1024 in float16). Then that power is subtracted, and 128 more where the sign bit is set.
     """
     if not PAIRS:
         exact = number.to(dtype)
@@ -131,7 +131,7 @@ def _few_rows(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, y, rows, d: tl.constexpr, s
     else:
         weight, _, outputs, o, first = own_outputs(w0, w1, w2, s0, s1, s2, o0, o1, o2, OUTPUTS)
     row, k, begin = tl.arange(0, ROWS), tl.arange(0, FIRST), tl.program_id(1) * split_size
-    if BYTES:  # rows times outputs: the product takes a converted byte from the register that it is in
+    if BYTES:  # rows times outputs: the product reads a converted byte straight from its register
         row, o, of_row, of_output = row[:, None], o[None, :], k[None, :], k[:, None]
     else:  # outputs times rows: 6 % faster
         row, o, of_row, of_output = row[None, :], o[:, None], k[:, None], k[None, :]
@@ -140,7 +140,7 @@ def _few_rows(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, y, rows, d: tl.constexpr, s
     weight += o.to(tl.int64) * d + begin
     numbers = tl.load(weight + of_output, mask=own & (begin + of_output < d), other=0)
     if PDL:
-        gdc_wait()  # for x; the weight is older
+        gdc_wait()  # for x, which the previous kernel writes; no kernel writes the weights
         gdc_launch_dependents()
     inputs = tl.load(x + of_row, mask=there & (begin + of_row < d), other=0)
     total = tl.zeros([ROWS, OUTPUTS] if BYTES else [OUTPUTS, ROWS], tl.float32)
@@ -172,7 +172,7 @@ def _product(weights, inputs, total, BYTES: tl.constexpr, PAIRS: tl.constexpr):
 @triton.jit
 def summed(parts, s0, s1, s2, o0, o1, o2, row, rows, o, there, dtype: tl.constexpr, P: tl.constexpr,
            SCALED: tl.constexpr):
-    """Outputs `o` of one row: the sum of the split-K parts, times the scales, rounded as in a kernel of its own."""
+    """Outputs `o` of one row: the sum of the split-K parts, times the scales, rounded to `dtype`."""
     total = tl.zeros(o.shape, tl.float32)
     for p in tl.static_range(P):
         total += tl.load(parts + (p * rows + row).to(tl.int64) * (o0 + o1 + o2) + o, mask=there, other=0)
