@@ -13,6 +13,8 @@ from llama_fn.ops import room
 
 # A process started in the background of a script ignores Ctrl-C, and its children with it; ours are asked to stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):  # and one under nohup ignores the end of its terminal
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # a GPU's kernels run on the CPU; triton looks when it is imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # or transformers asks the network for what a folder does not have
