@@ -182,7 +182,7 @@ def test_generate_works_in_a_pipe_and_reads_one():
         assert done.stdout.startswith("Once upon a time there was") and "[seed 0: 5 tokens in" in done.stderr
     empty = subprocess.run([*COMMAND, "generate", "-"], input="", capture_output=True, text=True, check=False)
     assert empty.returncode == 2
-    assert empty.stderr == "llama-fn: the prompt is empty: nothing came on standard input\n"
+    assert empty.stderr == "llama-fn: the prompt is empty: standard input holds no text\n"
     bad = subprocess.run([*COMMAND, "generate", "-"], input=b"caf\xe9", capture_output=True, check=False)
     assert bad.returncode == 2
     assert bad.stderr == b"llama-fn: standard input: not UTF-8: byte 0xE9 at offset 3; convert it to UTF-8 first\n"

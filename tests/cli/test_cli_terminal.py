@@ -79,7 +79,7 @@ def test_lines_are_edited_and_ctrl_c_stops_an_answer_and_not_the_program(folders
         assert "Traceback" not in terminal.read(until="Ctrl-D or /quit leaves")
         terminal.read(until="> ")
         terminal.type(f"help{CTRL_A}/\n")
-        terminal.read(until="answer the last message once more")
+        terminal.read(until="answer the last message again")
         terminal.read(until="> ")
         terminal.type("Who?\n")
         terminal.read(until="Who?")

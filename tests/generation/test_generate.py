@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import keys, models, token_rows
 
 import llama_fn as lf
-from llama_fn.generation import decode
+from llama_fn.compiled import decoding
 
 
 def by_hand(params: lf.Params, row: list[int], key, sample, count: int, ends=(), **parts) -> tuple[list, list]:
@@ -109,7 +109,7 @@ def test_adapters_go_through_a_layer_of_ones_own_and_compiled_steps(model, monke
     rows, own = [[1, 5, 6], [1, 7]], {"key": lf.random.key(0), "max_new_tokens": 4, "adapters": adapters}
     plain = lf.generate(model.params, rows, **own)
     assert lf.generate(model.params, rows, layer=lambda *args: lf.block(*args), **own) == plain
-    monkeypatch.setattr(decode, "LARGE", 0)
+    monkeypatch.setattr(decoding, "LARGE", 0)
     assert lf.generate(model.params, rows, **own) == plain
 
     def strange(key, logits, tokens):
