@@ -72,6 +72,7 @@ def check_torch_file(path: str | os.PathLike) -> None:
                         raise ValueError(f"{entry.filename} has {entry.file_size:,} bytes, at most {MOST_PICKLE:,} are "
                                          "read; tensors belong in entries of their own")
                     _check_pickle(archive.read(entry))
+    # These are what zipfile and struct raise for archives that are damaged, encrypted or of an unknown kind.
     except (ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError, IndexError, KeyError, EOFError,
             struct.error) as error:
         raise ValueError(f"{path}: not a file of tensors, or a damaged one: {error}") from None

@@ -41,8 +41,7 @@ class MetricsFile:
 
         Numbers that are not finite become null, because JSON has no other word for them.
         """
-        finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in measurement.items()}
-        line = (json.dumps(finite) + "\n").encode()
+        line = (json.dumps(_finite(measurement)) + "\n").encode()
         self.waiting += line
         self.length += len(line)
         self.hash.update(line)
@@ -70,6 +69,15 @@ class MetricsFile:
         with contextlib.suppress(OSError):
             self.flush()
         os.close(self.handle)
+
+
+def _finite(x: Any) -> Any:
+    """The value with None in the place of every number that is not finite."""
+    if isinstance(x, dict):
+        return {name: _finite(part) for name, part in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(part) for part in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def kept_metrics(path: Path, extent: dict[str, Any]) -> bytes:

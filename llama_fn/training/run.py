@@ -32,7 +32,7 @@ from llama_fn.training.progress import Samples, flops_per_token, memory_in_use, 
 from llama_fn.training.record import METRICS, MetricsFile
 from llama_fn.training.saving import Saver
 from llama_fn.training.snapshots import snapshot_steps
-from llama_fn.training.stopping import signals_noted, stop
+from llama_fn.training.stopping import signals_noted, stop, terminal_may_close
 
 ReportMeasurement = Callable[[dict], None]
 
@@ -101,11 +101,8 @@ def _steps(folder: Path, begun: Begun, every: int, metrics: MetricsFile, saver: 
 
     def log(measurement: dict[str, Any]) -> None:
         metrics.append(measurement)
-        try:
+        with terminal_may_close(signals):
             report(measurement)
-        except OSError:  # after SIGHUP there is no terminal to write to
-            if not signals:
-                raise
 
     def save_state() -> None:
         saver.save(state, {**begun.about, "step": int(state.step), "seconds": seconds, **valid}, metrics)
@@ -135,9 +132,7 @@ def _steps(folder: Path, begun: Begun, every: int, metrics: MetricsFile, saver: 
             saver.look()
             if signals:
                 save_state()
-                saver.wait()
-                if saver.error is not None:
-                    raise saver.error
+                saver.finish()
                 stop(signals[0])
             since = time.perf_counter()  # leaves out the evaluation and the samples
         saver.wait()

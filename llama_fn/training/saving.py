@@ -68,6 +68,12 @@ class Saver:
             self.error = None
         self.writing = None
 
+    def finish(self) -> None:
+        """Wait until no write is at work, and raise the `OSError` of the last one, if it failed."""
+        self.wait()
+        if self.error is not None:
+            raise self.error
+
     def _failed(self, error: OSError) -> None:
         if self.error is None:
             warnings.warn(f"no snapshot of step {self.step}: {error.filename}: {error.strerror}; the run goes on, and "

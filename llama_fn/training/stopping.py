@@ -50,6 +50,16 @@ def signals_noted() -> Iterator[list[int]]:
         restore()
 
 
+@contextmanager
+def terminal_may_close(noted: list[int]) -> Iterator[None]:
+    """A context manager in which an `OSError` is no error after a signal: SIGHUP means that the terminal is closed."""
+    try:
+        yield
+    except OSError:
+        if not noted:
+            raise
+
+
 def stop(number: int) -> None:
     """Raise `KeyboardInterrupt` for SIGINT, and `SystemExit` with the status 128 + number for any other signal."""
     if number == signal.SIGINT:

@@ -29,13 +29,14 @@ from llama_fn.model.transformer import Params
 from llama_fn.text import read_json
 from llama_fn.training.examples import Examples, batch, in_order
 from llama_fn.training.finetune import Step, Task, adapter, adapters, begin, evaluate, full, step_of
+from llama_fn.training.guarded import is_finite
 from llama_fn.training.lock import LOCK, locked
 from llama_fn.training.loop import TrainState, take_steps
 from llama_fn.training.record import METRICS, MetricsFile, kept_metrics
 from llama_fn.training.saving import Saver
 from llama_fn.training.snapshots import SNAPSHOTS, newest_snapshot
 from llama_fn.training.step import Metrics
-from llama_fn.training.stopping import signals_noted, stop
+from llama_fn.training.stopping import signals_noted, stop, terminal_may_close
 from llama_fn.training.tuning import Tuning
 from llama_fn.transforms import lora
 from llama_fn.transforms.lora import Lora
@@ -81,7 +82,8 @@ def tune(folder: Path, params: Params, data: Sequence[Examples], tuning: Tuning,
     """
     task, optimizer, steps = task_of(params, tuning, len(data), start), tuning.optimizer(), tuning.steps
     assert steps is not None
-    manifest = {**dataclasses.asdict(tuning), "model": _digest([params.norm, params.embedding[:64]]),
+    manifest = {**dataclasses.asdict(tuning), "model": _digest(tree.leaves(params)),
+                "start": None if start is None else _digest(tree.leaves(start)),
                 "examples": _digest([x for one in data for x in one])}
     _check(folder, manifest, resume)
     with locked(folder):
@@ -89,8 +91,8 @@ def tune(folder: Path, params: Params, data: Sequence[Examples], tuning: Tuning,
             remove_leftovers(place)
         write_json(folder / MANIFEST, manifest)
         about = {"run": manifest}
-        found = newest_snapshot(folder, begin(task, optimizer), lambda about: _check_about(about, manifest))
         state, kept = begin(task, optimizer), b""
+        found = newest_snapshot(folder, state, lambda about: _check_about(about, manifest))
         if found is not None:
             state, kept = found[0], kept_metrics(folder / METRICS, found[1][METRICS])
         keys = random.split(random.fold_in(random.key(tuning.seed), 1), len(data))
@@ -111,7 +113,9 @@ def tune(folder: Path, params: Params, data: Sequence[Examples], tuning: Tuning,
         first = {"step": int(state.step), "steps": steps, "parameters": trained,
                  "examples": sum(len(one.tokens) for one in data)}
         with contextlib.closing(MetricsFile(folder / METRICS, kept)) as metrics, Saver(folder, KEEP) as saver:
-            report(first) if kept else _log(first, metrics, report)
+            if not kept:
+                metrics.append(first)
+            report(first)
             taken = take_steps(state, step, batch_of, steps, device)
             state = _run(state, taken, steps, every, validate, about, metrics, saver, report)
     return task.finish(state.params)
@@ -127,32 +131,30 @@ def _run(state: TrainState, taken: Iterable[tuple[TrainState, Metrics]], steps: 
         saver.save(state, {**about, "step": int(state.step), **loss}, metrics)
 
     with signals_noted() as signals:
+        def log(record: dict[str, Any]) -> None:
+            metrics.append(record)
+            with terminal_may_close(signals):
+                report(record)
+
         begun = since = time.perf_counter()
         for state, measured in taken:
             number, now, loss = int(state.step), time.perf_counter(), {}
-            _log({"step": number, "loss": measured.loss.tolist(), "grad_norm": measured.grad_norm.tolist(),
-                  "learned_per_second": round(int(measured.count.sum()) / (now - since), 1),
-                  "seconds": round(now - begun, 2)}, metrics, report)
+            log({"step": number, "loss": measured.loss.tolist(), "grad_norm": measured.grad_norm.tolist(),
+                 "learned_per_second": round(int(measured.count.sum()) / (now - since), 1),
+                 "seconds": round(now - begun, 2), **({} if is_finite(measured).all() else {"skipped": True})})
             if number % every == 0 or number == steps:
                 loss = validate(state)
                 if loss:
-                    _log({"step": number, **loss}, metrics, report)
+                    log({"step": number, **loss})
                 save_state()
             saver.look()
             if signals:
                 save_state()
-                saver.wait()
-                if saver.error is not None:
-                    raise saver.error
+                saver.finish()
                 stop(signals[0])
             since = time.perf_counter()  # leaves out the evaluation
         saver.wait()
     return state
-
-
-def _log(record: dict[str, Any], metrics: MetricsFile, report: Callable[[dict], None]) -> None:
-    metrics.append(record)
-    report(record)
 
 
 def _check_about(about: dict[str, Any], manifest: dict[str, Any]) -> None:

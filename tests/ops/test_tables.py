@@ -29,7 +29,7 @@ def products(row: str):
 def slots(row: str):
     """Queries, keys, values and positions that a row of the attention table accepts."""
     t = {"in_blocks": 3 * attends.BLOCK // 2, "fused": 5, "many_by_cpp": 5}.get(row, 1)
-    return (normal(3, 2, 3, t, 8), normal(4, 2, t + 7, 8), normal(5, 2, t + 7, 8), torch.arange(t) + 4)
+    return (normal(3, 2, 3, t, 8), normal(4, 2, t + 9, 8), normal(5, 2, t + 9, 8), torch.arange(t) + 4)
 
 
 def there(row: str) -> None:

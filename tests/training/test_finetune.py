@@ -16,6 +16,7 @@ import llama_fn as lf
 from llama_fn import lora, tree
 from llama_fn.training import finetune, tune
 from llama_fn.training.examples import Examples
+from llama_fn.training.snapshots import snapshot_steps
 from llama_fn.training.tuning import Tuning
 
 CONFIG = lf.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70, max_seq_len=64)
@@ -222,6 +223,33 @@ def test_a_run_that_is_resumed_is_one_that_was_not_stopped(tmp_path, kind):
         tune.tune(tmp_path / "two", params, [*data[1:], examples(CONFIG, 5)], tuning, **how, resume=True)
     with pytest.raises(ValueError, match="holds a run with another model"):
         tune.tune(tmp_path / "two", params._replace(norm=2 * params.norm), data, tuning, **how, resume=True)
+    last = params.blocks[-1]
+    other = params._replace(blocks=(*params.blocks[:-1], last._replace(ffn_norm=2 * last.ffn_norm)))
+    with pytest.raises(ValueError, match="holds a run with another model"):
+        tune.tune(tmp_path / "two", other, data, tuning, **how, resume=True)
+    if kind == "given":
+        with pytest.raises(ValueError, match="holds a run with another start"):
+            tune.tune(tmp_path / "two", params, data, tuning, **{**how, "start": trained(lf.random.key(4), params)},
+                      resume=True)
+
+
+def test_a_closed_terminal_loses_no_step(tmp_path):
+    """After SIGHUP nothing can be printed any more, and the step is saved all the same."""
+    def closed(record: dict) -> None:
+        if record["step"] == 3:
+            signal.raise_signal(signal.SIGHUP)
+            raise OSError("the terminal is gone")
+
+    params = random_params(CONFIG, lf.random.key(0), torch.float32)
+    with pytest.raises(SystemExit) as stopped:
+        tune.tune(tmp_path / "run", params, [examples(CONFIG)], TUNING, report=closed)
+    assert stopped.value.code == 129 and snapshot_steps(tmp_path / "run")[-1] == 3
+    with pytest.raises(OSError, match="the terminal is gone"):
+        tune.tune(tmp_path / "other", params, [examples(CONFIG)], TUNING, report=failing)
+
+
+def failing(record: dict) -> None:
+    raise OSError("the terminal is gone")
 
 
 def test_micro_batches_are_one_batch(tmp_path):

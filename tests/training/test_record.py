@@ -85,7 +85,10 @@ def test_the_file_is_replaced_atomically_or_not_touched(tmp_path, monkeypatch):
 def test_numbers_that_are_not_finite_are_null(tmp_path):
     with closing(MetricsFile(tmp_path / "m", b"")) as metrics:
         metrics.append({"step": 1, "loss": math.nan, "grad_norm": math.inf, "skipped": True})
-    assert json.loads((tmp_path / "m").read_text()) == {"step": 1, "loss": None, "grad_norm": None, "skipped": True}
+        metrics.append({"step": 2, "loss": [math.nan, 0.5]})
+    first, second = (tmp_path / "m").read_text().splitlines()
+    assert json.loads(first) == {"step": 1, "loss": None, "grad_norm": None, "skipped": True}
+    assert second == '{"step": 2, "loss": [null, 0.5]}'
 
 
 def test_other_contents_are_an_error_and_a_missing_file_a_warning(tmp_path):
