@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from llama_fn.training import loop
 from llama_fn.training.plan import Plan
 from llama_fn.training.run import run
+from llama_fn.training.snapshots import snapshot_steps
 from llama_fn.training.step import make_step
 
 SMALL = Plan(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=20, context=24, steps=8, batch=2)
@@ -44,6 +46,12 @@ def stopped_run(root: Path, plan: Plan = SMALL, step: int = 6, **options) -> Pat
     with pytest.raises(KeyboardInterrupt):
         run(root / "run", plan, write_texts(root / "texts"), report=signal_after(step), **options)
     return root / "run"
+
+
+def wait_for_snapshot(run: Path, step: int) -> None:
+    """Return when the thread that writes the snapshot of a step has written it."""
+    while step not in snapshot_steps(run):
+        time.sleep(0.01)
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from llama_fn import private
-from llama_fn.compiled.inductor import prepared, undisturbed
+from llama_fn.compiled.inductor import by_inductor, prepared, undisturbed
 from llama_fn.compiled.products import by_onednn
 from llama_fn.compiled.trace import collect, rebuilt
 from llama_fn.modes import autocast, gradients_enabled, traced, tracing_layers, transforms
@@ -119,8 +119,5 @@ def _compiled(f: Callable, args: tuple, tensors: list[Tensor], wanted: list[int]
 
 @undisturbed()
 def _by_inductor(graph: GraphModule, inputs: list[Tensor], imagined: Any, like: Tensor) -> Callable:
-    inductor = private.inductor()
     by_onednn(graph)
-    with torch.no_grad(), inductor.set_fakes(imagined), inductor.config.patch(prepared(like, {})), \
-            inductor.tracing(imagined):
-        return inductor.compile(graph, inputs, is_inference=True)
+    return by_inductor(graph, inputs, imagined, prepared(like, {}))

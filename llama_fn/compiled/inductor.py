@@ -5,10 +5,12 @@ import gc
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from llama_fn import private
 from llama_fn.modes import on_gpu
@@ -26,7 +28,14 @@ ONE_LOOP = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 1000}
 MANY_ROUNDS = {"realize_opcount_threshold": 10}
 
 
-def prepared(x: Tensor, cpu: Mapping[str, Any]) -> dict[str, Any]:
+class Prepared(NamedTuple):
+    """Options for inductor, and the threads that find out what it asks."""
+
+    options: dict[str, Any]
+    threads: list[threading.Thread]
+
+
+def prepared(x: Tensor, cpu: Mapping[str, Any]) -> Prepared:
     """The options for the device of `x`; on a CPU, the options `cpu` are added to those that are always set.
 
     Threads find out meanwhile what inductor asks once in a process: a hash of torch's and Triton's sources, which takes
@@ -43,9 +52,24 @@ def prepared(x: Tensor, cpu: Mapping[str, Any]) -> dict[str, Any]:
             options["cpp.vec_isa_ok"] = True
         else:
             asked.append(inductor.instructions)
-    for question in asked:
-        threading.Thread(target=question).start()
-    return options
+    threads = [threading.Thread(target=question) for question in asked]
+    for thread in threads:
+        thread.start()
+    return Prepared(options, threads)
+
+
+def by_inductor(graph: GraphModule, inputs: Sequence[Any], imagined: Any, ready: Prepared) -> Callable:
+    """The code of a graph, as a function of the list of its inputs. `imagined` is the mode that its values are fake in.
+
+    The questions must be answered by then. Torch's answers about instructions are no longer the same in each process
+    when two threads look for them at once, and then the code that an earlier process left on disk is not found.
+    """
+    inductor = private.inductor()
+    for thread in ready.threads:
+        thread.join()
+    with torch.no_grad(), inductor.set_fakes(imagined), inductor.config.patch(ready.options), \
+            inductor.tracing(imagined):
+        return inductor.compile(graph, inputs, is_inference=True)
 
 
 def _keeps_headers(folder: str) -> bool:

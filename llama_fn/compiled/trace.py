@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Graph
 
 from llama_fn import private
-from llama_fn.compiled.inductor import ONE_LOOP, prepared, undisturbed
+from llama_fn.compiled.inductor import ONE_LOOP, by_inductor, prepared, undisturbed
 from llama_fn.modes import tracing_layers
 from llama_fn.ops.cpu import build
 
@@ -39,7 +39,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
             places += [(len(tensors) + i, axis % x.ndim) for i, x in enumerate(own) if x.is_contiguous()]
         tensors += own
     dynamic = dict(places)
-    options = prepared(tensors[0], cpu)
+    ready = prepared(tensors[0], cpu)
 
     shapes, result = ShapeEnv(), None
     fake_mode = inductor.FakeTensorMode(shape_env=shapes)
@@ -63,9 +63,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
     graph.graph = inductor.same_once(graph.graph)
     outside = _views_outside(graph.graph, inputs)
     graph.recompile()  # torch's cache on disk finds a graph by its code
-    with torch.no_grad(), inductor.set_fakes(fake_mode), inductor.config.patch(options), \
-            inductor.tracing(fake_mode):
-        run = inductor.compile(graph, inputs, is_inference=True)
+    run = by_inductor(graph, inputs, fake_mode, ready)
     build.ready(graph.graph)
 
     # A condition on a dynamic size may have made it a constant during tracing.

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from program import COMMAND, cli
-from runs import TEXTS, edit_manifest
+from runs import TEXTS, edit_manifest, wait_for_snapshot
 from runs import write_texts as write
 
 import llama_fn as lf
@@ -244,6 +244,7 @@ def test_the_first_ctrl_c_is_answered_at_once_and_the_second_stops_at_once(tmp_p
 
     def twice(record: dict) -> None:
         if record.get("step") == 3 and "loss" in record:
+            wait_for_snapshot(tmp_path / "run", 2)  # which the second signal would give up
             signal.raise_signal(signal.SIGINT)
             heard.append(capsys.readouterr().err)
             signal.raise_signal(signal.SIGINT)

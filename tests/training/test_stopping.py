@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from runs import SMALL, eager, result, signal_after, write_texts
+from runs import SMALL, eager, result, signal_after, wait_for_snapshot, write_texts
 
 from llama_fn.checkpoint.snapshot import save_snapshot
 from llama_fn.training import saving
@@ -77,8 +77,8 @@ def test_the_second_signal_ends_the_process_at_once_and_the_old_snapshot_is_whol
         send = signal_after(3, getattr(signal, first), getattr(signal, second))
 
         def report(record: dict) -> None:
-            while record["step"] == 3 and snapshot_steps(tmp_path / "run") != [2]:
-                time.sleep(0.01)  # until the thread has written it
+            if record["step"] == 3:
+                wait_for_snapshot(tmp_path / "run", 2)
             send(record)
 
         run(tmp_path / "run", SMALL, texts, evaluate_every=2, report=report)
