@@ -203,6 +203,7 @@ def inductor() -> SimpleNamespace:
     """The parts of `torch.compile` beneath dynamo, which turn a graph into code. Their import takes two seconds."""
     import torch._inductor.codecache as code
     from torch._C._dynamo.guards import TensorGuards
+    from torch._functorch import config as partitioning
     from torch._functorch.compile_utils import fx_graph_cse
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._guards import TracingContext, tracing
@@ -215,7 +216,7 @@ def inductor() -> SimpleNamespace:
 
     return SimpleNamespace(
         TensorGuards=TensorGuards, same_once=fx_graph_cse, partition=min_cut_rematerialization_partition,
-        config=config, compile=compile_fx_inner,
+        partitioning=partitioning, config=config, compile=compile_fx_inner,
         decompositions=select_decomp_table, set_fakes=V.set_fake_mode, FakeTensorMode=FakeTensorMode,
         tracing=lambda fakes: tracing(TracingContext(fakes)),
         # What inductor asks once in a process: a hash of torch's and Triton's sources, and what g++ can compile for.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llama_fn.bench.timing import interleave
 from llama_fn.config import Config
+from llama_fn.private import onednn_product
 
 READ = 2**29  # bytes that are read to measure the speed of a CPU's memory; on a GPU eight times as many are copied
 
@@ -27,13 +28,17 @@ def memory_speed(device: torch.device) -> tuple[str, Callable[[], Any], int]:
     return "reading memory", numbers.sum, READ
 
 
-def fastest_product(rows: int, config: Config, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The factors of a feed-forward product of `rows` rows, in `dtype` or in float32, whichever is faster."""
-    pairs = [(torch.ones(rows, config.dim, dtype=kind, device=device),
-              torch.ones(config.hidden_dim, config.dim, dtype=kind, device=device)) for kind in {dtype, torch.float32}]
-    works = {str(i): functools.partial(torch.nn.functional.linear, *pair) for i, pair in enumerate(pairs)}
+def fastest_product(rows: int, config: Config, dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    """A feed-forward product of `rows` rows: in `dtype` or in float32, by torch or by oneDNN, whichever is fastest."""
+    works: dict[str, Callable] = {}
+    for kind in {dtype, torch.float32}:
+        a = torch.ones(rows, config.dim, dtype=kind, device=device)
+        b = torch.ones(config.hidden_dim, config.dim, dtype=kind, device=device)
+        works[f"{kind}"] = functools.partial(torch.nn.functional.linear, a, b)
+        if kind == torch.float32 and device.type == "cpu" and torch.backends.mkldnn.is_available():
+            works["oneDNN"] = functools.partial(onednn_product, a, b.mT)
     seconds = interleave(waited_for(works, device), 3, "products")
-    return pairs[min(range(len(pairs)), key=lambda i: min(seconds[str(i)]))]
+    return works[min(works, key=lambda name: min(seconds[name]))]
 
 
 def waited_for(works: dict[str, Callable], device: torch.device) -> dict[str, Callable]:

@@ -19,6 +19,8 @@ SHAPES = {
                         max_seq_len=2048),
     "llama2-7b": LLAMA2_7B,
     "small": Config(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, vocab_size=1024, hidden_dim=688, max_seq_len=512),
+    "15m": Config(dim=384, n_layers=8, n_heads=6, n_kv_heads=6, vocab_size=1024, hidden_dim=1024, max_seq_len=512),
+    "30m": Config(dim=512, n_layers=10, n_heads=8, n_kv_heads=4, vocab_size=2048, hidden_dim=1376, max_seq_len=512),
     "stories": None,  # the shipped model
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16,
@@ -34,7 +36,7 @@ class Work(NamedTuple):
     "auto" is a GPU if there is one. `compare` names other programs that do the same work in turn with llama_fn.
     """
 
-    shape: Literal["tinyllama", "llama2-7b", "small", "stories"] = "tinyllama"
+    shape: Literal["tinyllama", "llama2-7b", "small", "15m", "30m", "stories"] = "tinyllama"
     dtype: Literal["bfloat16", "float32", "float16", "int8", "int4"] = "bfloat16"
     batch: int = 1
     context: int = 128
