@@ -38,6 +38,7 @@ _vmap = _found("torch._C", "_functorch.CVmapInterpreterPtr", None)
 _dispatch_mode = _found("torch._C", "_get_dispatch_mode", lambda key: None)
 _proxy = _found("torch._C", "_TorchDispatchModeKey.PROXY", None)  # of `make_fx`, under which `is_compiling()` is false
 autocast = _found("torch._C", "_is_any_autocast_enabled", torch.is_autocast_enabled)
+DispatchMode: Any = _found("torch.utils._python_dispatch", "TorchDispatchMode", object)
 FakeTensor = _found("torch._subclasses", "FakeTensor", ())
 
 

@@ -8,17 +8,18 @@ pieces (a norm, a learning rate) are computed by torch.
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 
 from llama_fn import private, tree
 from llama_fn.compiled.inductor import undisturbed
 from llama_fn.compiled.jit import donated
+from llama_fn.compiled.meta_trace import meta_trace
 from llama_fn.compiled.trace import compiled
 from llama_fn.modes import plain, traced, tracing_layers
 
@@ -55,12 +56,14 @@ def leafwise(f: Callable[..., R], donate: str | Sequence[str] = ()) -> Callable[
 def _program(f: Callable, structure: Any, tensors: list[Tensor], loops: dict) -> Callable[[list[Tensor]], Any]:
     """`f` compiled for arguments like these, as a function of the list of their tensors."""
     graph, result = _traced(f, structure, tensors)
-    inputs = graph.find_nodes(op="placeholder")
+    placeholders = graph.find_nodes(op="placeholder")
+    inputs = [node for node in placeholders if "constant" not in node.meta]
+    constants = {node: node.meta["constant"] for node in placeholders if "constant" in node.meta}
     (values,) = next(iter(graph.find_nodes(op="output"))).args
     steps = _steps(graph, values, loops)
 
     def run(tensors: list[Tensor]) -> Any:
-        known = dict(zip(inputs, tensors, strict=True))
+        known = constants | dict(zip(inputs, tensors, strict=True))
         for step, read, made in steps:
             known.update(zip(made, step(*(known[node] for node in read)), strict=True))
         return tree.unflatten([known[node] for node in values], result)
@@ -70,9 +73,6 @@ def _program(f: Callable, structure: Any, tensors: list[Tensor], loops: dict) ->
 
 def _traced(f: Callable, structure: Any, tensors: list[Tensor]) -> tuple[Graph, Any]:
     """The graph of f, from the tensors of its arguments to those of its result; and the structure of the result."""
-    inductor = private.inductor()
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     result: Any = None
 
     def flat(*numbers: Tensor) -> list[Tensor]:
@@ -80,10 +80,9 @@ def _traced(f: Callable, structure: Any, tensors: list[Tensor]) -> tuple[Graph, 
         values, result = tree.flatten(f(*tree.unflatten([*numbers], structure)))
         return values
 
-    imagined = inductor.FakeTensorMode()
-    with torch.no_grad(), tracing_layers(), imagined:
-        graph = make_fx(flat)(*map(imagined.from_tensor, tensors)).graph
-    return inductor.same_once(graph), result
+    with tracing_layers():
+        graph = meta_trace(flat, tensors)
+    return private.inductor().same_once(graph), result
 
 
 def _steps(graph: Graph, values: Sequence[Node], loops: dict) -> list[Step]:
@@ -159,17 +158,9 @@ def _piece(made: list[Node], owners: dict[Node, Node], loops: dict) -> Step:
     for node in made:
         visit(node)
     inside |= dict.fromkeys(node for node in made if node.target is COPY)  # last: no node reads the old numbers then
-    graph = Graph()
-    copies = {node: graph.placeholder(f"x{i}") for i, node in enumerate(read)}
-    for node in inside:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        copies[node].name = f"y{len(copies)}"
-    graph.output(tuple(copies[node] for node in made))
-    module, flat = GraphModule({}, graph), _by_number(inside, read)
-    key = (module.code, flat, *((_many(x), x.meta["val"].dtype, x.meta["val"].device, None if flat else
-                                 (x.meta["val"].shape, x.meta["val"].stride())) for x in read))
-    alike = loops.setdefault(key, [])
-    many, places = [_many(x) for x in read], [*read]
+    many, places, flat = [_many(x) for x in read], [*read], _by_number(inside, read)
+    shapes_read = [(x.meta["val"].dtype, None if flat else (x.meta["val"].shape, x.meta["val"].stride())) for x in read]
+    alike = loops.setdefault((_code(inside, places, made), flat, *many, *shapes_read), [])
     written = [places.index(node.all_input_nodes[0]) if node.target is COPY else None for node in made]
     shapes = [node.meta["val"].shape for node in made]
 
@@ -178,12 +169,34 @@ def _piece(made: list[Node], owners: dict[Node, Node], loops: dict) -> Step:
         results = next((found for ready in alike if (found := ready(given)) is not None), None)
         if results is None:
             axes = [0 if flat and one else None for one in many]
-            alike.append(compiled(module, tuple(given), axes))
+            alike.append(compiled(_module(inside, places, made), tuple(given), axes))
             results = alike[-1](given)
         return [y.view(shape) if place is None else tensors[place]
                 for y, shape, place in zip(results, shapes, written, strict=True)]
 
     return step, places, made
+
+
+def _code(inside: Iterable[Node], read: list[Node], made: list[Node]) -> str:
+    """What a piece computes, as text that is equal for equal pieces."""
+    number = {node: f"x{i}" for i, node in enumerate((*read, *inside))}
+
+    def argument(x: Any) -> Any:
+        return number[x] if isinstance(x, Node) else x
+
+    return str([(str(node.target), map_aggregate((node.args, node.kwargs), argument)) for node in inside] +
+               [number[node] for node in made])
+
+
+def _module(inside: Iterable[Node], read: list[Node], made: list[Node]) -> GraphModule:
+    """A piece as a function of what it reads."""
+    graph = Graph()
+    copies = {node: graph.placeholder(f"x{i}") for i, node in enumerate(read)}
+    for node in inside:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].name = f"y{len(copies)}"  # torch's cache on disk finds a graph by its code
+    graph.output(tuple(copies[node] for node in made))
+    return GraphModule({}, graph)
 
 
 def _by_number(inside: dict[Node, None], read: dict[Node, None]) -> bool:

@@ -20,6 +20,11 @@ OPTIMIZERS = {
                             lf.optim.adamw(lf.optim.warmup_cosine(1e-2, 2, 9), mask=lf.optim.matrices)),
     "muon": lf.optim.chain(lf.optim.muon(1e-2), lf.optim.clip_by_global_norm(9.0)),
     "lion": lf.optim.lion(1e-2), "sgd": lf.optim.sgd(1e-2),
+    "by-axes": lf.optim.chain(
+        lf.optim.Optimizer(lambda params: (), lambda grads, state, params: (lf.tree.map(lambda g: g * g.ndim, grads), state)),
+        lf.optim.sgd(1e-2)),
+    "with-tensors": lf.optim.chain(lf.optim.sgd(torch.tensor(0.5)), lf.optim.adamw(
+        lambda count: torch.where(count < 1, torch.tensor(1e-2), 3e-2))),
 }
 
 
