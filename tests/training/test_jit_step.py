@@ -15,13 +15,19 @@ from llama_fn.training.loss import loss_sum
 from llama_fn.training.step import make_step
 
 CONFIG = lf.Config(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70)
+
+
+def times_axes(grads):
+    return lf.tree.map(lambda g: g * g.ndim, grads)
+
+
 OPTIMIZERS = {
     "adamw": lf.optim.chain(lf.optim.clip_by_global_norm(0.5),
                             lf.optim.adamw(lf.optim.warmup_cosine(1e-2, 2, 9), mask=lf.optim.matrices)),
     "muon": lf.optim.chain(lf.optim.muon(1e-2), lf.optim.clip_by_global_norm(9.0)),
     "lion": lf.optim.lion(1e-2), "sgd": lf.optim.sgd(1e-2),
     "by-axes": lf.optim.chain(
-        lf.optim.Optimizer(lambda params: (), lambda grads, state, params: (lf.tree.map(lambda g: g * g.ndim, grads), state)),
+        lf.optim.Optimizer(lambda params: (), lambda grads, state, params: (times_axes(grads), state)),
         lf.optim.sgd(1e-2)),
     "with-tensors": lf.optim.chain(lf.optim.sgd(torch.tensor(0.5)), lf.optim.adamw(
         lambda count: torch.where(count < 1, torch.tensor(1e-2), 3e-2))),
