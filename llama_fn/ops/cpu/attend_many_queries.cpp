@@ -4,7 +4,7 @@
 // is broadcast to all lanes of another register. So each lane keeps its own query's largest score, sum of weights and
 // accumulated values, over one block of slots after the other (flash attention: Dao et al. 2022).
 
-#include "words.h"
+#include "register_tile.h"
 
 namespace {
 
