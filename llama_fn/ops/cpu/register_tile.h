@@ -1,5 +1,7 @@
-// Products of words of 32 bits, which are floats, or pairs of bfloat16 where one instruction takes them. Of one factor
-// a register holds words side by side; a word of the other is in all places of a register.
+// A matrix product whose accumulators stay in registers: TILE_ROWS rows of `WIDTH` columns.
+//
+// A lane of 32 bits holds one float, or a pair of bfloat16 numbers where one instruction multiplies pairs and adds both
+// products. The right factor is loaded vector by vector. Each lane of the left factor is broadcast to a whole register.
 
 #pragma once
 
@@ -7,39 +9,40 @@
 
 namespace {
 
-// A register of floats, and of how many rows numbers are multiplied with it at once.
+// A register of floats, its lanes, and the rows of a tile.
 #ifdef __AVX512F__
 using Vector = __m512;
-constexpr int64_t LANES = 16, AT_ONCE = 8;
-Vector all_of(float x) { return _mm512_set1_ps(x); }
-Vector multiplied_and_added(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-Vector larger(Vector a, Vector b) { return _mm512_max_ps(a, b); }  // the second, if one of them is NaN
+constexpr int64_t LANES = 16, TILE_ROWS = 8;
+Vector broadcast(float x) { return _mm512_set1_ps(x); }
+Vector fmadd(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+Vector vector_max(Vector a, Vector b) { return _mm512_max_ps(a, b); }  // b if one of them is NaN
 #else
 using Vector = __m256;
-constexpr int64_t LANES = 8, AT_ONCE = 4;
-Vector all_of(float x) { return _mm256_set1_ps(x); }
-Vector multiplied_and_added(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
-Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }
+constexpr int64_t LANES = 8, TILE_ROWS = 4;
+Vector broadcast(float x) { return _mm256_set1_ps(x); }
+Vector fmadd(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+Vector vector_max(Vector a, Vector b) { return _mm256_max_ps(a, b); }
 #endif
-using Integers = int32_t __attribute__((vector_size(sizeof(Vector))));
-constexpr int64_t VECTORS = 3;  // side by side: with `AT_ONCE` times as many sums, what the registers hold
-constexpr int64_t WIDTH = VECTORS * LANES;
+using IntVector = int32_t __attribute__((vector_size(sizeof(Vector))));
+constexpr int64_t VECTORS = 3;  // in a row of a tile; TILE_ROWS rows of them and the factors fill the registers
+constexpr int64_t WIDTH = VECTORS * LANES;  // columns of a tile
 
 Vector& vector_at(float* at) { return *(Vector*)at; }
 const Vector& vector_at(const float* at) { return *(const Vector*)at; }
 
-// 2^x of x <= 0, to 2e-7; below -126 it is 0, and of NaN it is NaN.
-Vector power_of_two(Vector x) {
-    const Vector large = all_of(12582912 + 127);  // 1.5 * 2^23: a sum with it is whole, and its lowest bits an exponent
-    const Vector shifted = x + large, r = x - (shifted - large);
-    Vector y = all_of(1.54035304e-4f);
-    for (const float factor : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.f})
-        y = multiplied_and_added(y, r, all_of(factor));
-    return x < -126.f ? Vector{} : y * (Vector)((Integers)shifted << 23);
+// 2^x for x <= 0, with a relative error of 2e-7. It is 0 below -126, and NaN for NaN.
+Vector vector_exp2(Vector x) {
+    // 1.5 * 2^23 + 127: adding it rounds x to an integer, and leaves that integer's exponent bits lowest.
+    const Vector magic = broadcast(12582912 + 127);
+    const Vector shifted = x + magic, r = x - (shifted - magic);
+    Vector y = broadcast(1.54035304e-4f);
+    for (const float term : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.f})
+        y = fmadd(y, r, broadcast(term));
+    return x < -126.f ? Vector{} : y * (Vector)((IntVector)shifted << 23);
 }
 
-// Eight words of each of eight registers, so that the first of all lie in the first.
-void transpose(__m256 v[8]) {
+// Transposes a matrix of 8 x 8 lanes, one register per row.
+void transpose_8x8(__m256 v[8]) {
     __m256 two[8], four[8];
     UNROLLED for (int i = 0; i < 8; i += 2)
         two[i] = _mm256_unpacklo_ps(v[i], v[i + 1]), two[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
@@ -54,66 +57,69 @@ void transpose(__m256 v[8]) {
     }
 }
 
-// How numbers are words: each is one, as a float.
+// One number per lane, as a float.
 template <class Number>
-struct Singles {
+struct Unpacked {
     using Type = typename Number::Type;
-    static constexpr int64_t COUNT = 1;
-    static __m256 eight(const Type* at) { return Number::load(at); }
-    static Vector add(Vector sums, Vector a, Vector b) { return multiplied_and_added(a, b, sums); }
-    static Vector joined(const Vector* floats) { return *floats; }
-    // Of as many rows as words have numbers, the words that have one of each.
-    static void across(const Type* const* rows, int64_t count, float* to) {
+    static constexpr int64_t PER_LANE = 1;
+    static __m256 load_8_lanes(const Type* at) { return Number::load(at); }
+    static Vector multiply_add(Vector acc, Vector a, Vector b) { return fmadd(a, b, acc); }
+    static Vector pack(const Vector* floats) { return *floats; }
+    // The lanes that hold one number of each of PER_LANE rows.
+    static void interleave_rows(const Type* const* rows, int64_t count, float* to) {
         for (int64_t i = 0; i < count; i += 8) _mm256_store_ps(to + i, Number::load(*rows + i));
     }
 };
 
 #ifdef __AVX512BF16__
-struct Pairs {  // two neighbors, the first below
+// Two bfloat16 numbers per lane, the first in the lower half.
+struct PackedPairs {
     using Type = uint16_t;
-    static constexpr int64_t COUNT = 2;
-    static __m256 eight(const Type* at) { return _mm256_loadu_ps((const float*)at); }
-    static Vector add(Vector sums, Vector a, Vector b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
-    static Vector joined(const Vector* floats) {
-        return interleaved((__m512i)_mm512_cvtne2ps_pbh(floats[1], floats[0]));
+    static constexpr int64_t PER_LANE = 2;
+    static __m256 load_8_lanes(const Type* at) { return _mm256_loadu_ps((const float*)at); }
+    static Vector multiply_add(Vector acc, Vector a, Vector b) {
+        return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
     }
-    static void across(const Type* const* rows, int64_t count, float* to) {
+    static Vector pack(const Vector* floats) {
+        return interleave((__m512i)_mm512_cvtne2ps_pbh(floats[1], floats[0]));
+    }
+    static void interleave_rows(const Type* const* rows, int64_t count, float* to) {
         for (int64_t i = 0; i < count; i += 16) {
             const __m256i first = _mm256_loadu_si256((const __m256i*)(rows[0] + i));
             const __m256i second = _mm256_loadu_si256((const __m256i*)(rows[1] + i));
-            vector_at(to + i) = interleaved(_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
+            vector_at(to + i) = interleave(_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
         }
     }
 
 private:
-    static Vector interleaved(__m512i halves) {
+    static Vector interleave(__m512i both) {
         using Order = uint16_t __attribute__((vector_size(64)));
         constexpr Order order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-        return (Vector)_mm512_permutexvar_epi16((__m512i)order, halves);
+        return (Vector)_mm512_permutexvar_epi16((__m512i)order, both);
     }
 };
 #endif
 
-// c "AT_ONCE WIDTH" = c * factors + a "AT_ONCE words" times b "words WIDTH", where a's rows and words lie so far from
-// each other; without factors, c is not read.
-template <class Words>
-void multiply(const float* a, int64_t row, int64_t word, const float* b, int64_t words, const float* factors,
-              float* c) {
-    Vector sums[AT_ONCE][VECTORS];
-    UNROLLED for (int r = 0; r < AT_ONCE; r++)
+// c "TILE_ROWS WIDTH" = c * rescale + a "TILE_ROWS depth" times b "depth WIDTH". Depth counts lanes. `row_stride` and
+// `depth_stride` are a's strides. Without `rescale`, c is not read.
+template <class Packing>
+void multiply_tile(const float* a, int64_t row_stride, int64_t depth_stride, const float* b, int64_t depth,
+                   const float* rescale, float* c) {
+    Vector acc[TILE_ROWS][VECTORS];
+    UNROLLED for (int r = 0; r < TILE_ROWS; r++)
         UNROLLED for (int v = 0; v < VECTORS; v++)
-            sums[r][v] = factors ? vector_at(c + r * WIDTH + v * LANES) * vector_at(factors + v * LANES) : Vector{};
-    for (int64_t w = 0; w < words; w++, a += word, b += WIDTH) {
+            acc[r][v] = rescale ? vector_at(c + r * WIDTH + v * LANES) * vector_at(rescale + v * LANES) : Vector{};
+    for (int64_t k = 0; k < depth; k++, a += depth_stride, b += WIDTH) {
         Vector right[VECTORS];
         UNROLLED for (int v = 0; v < VECTORS; v++) right[v] = vector_at(b + v * LANES);
-        UNROLLED for (int r = 0; r < AT_ONCE; r++) {
-            const Vector left = all_of(a[r * row]);
-            UNROLLED for (int v = 0; v < VECTORS; v++) sums[r][v] = Words::add(sums[r][v], left, right[v]);
+        UNROLLED for (int r = 0; r < TILE_ROWS; r++) {
+            const Vector left = broadcast(a[r * row_stride]);
+            UNROLLED for (int v = 0; v < VECTORS; v++) acc[r][v] = Packing::multiply_add(acc[r][v], left, right[v]);
         }
     }
-    UNROLLED for (int r = 0; r < AT_ONCE; r++)
-        UNROLLED for (int v = 0; v < VECTORS; v++) vector_at(c + r * WIDTH + v * LANES) = sums[r][v];
+    UNROLLED for (int r = 0; r < TILE_ROWS; r++)
+        UNROLLED for (int v = 0; v < VECTORS; v++) vector_at(c + r * WIDTH + v * LANES) = acc[r][v];
 }
 
 }  // namespace
