@@ -43,23 +43,23 @@ def prepared(x: Tensor, cpu: Mapping[str, Any]) -> Prepared:
     With AVX2 that answer is known.
     """
     inductor = private.inductor()
-    asked = [*inductor.questions]
+    questions = [*inductor.questions]
     if on_gpu(x):
         options = OPTIONS | CUDA
     else:
-        options = {**OPTIONS, **CPU, **cpu, "cpp_cache_precompile_headers": _keeps_headers(inductor.headers)}
-        if build.level() == "AVX2":
+        options = {**OPTIONS, **CPU, **cpu, "cpp_cache_precompile_headers": _can_keep_headers(inductor.headers)}
+        if build.vector_instructions() == "AVX2":
             options["cpp.vec_isa_ok"] = True
         else:
-            asked.append(inductor.instructions)
-    threads = [threading.Thread(target=question) for question in asked]
+            questions.append(inductor.instructions)
+    threads = [threading.Thread(target=question) for question in questions]
     for thread in threads:
         thread.start()
     return Prepared(options, threads)
 
 
-def by_inductor(graph: GraphModule, inputs: Sequence[Any], imagined: Any, ready: Prepared) -> Callable:
-    """The code of a graph, as a function of the list of its inputs. `imagined` is the mode that its values are fake in.
+def by_inductor(graph: GraphModule, inputs: Sequence[Any], fake_mode: Any, ready: Prepared) -> Callable:
+    """The code of a graph, as a function of the list of its inputs. Its values are fake tensors of `fake_mode`.
 
     The questions must be answered by then. Torch's answers about instructions are no longer the same in each process
     when two threads look for them at once, and then the code that an earlier process left on disk is not found.
@@ -67,12 +67,12 @@ def by_inductor(graph: GraphModule, inputs: Sequence[Any], imagined: Any, ready:
     inductor = private.inductor()
     for thread in ready.threads:
         thread.join()
-    with torch.no_grad(), inductor.set_fakes(imagined), inductor.config.patch(ready.options), \
-            inductor.tracing(imagined):
+    with torch.no_grad(), inductor.set_fakes(fake_mode), inductor.config.patch(ready.options), \
+            inductor.tracing(fake_mode):
         return inductor.compile(graph, inputs, is_inference=True)
 
 
-def _keeps_headers(folder: str) -> bool:
+def _can_keep_headers(folder: str) -> bool:
     """Whether inductor can keep its precompiled headers in this folder.
 
     With them a machine's first start takes 15 s instead of 20, and each loop compiled later 0.5 s instead of 2.5. Torch
@@ -83,17 +83,17 @@ def _keeps_headers(folder: str) -> bool:
     return os.path.isdir(folder) and os.access(folder, os.W_OK) and shutil.which("openssl") is not None
 
 
-_ALONE = threading.RLock()
+_LOCK = threading.RLock()
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def compile_lock() -> Iterator[None]:
     """Within it, no other thread compiles, and Python's garbage collector is off.
 
     Torch traces one graph at a time. The collector would find nothing in what is imported and traced, and takes 7 % of
     a start with a warm cache.
     """
-    with _ALONE:
+    with _LOCK:
         before = gc.isenabled()
         gc.disable()
         try:

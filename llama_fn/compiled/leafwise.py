@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from llama_fn import private, tree
-from llama_fn.compiled.inductor import undisturbed
+from llama_fn.compiled.inductor import compile_lock
 from llama_fn.compiled.jit import donated
 from llama_fn.compiled.trace import compiled
 from llama_fn.modes import plain, traced, tracing_layers
@@ -51,7 +51,7 @@ def leafwise(f: Callable[..., R], donate: str | Sequence[str] = ()) -> Callable[
     return called
 
 
-@undisturbed()
+@compile_lock()
 def _program(f: Callable, structure: Any, tensors: list[Tensor], loops: dict) -> Callable[[list[Tensor]], Any]:
     """`f` compiled for arguments like these, as a function of the list of their tensors."""
     graph, result = _traced(f, structure, tensors)
@@ -80,9 +80,9 @@ def _traced(f: Callable, structure: Any, tensors: list[Tensor]) -> tuple[Graph, 
         values, result = tree.flatten(f(*tree.unflatten([*numbers], structure)))
         return values
 
-    imagined = inductor.FakeTensorMode()
-    with torch.no_grad(), tracing_layers(), imagined:
-        graph = make_fx(flat)(*map(imagined.from_tensor, tensors)).graph
+    fake_mode = inductor.FakeTensorMode()
+    with torch.no_grad(), tracing_layers(), fake_mode:
+        graph = make_fx(flat)(*map(fake_mode.from_tensor, tensors)).graph
     return inductor.same_once(graph), result
 
 
