@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from llama_fn import private
+from llama_fn import private_inductor
 from llama_fn.compiled.inductor import by_inductor, compile_lock, prepared
 from llama_fn.compiled.products import by_onednn
 from llama_fn.compiled.trace import collect, rebuilt
@@ -78,7 +78,7 @@ class _Applied(torch.autograd.Function):
 
 @compile_lock()
 def _compiled(f: Callable, args: tuple, tensors: list[Tensor], needs_grad: list[int]) -> _Compiled:
-    inductor = private.inductor()
+    inductor = private_inductor.inductor()
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 

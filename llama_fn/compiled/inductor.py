@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from llama_fn import private
+from llama_fn import private_inductor
 from llama_fn.modes import on_gpu
 from llama_fn.ops.cpu import build
 
@@ -42,7 +42,7 @@ def prepared(x: Tensor, cpu: Mapping[str, Any]) -> Prepared:
     half a second of every start, and whether g++ knows the processor's instructions, which takes 3 s of a first start.
     With AVX2 that answer is known.
     """
-    inductor = private.inductor()
+    inductor = private_inductor.inductor()
     questions = [*inductor.questions]
     if on_gpu(x):
         options = OPTIONS | CUDA
@@ -64,7 +64,7 @@ def by_inductor(graph: GraphModule, inputs: Sequence[Any], fake_mode: Any, ready
     The questions must be answered by then. Torch's answers about instructions are no longer the same in each process
     when two threads look for them at once, and then the code that an earlier process left on disk is not found.
     """
-    inductor = private.inductor()
+    inductor = private_inductor.inductor()
     for thread in ready.threads:
         thread.join()
     with torch.no_grad(), inductor.set_fakes(fake_mode), inductor.config.patch(ready.options), \

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from llama_fn import private, tree
+from llama_fn import private, private_inductor, tree
 from llama_fn.compiled.inductor import compile_lock
 from llama_fn.compiled.jit import donated
 from llama_fn.compiled.trace import compiled
@@ -70,7 +70,7 @@ def _program(f: Callable, structure: Any, tensors: list[Tensor], loops: dict) ->
 
 def _traced(f: Callable, structure: Any, tensors: list[Tensor]) -> tuple[Graph, Any]:
     """The graph of f, from the tensors of its arguments to those of its result; and the structure of the result."""
-    inductor = private.inductor()
+    inductor = private_inductor.inductor()
     from torch.fx.experimental.proxy_tensor import make_fx
 
     result: Any = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph
 
-from llama_fn import private
+from llama_fn import private_inductor
 from llama_fn.compiled.inductor import ONE_LOOP, by_inductor, compile_lock, prepared
 from llama_fn.modes import tracing_layers
 from llama_fn.ops.cpu import build
@@ -27,7 +27,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
     always set.
     """
     # These imports take two seconds, so they wait until something is compiled.
-    inductor = private.inductor()
+    inductor = private_inductor.inductor()
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, is_concrete_int
 
@@ -99,7 +99,8 @@ def alike(tensors: list[Tensor], dynamic: Mapping[int, int] = MappingProxyType({
     sizes = [[None if axis == dynamic.get(i) else n for axis, n in enumerate(x.shape)] for i, x in enumerate(tensors)]
     strides = [[None if axis < dynamic.get(i, 0) else n for axis, n in enumerate(x.stride())]
                for i, x in enumerate(tensors)]
-    return private.inductor().TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    guards = private_inductor.inductor().TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    return guards.check
 
 
 def _views_outside(graph: Graph, inputs: list[Any]) -> dict[int, torch.dtype]:

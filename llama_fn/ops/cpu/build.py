@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph
 
-from llama_fn.private import FakeTensor, load_cpp
+from llama_fn.private import FakeTensor
+from llama_fn.private_inductor import load_cpp
 
 # The kernels of each library. A kernel is an operator, and also the name of its source file.
 DECODE = ("linear_floats", "linear_integers", "attend_one_query", "decode_layers")
