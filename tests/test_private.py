@@ -36,7 +36,7 @@ def private_names(source: str) -> list[str]:
 def test_no_other_file_uses_a_private_name_of_torch():
     found = {str(path.relative_to(PACKAGE)): names for path in sorted(PACKAGE.rglob("*.py"))
              if (names := private_names(path.read_text()))}
-    assert len(found.pop("private.py")) > 20 and len(found.pop("private_inductor.py")) > 10
+    assert len(found.pop("private.py") + found.pop("private_inductor.py")) > 20
     assert found.pop("tree.py") == ["_pytree"]
     assert not found
 
