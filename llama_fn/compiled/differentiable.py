@@ -16,9 +16,9 @@ from llama_fn.compiled.trace import collect, rebuilt
 from llama_fn.modes import autocast, gradients_enabled, traced, tracing_layers, transforms
 
 R = TypeVar("R")
-# How much of its values a forward may save for the backward, as torch measures it: at 1 the backward computes again
-# only what costs next to nothing, at 0 all that it can. At 0.8 a block saves 29 % less than at 1, and a step takes 2 %
-# more time: the backward computes both norms and the gated product again.
+# Torch's `activation_memory_budget`: how much of its values a forward may save for the backward. At 1 the backward
+# recomputes only what costs next to nothing, at 0 all that it can. At 0.8 a block saves 29 % less than at 1, and a
+# step takes 2 % more time: the backward recomputes both norms and the gated product.
 MEMORY_BUDGET = 0.8
 
 

@@ -1,4 +1,4 @@
-"""What inductor is told before it compiles: options, and answers to what it would ask the machine."""
+"""What inductor gets before it compiles: its options, and facts about the machine that it would look up itself."""
 
 import contextlib
 import gc
@@ -61,8 +61,8 @@ def prepared(x: Tensor, cpu: Mapping[str, Any]) -> Prepared:
 def by_inductor(graph: GraphModule, inputs: Sequence[Any], fake_mode: Any, ready: Prepared) -> Callable:
     """The code of a graph, as a function of the list of its inputs. Its values are fake tensors of `fake_mode`.
 
-    The questions must be answered by then. Torch's answers about instructions are no longer the same in each process
-    when two threads look for them at once, and then the code that an earlier process left on disk is not found.
+    It first waits for the threads of `prepared`. If two threads look up the processor's instructions at once, torch may
+    find others than in an earlier process, and then it misses the code which that process left on disk.
     """
     inductor = private_inductor.inductor()
     for thread in ready.threads:

@@ -1,4 +1,4 @@
-"""What the host knows of a cache's lengths: a GPU would have to be waited for to read them."""
+"""What the host knows of a cache's lengths on a GPU, so that it need not wait for the GPU to read them."""
 
 import threading
 import weakref
@@ -54,7 +54,7 @@ _current = _Current()
 
 @contextmanager
 def with_lengths(lengths: Lengths) -> Iterator[None]:
-    """Within it, this thread asks these `lengths` before it reads a tensor, and keeps there what it reads."""
+    """Within it, this thread looks into `lengths` before it reads a tensor, and stores there what it reads."""
     before, _current.lengths = _current.lengths, lengths
     try:
         yield

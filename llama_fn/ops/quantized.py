@@ -20,7 +20,7 @@ class Quantized(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of W. If values and scale do not fit, both with a 0 between, for the check of axes to tell."""
+        """The shape of W. If values and scale do not fit: both shapes around a 0, for the check of axes to report."""
         fits = self.values.shape[:self.scale.ndim] == self.scale.shape
         return self.values.shape if fits else (*self.values.shape, 0, *self.scale.shape)
 
@@ -50,7 +50,7 @@ class Grouped(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of W. If values and scale do not fit, both with a 0 between, for the check of axes to tell."""
+        """The shape of W. If values and scale do not fit: both shapes around a 0, for the check of axes to report."""
         shape, outer = (*self.values.shape[:-1], 2 * self.values.shape[-1]), self.scale.ndim - 2
         groups = -(-math.prod(shape[outer:]) // GROUP)
         fits = self.scale.shape == (*shape[:outer], groups, 2)

@@ -40,7 +40,7 @@ def in_blocks(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s 
               positions: Int[Tensor, "*b t"] | None) -> Float[Tensor, "*b k g t h"]:
     """`fused` for one block of queries after another, each over the slots up to the block's last position.
 
-    Positions must be consecutive. Torch's kernel computes masked scores, too; with blocks, most are never computed.
+    Positions must be consecutive. Torch's kernel also computes masked scores; blocks leave out most of them.
     """
     t, s, parts = queries.shape[-2], keys.shape[-2], []
     if positions is None:

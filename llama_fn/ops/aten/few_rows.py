@@ -1,4 +1,4 @@
-"""A few rows times a matrix on the CPU, at the memory's speed, in operations that inductor fuses into loops."""
+"""The linear map of a few rows on the CPU, at the memory's speed, in operations that inductor fuses into loops."""
 
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -22,8 +22,8 @@ FEW = 8  # rows whose accumulators fit in the registers, so that a weight is rea
 def few_rows(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
     """`written_out` for a few rows, accumulated in float32 at least.
 
-    A weight is read once, as words of 32 bits, and in several streams side by side, so that several pages are
-    prefetched at once: 34 GB/s, where oneDNN's kernel reaches 20 (two cores, bfloat16).
+    Each weight is read once, as 32-bit words. Several streams of weights are read side by side, so that the processor
+    prefetches several pages at once: 34 GB/s, where oneDNN's kernel reaches 20 (two cores, bfloat16).
     """
     exact = torch.promote_types(x.dtype, torch.float32)
     rows = in_memory(x.reshape(-1, x.shape[-1]).to(exact))
@@ -39,9 +39,9 @@ def few_rows(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
 
 
 def _sums(words: Tensor, numbers: Callable[[Tensor], list[Tensor]], rows: Tensor) -> Tensor:
-    """The sum over all `numbers` of all words, of number times input; number i of word j is that of input n j + i."""
+    """W x, where `numbers` unpacks each word into n weights: weight i of word j is multiplied with input n j + i."""
     columns = with_padded_rows(rows.unflatten(-1, (words.shape[-1], -1)).mT)  # "b n j"
-    parts = -(-words.shape[-1] // 4096)  # inductor sums more numbers with a detour, twice as slow
+    parts = -(-words.shape[-1] // 4096)  # Inductor splits a longer sum into two loops, which takes twice as long.
     parts = parts if words.shape[-1] % parts == 0 else 1
     streams = [[number.to(rows.dtype) for part in stream.chunk(parts, -1) for number in numbers(part)]
                for stream in words.chunk(_streams(words, rows))]
@@ -114,14 +114,14 @@ def _int4_sums(weight: Grouped, rows: Tensor) -> Tensor:
 
     def one(row: Tensor, total: Tensor, numbers: list[Tensor], scale: Tensor, minimum: Tensor) -> Tensor:
         products = [n * part for n, part in zip(numbers, row, strict=True)]
-        group = sum(products[:4]) + sum(products[4:])  # of two chains, 6 % faster than of one
+        group = sum(products[:4]) + sum(products[4:])  # two chains of additions are 6 % faster than one
         return (group * scale[..., None]).flatten(1).sum(-1) + (minimum * total).sum(-1)
 
     return _rows([[one(row, total, *stream) for stream in streams] for row, total in zip(columns, whole, strict=True)])
 
 
 def whole_words(matrix: Flat) -> bool:
-    """Whether a row of the weight is whole words, and in four bits whole groups, with scales as they were made."""
+    """Whether a row of the weight consists of whole words, and of whole groups for 4 bits, in the quantized dtypes."""
     values = matrix if isinstance(matrix, Tensor) else matrix.values
     whole = GROUP // 2 if isinstance(matrix, Grouped) else 4 // values.itemsize
     return (values.is_contiguous() and values.shape[-1] % whole == 0
@@ -139,7 +139,7 @@ def in_memory(x: Tensor) -> Tensor:
 
 
 def with_padded_rows(x: Tensor) -> Tensor:
-    """`in_memory`, with rows one cache line further with_padded_rows.
+    """`in_memory`, with each row padded by one cache line.
 
     Rows whose size is a power of two would evict each other from the cache (eight rows take 1.4 times as long).
     """

@@ -1,4 +1,4 @@
-"""Attention of one query a row on a GPU. Several programs split the slots (flash decoding: Dao et al. 2023)."""
+"""Attention of one query a row on a GPU: several programs split a row's slots (flash decoding: Dao et al. 2023)."""
 
 # The checker takes a Triton kernel's body and its launch `kernel[grid](...)` for plain Python.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false

@@ -70,7 +70,7 @@ def empty_row(weights: list[Tensor], scales: list[Tensor], x: Tensor) -> Tensor:
 
 
 def vector_width(weights: list[Tensor], x: Tensor) -> int:
-    """How many numbers a load reads: four bytes as one word (and their four inputs as another), or one."""
+    """How many numbers a load reads: one, or four 8-bit weights as a 32-bit word (their inputs are a 64-bit word)."""
     return 4 if weights[0].dtype == torch.int8 and x.itemsize == 2 and x.shape[-1] % 4 == 0 else 1
 
 
@@ -80,7 +80,8 @@ def as_loaded(weights: list[Tensor], x: Tensor) -> tuple[list[Tensor], Tensor, b
     Weights must be contiguous, and written before this step began.
     """
     pdl, x = gpu.has_pdl(x), aligned(x.contiguous())
-    if any(weight.data_ptr() % 16 for weight in weights):  # loads of words need alignment; the copy is of this step
+    if any(weight.data_ptr() % 16 for weight in weights):
+        # A load of words needs alignment. The copy is written in this step, so no load may begin before that (PDL).
         weights, pdl = [weight.clone() for weight in weights], False
     return [weight.view(torch.int32) if vector_width(weights, x) > 1 else weight for weight in weights], x, pdl
 
@@ -92,7 +93,7 @@ def aligned(x: Tensor) -> Tensor:
 
 @triton.jit
 def unpack(packed, i: tl.constexpr, dtype: tl.constexpr):
-    """The i-th of the four 16-bit numbers in each word of 64 bits."""
+    """The i-th of the four 16-bit numbers in each 64-bit word."""
     return (packed >> 16 * i).to(tl.int16).to(dtype, bitcast=True)
 
 
@@ -117,7 +118,7 @@ ZERO = 0x4B000080  # 2**23 + 128, the float that `_byte_in_place` makes of a byt
 
 
 @triton.jit
-def _inverse_weight(i: tl.constexpr):
+def _byte_scale(i: tl.constexpr):
     """The inverse of the power of two that byte i has in `_byte_in_place`."""
     return 5.9604644775390625e-08 if i == 3 else 0.00390625 if i == 1 else 1.0
 
@@ -141,7 +142,7 @@ def _one_row(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, residual, cos, sin, keys, va
     at += o[:, None].to(tl.int64) * d + k[None, :]
     mask = (o < outputs)[:, None]
     if vector_width == 4:
-        at = tl.max_contiguous(at, [1, 2])  # two words a thread, as of the inputs
+        at = tl.max_contiguous(at, [1, 2])  # each thread loads two words, as it does of the inputs
     words = tl.load(at, mask=mask & (k < d)[None, :], other=0, eviction_policy="evict_first")
     if SCALED:
         factors = tl.load(scale + o, mask=o < outputs, other=0)
@@ -167,7 +168,7 @@ def _one_row(w0, w1, w2, s0, s1, s2, o0, o1, o2, x, residual, cos, sin, keys, va
         else:
             packed = tl.load(x.to(tl.pointer_type(tl.int64)) + start + k, mask=inside, other=0)
             for i in tl.static_range(4):
-                inputs = unpack(packed, i, dtype).to(tl.float32) * _inverse_weight(i)
+                inputs = unpack(packed, i, dtype).to(tl.float32) * _byte_scale(i)
                 total += _byte_in_place(words, i, zero) * inputs[None, :]
         words = next_words
     if PREFETCHING > 0:
