@@ -16,7 +16,7 @@ import sys
 import torch
 
 import llama_fn as lf
-from llama_fn.generation.scoring import Perplexity
+from llama_fn.generation.perplexity import Perplexity
 from llama_fn.training.texts import read_texts
 
 name = sys.argv[1] if len(sys.argv) > 1 else "stories"

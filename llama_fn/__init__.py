@@ -12,8 +12,9 @@ from llama_fn.generation.conversation import Chat, answer, ask
 from llama_fn.generation.dialog import DialogTokens, dialog_tokens
 from llama_fn.generation.drafted import Speculation, speculate, speculate_stream
 from llama_fn.generation.generate import Generation, generate
+from llama_fn.generation.perplexity import Perplexity, perplexity
 from llama_fn.generation.sampling import narrowing, sampler
-from llama_fn.generation.scoring import Perplexity, Score, perplexity, score, score_options
+from llama_fn.generation.scoring import Score, score, score_options
 from llama_fn.memory import keep_memory
 from llama_fn.model.block import Block, block
 from llama_fn.model.cache import Cache, NoCache, init_cache

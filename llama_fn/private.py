@@ -1,12 +1,10 @@
-"""All of torch's private names that this package uses, except `torch.utils._pytree` (see `tree`).
+"""Torch's private names that this package uses, except those of the compiler (`private_inductor`) and of `tree`.
 
 They change without notice, so look here first when a new torch comes out (`pyproject.toml` has the range that was
-tried). Each name comes with its reason, and with what replaces it in a torch that lacks it. Modules whose import takes
-seconds are imported only when something is compiled.
+tried). Each name comes with its reason, and with what replaces it in a torch that lacks it.
 """
 
 import importlib
-import inspect
 import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -170,7 +168,7 @@ def computes_by_number(target: Any) -> bool:
     return target is torch.ops.aten._to_copy.default or torch.Tag.pointwise in target.tags
 
 
-# --- The compiler beneath `torch.compile`. Dynamo on top takes five times as long to trace a layer, and 0.1 ms a call.
+# --- Dynamo, the tracer of `torch.compile`
 
 _bypass = _found("torch._higher_order_ops.wrap", "dynamo_bypassing_wrapper", None)
 
@@ -183,54 +181,9 @@ def outside_of_dynamo(make: Callable, f: Callable, *args: Any, **kwargs: Any) ->
     return f(*args, **kwargs) if _bypass is None else _bypass(make, f, *args, **kwargs)
 
 
-def allow_shapes(most: int) -> None:
+def allow_shapes(count: int) -> None:
     """Let dynamo compile a function for at least so many shapes. By default it gives up after 8."""
     import torch._dynamo.config as config
 
     if hasattr(config, "recompile_limit"):
-        config.recompile_limit = max(config.recompile_limit, most)
-
-
-def lacking() -> str | None:
-    """Which of the names in `inductor` this torch does not have, or None."""
-    try:
-        inductor()
-    except (ImportError, AttributeError) as error:
-        return f"torch {torch.__version__} is one that this package was not written for ({error})"
-    return None
-
-
-def inductor() -> SimpleNamespace:
-    """The parts of `torch.compile` beneath dynamo, which turn a graph into code. Their import takes two seconds."""
-    import torch._inductor.codecache as code
-    from torch._C._dynamo.guards import TensorGuards
-    from torch._functorch import config as partitioning
-    from torch._functorch.compile_utils import fx_graph_cse
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch._guards import TracingContext, tracing
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.virtualized import V
-    from torch._subclasses import FakeTensorMode
-
-    return SimpleNamespace(
-        TensorGuards=TensorGuards, same_once=fx_graph_cse, partition=min_cut_rematerialization_partition,
-        partitioning=partitioning, config=config, compile=compile_fx_inner,
-        decompositions=select_decomp_table, set_fakes=V.set_fake_mode, FakeTensorMode=FakeTensorMode,
-        tracing=lambda fakes: tracing(TracingContext(fakes)),
-        # What inductor asks once in a process: a hash of torch's and Triton's sources, and what g++ can compile for.
-        questions=(code.torch_key, code.CacheBase.get_system), instructions=pick_vec_isa, headers=code._HEADER_DIR)
-
-
-def load_cpp(source: str, flags: tuple[str, ...]) -> Any:
-    """Compile C++ as inductor compiles its loops, and load it. Inductor keeps the result for later processes.
-
-    `torch.utils.cpp_extension` needs ninja, and takes five times as long.
-    """
-    from torch._inductor.codecache import CppCodeCache
-
-    # The flags name the vector instructions, so inductor need not ask g++ for them. Torch 2.11 asks all the same.
-    known = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
-    return CppCodeCache.load(source, extra_flags=flags, **({"needs_vec_isa": False} if known else {}))
+        config.recompile_limit = max(config.recompile_limit, count)

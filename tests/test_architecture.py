@@ -153,7 +153,7 @@ def test_what_no_row_of_a_table_accepts_is_the_definitions(key):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linears, "TABLE", ())
         patch.setattr(attends, "TABLE", ())
-        assert linears.chosen(weight, x, linear.written_out) is linear.written_out
+        assert linears.choose(weight, x, linear.written_out) is linear.written_out
         seen = attends.attend(attention.written_out, queries, keys, values, positions)
     assert torch.allclose(seen, attention.written_out(queries, keys, values, positions), atol=1e-12)
     for accepted in attends.TABLE:

@@ -18,14 +18,14 @@ def test_a_thread_that_runs_eagerly_while_another_traces_stays_eager():
 
     def trace() -> None:
         with modes.tracing_layers():
-            seen.append((modes.compiling(), linear.chosen(weight, x, written_out).__name__ == "product"))
+            seen.append((modes.compiling(), linear.choose(weight, x, written_out).__name__ == "product"))
             tracing.set()
             done.wait(60)
 
     thread = threading.Thread(target=trace)
     thread.start()
     assert tracing.wait(60)
-    seen.append((modes.compiling(), linear.chosen(weight, x, written_out).__name__ == "product"))
+    seen.append((modes.compiling(), linear.choose(weight, x, written_out).__name__ == "product"))
     beside = lf.forward(params, torch.arange(9))[0]
     done.set()
     thread.join()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_fn import private, tree
+from llama_fn import private_inductor, tree
 from llama_fn.checkpoint.huggingface import to_hf
 from llama_fn.model.transformer import Params
 from llama_fn.ops.quantized import Grouped, Quantized
@@ -169,7 +169,7 @@ def gpt_fast(params: Params, batch: int, new: int, context: int, max_len: int) -
 
     def step() -> Tensor:
         kernels = torch.nn.attention.SDPBackend.MATH
-        options = private.inductor().config.patch({"coordinate_descent_tuning": True})
+        options = private_inductor.inductor().config.patch({"coordinate_descent_tuning": True})
         with options, torch.nn.attention.sdpa_kernel(kernels):
             return run(tokens, position).clone()
 

@@ -9,7 +9,9 @@ import tyro
 from llama_fn.checkpoint.load import check_tokenizer, load
 from llama_fn.cli.options import Dtype, device_of, dtype_of
 from llama_fn.cli.progress import late_bar
-from llama_fn.generation import scoring
+from llama_fn.generation.perplexity import Perplexity
+from llama_fn.generation.perplexity import perplexity as predicted
+from llama_fn.generation.scoring import score_options
 from llama_fn.training.texts import read_texts
 
 
@@ -33,8 +35,8 @@ def perplexity(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar
     check_tokenizer(loaded)
     count = sum(len(loaded.tokenizer.encode(text, bos=False)) for text in texts)
     with torch.no_grad(), late_bar(total=count, unit="token") as bar:
-        parts = [scoring.perplexity(loaded, text, window, stride, lambda n: bar().update(n)) for text in texts]
-    whole = scoring.Perplexity(*map(sum, zip(*parts, strict=True)))
+        parts = [predicted(loaded, text, window, stride, lambda n: bar().update(n)) for text in texts]
+    whole = Perplexity(*map(sum, zip(*parts, strict=True)))
     print(f"perplexity    {whole.perplexity:.4f}")
     print(f"bits a byte   {whole.bits_per_byte:.4f}")
     print(f"nats a token  {whole.nats / whole.tokens:.4f}")
@@ -57,7 +59,7 @@ def choose(prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="P
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
     """
     loaded = load(model, dtype=dtype_of(dtype), device=device_of(device))
-    scores = scoring.score_options(loaded, prompt, options)
+    scores = score_options(loaded, prompt, options)
     ratios = torch.tensor([score.log_ratio for score in scores], dtype=torch.float64)
     order, shares = ratios.argsort(descending=True, stable=True).tolist(), ratios.softmax(0).tolist()
     print("share    bits a byte  option")

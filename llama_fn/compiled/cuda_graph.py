@@ -15,13 +15,13 @@ from llama_fn.compiled.trace import rebuilt, tensors_of
 from llama_fn.model.cache import Cache
 from llama_fn.modes import autocast, gradients_enabled, on_gpu, plain, recording, traced, transforms
 from llama_fn.ops import room
-from llama_fn.ops.extent import Extent, Lengths, extent, knowing
+from llama_fn.ops.extent import Extent, Lengths, extent, with_lengths
 from llama_fn.shapes import bind
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-MOST = 64  # recordings that are kept: each new cache needs another one, and each quarter more of its slots in use
+MAX_RECORDINGS = 64  # each new cache needs a recording of its own, and another one for each quarter more slots in use
 
 
 class OfThread(threading.local):
@@ -43,8 +43,8 @@ def recorded(f: Callable[P, R]) -> Callable[P, R]:
     A recording reads and writes the memory of the tensors that it was made with, so it serves those alone. The cache's
     length, and tensors of integers that are arguments themselves (tokens, keys), may differ at each call: they are
     copied in. Results are copied out, except those in the memory of a donated argument. The number of slots that are
-    read follows the length, in steps of a quarter. The host waits for the GPU only to read a length that no step before
-    has told it.
+    read follows the length, in steps of a quarter. The host waits for the GPU only to read a length that it does not
+    know from an earlier step.
 
     `f` runs as it is for what is differentiated, mapped or traced, in `torch.inference_mode` (`no_grad` is recorded),
     and if it makes a new length otherwise than `forward` does. Each thread records for itself.
@@ -61,14 +61,14 @@ def recorded(f: Callable[P, R]) -> Callable[P, R]:
         cache = cache_of(args)
         if cache is None or kwargs or not _may_be_recorded(cache.length):
             return plain_f(*args, **kwargs)
-        with knowing(ours.lengths):
+        with with_lengths(ours.lengths):
             return of_known_length(args, cache, extent(cache.length))
 
     def of_known_length(args: tuple, cache: Cache, length: Extent | None) -> Any:
         if length is None:
             return plain_f(*args)
-        reached = coarse(length.most, cache.k[0].shape[-2])
-        if (key := _key(args, reached)) is None or (key in ours.known and ours.known[key] is None):
+        limit = rounded_up(length.maximum, cache.k[0].shape[-2])
+        if (key := _key(args, limit)) is None or (key in ours.known and ours.known[key] is None):
             return plain_f(*args)
         ready = ours.known.get(key)
         if ready is None or not alive(ready):  # a new tensor may have the identity of one that is gone
@@ -79,12 +79,12 @@ def recorded(f: Callable[P, R]) -> Callable[P, R]:
             before = [x() for x in ours.seen.get(key, ())]
             if len(before) != len(fixed) or any(a is not b for a, b in zip(before, fixed, strict=True)):
                 _keep(ours.seen, key, [weakref.ref(x) for x in fixed])  # the first run compiles what is not yet
-                return _first(plain_f, _copies(args, cache, length._replace(reach=reached), ours.lengths), fixed)
+                return _first(plain_f, _copies(args, cache, length._replace(read_up_to=limit), ours.lengths), fixed)
             for other in [other for other, old in ours.known.items() if old is not None and not alive(old)]:
                 del ours.known[other]
             # An error during a recording would leave the memory of the GPU in disorder.
             room.check_room(cache.k[0], cache.length, length, 0)
-            copies = _copies(args, cache, length._replace(reach=reached), ours.lengths)
+            copies = _copies(args, cache, length._replace(read_up_to=limit), ours.lengths)
             ready = record(plain_f, copies, fixed, ours.pools, ours.lengths)
             _keep(ours.known, key, ready)
             if ready is None:
@@ -101,7 +101,7 @@ def _may_be_recorded(length: Tensor) -> bool:
             and not length.is_inference())
 
 
-def _key(args: tuple, reached: int) -> Hashable | None:
+def _key(args: tuple, limit: int) -> Hashable | None:
     """What a recording is for; None for arguments without a hash.
 
     A tensor's hash is its identity. For the 600 tensors of a model that takes 50 us, while a look at each takes 2 ms.
@@ -115,7 +115,7 @@ def _key(args: tuple, reached: int) -> Hashable | None:
         return hash(x) if isinstance(x, Tensor | tuple) else x
 
     try:
-        key = reached, gradients_enabled(), autocast(), *map(one, args)
+        key = limit, gradients_enabled(), autocast(), *map(one, args)
         hash(key)
     except TypeError:
         return None
@@ -137,15 +137,15 @@ def _copies(args: tuple, cache: Cache, known: Extent, lengths: Lengths) -> tuple
 
 def _keep(places: OrderedDict, key: Hashable, value: Any) -> None:
     places[key] = value
-    while len(places) > MOST:
+    while len(places) > MAX_RECORDINGS:
         places.popitem(last=False)
 
 
-def coarse(most: int, slots: int) -> int:
-    """A length at most a quarter above `most`, so that one recording serves many lengths.
+def rounded_up(length: int, slots: int) -> int:
+    """A length at most a quarter above `length`, so that one recording serves many lengths.
 
     With one token more it fills whole pages, two of them or more, as far as the cache has as many.
     """
-    step = max(2 * room.PAGE, 2 ** ((most + 1).bit_length() - 3))
-    upper, whole = -(-(most + 1) // step) * step, slots // room.PAGE * room.PAGE
-    return min(upper, whole if most < whole else max(most + 1, slots)) - 1
+    step = max(2 * room.PAGE, 2 ** ((length + 1).bit_length() - 3))
+    upper, whole = -(-(length + 1) // step) * step, slots // room.PAGE * room.PAGE
+    return min(upper, whole if length < whole else max(length + 1, slots)) - 1

@@ -11,8 +11,8 @@ from llama_fn.compiled.inductor import MANY_ROUNDS
 from llama_fn.compiled.layers import by_layers, by_shape, obstacle
 from llama_fn.model.transformer import Params, forward
 from llama_fn.modes import on_gpu
-from llama_fn.ops.aten.inductor_sums import FEW
-from llama_fn.ops.cpu import build
+from llama_fn.ops.aten.few_rows import FEW
+from llama_fn.ops.cpu.linear import max_rows
 
 LARGE = 2**28  # bytes of weights; a step that reads fewer is so short that compiling costs more time than it saves
 
@@ -37,7 +37,7 @@ def decoder(step: Callable, draw: Callable) -> Callable[[Params, int], Compiled 
         if not pays(params, rows):
             return None
         if not made:
-            made.append(_both(step, draw))
+            made.append(_compiled_step(step, draw))
         return made[0]
 
     return compiled
@@ -49,10 +49,10 @@ def pays(params: Params, rows: int) -> bool:
     On a CPU, the compiled kernels are faster than torch's for few rows alone.
     """
     large = sum(x.nbytes for x in tree.leaves(params)) >= LARGE
-    return large and (on_gpu(params.norm) or rows <= max(FEW, build.most(params.output)))
+    return large and (on_gpu(params.norm) or rows <= max(FEW, max_rows(params.output)))
 
 
-def _both(step: Callable, draw: Callable) -> Compiled:
+def _compiled_step(step: Callable, draw: Callable) -> Compiled:
     if (reason := obstacle()) is not None:
         warnings.warn(uncompiled("a decode step", reason), stacklevel=4)
         return Compiled(forward, None)

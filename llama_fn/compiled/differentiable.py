@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from llama_fn import private
-from llama_fn.compiled.inductor import by_inductor, prepared, undisturbed
+from llama_fn import private_inductor
+from llama_fn.compiled.inductor import by_inductor, compile_lock, prepared
 from llama_fn.compiled.products import by_onednn
 from llama_fn.compiled.trace import collect, rebuilt
 from llama_fn.modes import autocast, gradients_enabled, traced, tracing_layers, transforms
 
 R = TypeVar("R")
-# How much of its values a forward may save for the backward, as torch measures it: at 1 the backward computes again
-# only what costs next to nothing, at 0 all that it can. At 0.8 a block saves 29 % less than at 1, and a step takes 2 %
-# more time: the backward computes both norms and the gated product again.
-KEPT = 0.8
+# Torch's `activation_memory_budget`: how much of its values a forward may save for the backward. At 1 the backward
+# recomputes only what costs next to nothing, at 0 all that it can. At 0.8 a block saves 29 % less than at 1, and a
+# step takes 2 % more time: the backward recomputes both norms and the gated product.
+MEMORY_BUDGET = 0.8
 
 
 def differentiable(f: Callable[..., R]) -> Callable[..., R]:
@@ -36,13 +36,13 @@ def differentiable(f: Callable[..., R]) -> Callable[..., R]:
         tensors: list[Tensor] = []
         rest: list[Any] = [torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()]
         collect(args, tensors, rest)
-        wanted = [gradients_enabled() and x.requires_grad for x in tensors]
-        if not any(wanted) or traced() or transforms() or autocast():
+        needs_grad = [gradients_enabled() and x.requires_grad for x in tensors]
+        if not any(needs_grad) or traced() or transforms() or autocast():
             return f(*args)
         tensors = [x.contiguous() for x in tensors]
-        key = (*rest, *wanted, *((x.shape, x.dtype, x.device) for x in tensors))
+        key = (*rest, *needs_grad, *((x.shape, x.dtype, x.device) for x in tensors))
         if (ready := known.get(key)) is None:
-            ready = known[key] = _compiled(f, args, tensors, [i for i, one in enumerate(wanted) if one])
+            ready = known[key] = _compiled(f, args, tensors, [i for i, one in enumerate(needs_grad) if one])
         return rebuilt(ready.result, iter(_Applied.apply(ready, *tensors)))
 
     return called
@@ -54,7 +54,7 @@ class _Compiled(NamedTuple):
     forward: Callable[[list[Tensor]], Sequence[Tensor]]
     backward: Callable[[list[Tensor]], Sequence[Tensor]]
     outputs: int  # how many of the forward's values are results
-    wanted: list[int]  # the indices of the tensors whose gradients the backward returns
+    needs_grad: list[int]  # the indices of the tensors whose gradients the backward returns
     result: Any  # the tree of results, with placeholders for its tensors
 
 
@@ -71,18 +71,18 @@ class _Applied(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradients: list[Tensor | None] = [None] * ctx.count
         values = ctx.ready.backward([*ctx.saved_tensors, *(x.contiguous() for x in cotangents)])
-        for place, value in zip(ctx.ready.wanted, values, strict=True):
+        for place, value in zip(ctx.ready.needs_grad, values, strict=True):
             gradients[place] = value
         return None, *gradients
 
 
-@undisturbed()
-def _compiled(f: Callable, args: tuple, tensors: list[Tensor], wanted: list[int]) -> _Compiled:
-    inductor = private.inductor()
+@compile_lock()
+def _compiled(f: Callable, args: tuple, tensors: list[Tensor], needs_grad: list[int]) -> _Compiled:
+    inductor = private_inductor.inductor()
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    imagined = inductor.FakeTensorMode(shape_env=ShapeEnv())  # without a ShapeEnv, torch's on-disk cache is off
+    fake_mode = inductor.FakeTensorMode(shape_env=ShapeEnv())  # without a ShapeEnv, torch's on-disk cache is off
     result: Any = None
 
     def values(*numbers: Tensor) -> tuple[Tensor, ...]:
@@ -94,34 +94,34 @@ def _compiled(f: Callable, args: tuple, tensors: list[Tensor], wanted: list[int]
         return tuple(found)
 
     def both(primals: list[Tensor], tangents: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        def of_wanted(*some: Tensor) -> tuple[Tensor, ...]:
+        def of_needed(*needed: Tensor) -> tuple[Tensor, ...]:
             numbers = [*primals]
-            for i, x in zip(wanted, some, strict=True):
+            for i, x in zip(needs_grad, needed, strict=True):
                 numbers[i] = x
             return values(*numbers)
 
-        outputs, pullback, *_ = torch.func.vjp(of_wanted, *(primals[i] for i in wanted))
+        outputs, pullback, *_ = torch.func.vjp(of_needed, *(primals[i] for i in needs_grad))
         return [*outputs], [*pullback(tuple(tangents))]
 
-    primals = [imagined.from_tensor(x.detach(), static_shapes=True) for x in tensors]
-    with torch.no_grad(), tracing_layers(), imagined:
+    primals = [fake_mode.from_tensor(x.detach(), static_shapes=True) for x in tensors]
+    with torch.no_grad(), tracing_layers(), fake_mode:
         tangents = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in values(*primals)]
         joint = make_fx(both, decomposition_table=inductor.decompositions())(primals, tangents)
-        with inductor.tracing(imagined), inductor.partitioning.patch(activation_memory_budget=KEPT):
+        with inductor.tracing(fake_mode), inductor.partitioning.patch(activation_memory_budget=MEMORY_BUDGET):
             forward, backward = inductor.partition(joint, [primals, tangents], num_fwd_outputs=len(tangents))
-    run = _by_inductor(forward, primals, imagined, tensors[0])
-    behind: list[Callable] = []
+    run = _by_inductor(forward, primals, fake_mode, tensors[0])
+    compiled_backward: list[Callable] = []
 
     def run_backward(values: list[Tensor]) -> Sequence[Tensor]:
-        if not behind:  # compiled at the first call, when the strides of the saved tensors are known
-            inputs = [imagined.from_tensor(x.detach(), static_shapes=True) for x in values]
-            behind.append(_by_inductor(backward, inputs, imagined, values[0]))
-        return behind[0](values)
+        if not compiled_backward:  # compiled at the first call, when the strides of the saved tensors are known
+            inputs = [fake_mode.from_tensor(x.detach(), static_shapes=True) for x in values]
+            compiled_backward.append(_by_inductor(backward, inputs, fake_mode, values[0]))
+        return compiled_backward[0](values)
 
-    return _Compiled(run, run_backward, len(tangents), wanted, result)
+    return _Compiled(run, run_backward, len(tangents), needs_grad, result)
 
 
-@undisturbed()
-def _by_inductor(graph: GraphModule, inputs: list[Tensor], imagined: Any, like: Tensor) -> Callable:
+@compile_lock()
+def _by_inductor(graph: GraphModule, inputs: list[Tensor], fake_mode: Any, like: Tensor) -> Callable:
     by_onednn(graph)
-    return by_inductor(graph, inputs, imagined, prepared(like, {}))
+    return by_inductor(graph, inputs, fake_mode, prepared(like, {}))

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from llama_fn.model.cache import Cache
 from llama_fn.model.transformer import Params
-from llama_fn.ops.gpu.attend import attention
-from llama_fn.ops.gpu.attend_heads import MANY, attended
+from llama_fn.ops.gpu.attend_heads import MANY_HEADS, attended
 from llama_fn.ops.gpu.epilogues import added, gated, normed, rotated
+from llama_fn.ops.gpu.flash_decoding import flash_decoding
 from llama_fn.ops.gpu.linear_few_rows import Weights
 from llama_fn.ops.gpu.linear_one_row import Rotated
 from llama_fn.ops.quantized import Quantized
@@ -33,17 +33,18 @@ def fused_trunk(params: Params, tokens: Tensor, cache: Cache, slots: int, freque
     d, y = x.shape[1], normed(blocks[0].attention_norm, x, eps)
     for weights, after, *leaves in zip(blocks, [*blocks[1:], None], cache.k, cache.v, strict=True):
         (wq, wk, wv, wo), (gate, up, down) = weights.attention, weights.feed_forward
-        output, gates, last = _flat(math.prod(wo.shape[1:]), wo), _flat(d, gate, up), _flat(gate.shape[0], down)
-        following, norm = (None, None) if after is None else (_flat(d, after.attention.wq), after.attention_norm)
+        output, gate_up = _flat(math.prod(wo.shape[1:]), wo), _flat(d, gate, up)
+        down_weights = _flat(gate.shape[0], down)
+        next_weights, norm = (None, None) if after is None else (_flat(d, after.attention.wq), after.attention_norm)
         k, v = (leaf.view(-1, *leaf.shape[-3:]) for leaf in cast(list[Tensor], leaves))
-        inputs, places = _flat(d, wq, wk, wv), Rotated(cos, sin, k, v, positions)
-        if len(x) > 1 and wq.shape[1] == 1 and len(x) * k.shape[1] >= MANY:
-            heads = attended(inputs, y, places, slots)
+        inputs, rotation = _flat(d, wq, wk, wv), Rotated(cos, sin, k, v, positions)
+        if len(x) > 1 and wq.shape[1] == 1 and len(x) * k.shape[1] >= MANY_HEADS:
+            heads = attended(inputs, y, rotation, slots)
         else:
-            queries = rotated(inputs, y, places, output).view(len(x), k.shape[1], -1, k.shape[3])
-            heads = attention(queries, k[:, :, :slots], v[:, :, :slots], positions)
-        x, y = added(output, heads.view(len(x), -1), x, weights.ffn_norm, eps, gates)
-        x, y = added(last, gated(gates, y, last), x, norm, eps, following)
+            queries = rotated(inputs, y, rotation, output).view(len(x), k.shape[1], -1, k.shape[3])
+            heads = flash_decoding(queries, k[:, :, :slots], v[:, :, :slots], positions)
+        x, y = added(output, heads.view(len(x), -1), x, weights.ffn_norm, eps, gate_up)
+        x, y = added(down_weights, gated(gate_up, y, down_weights), x, norm, eps, next_weights)
     return x.view(*tokens.shape, -1)
 
 

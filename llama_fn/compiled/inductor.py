@@ -1,4 +1,4 @@
-"""What inductor is told before it compiles: options, and answers to what it would ask the machine."""
+"""What inductor gets before it compiles: its options, and facts about the machine that it would look up itself."""
 
 import contextlib
 import gc
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from llama_fn import private
+from llama_fn import private_inductor
 from llama_fn.modes import on_gpu
 from llama_fn.ops.cpu import build
 
@@ -42,37 +42,37 @@ def prepared(x: Tensor, cpu: Mapping[str, Any]) -> Prepared:
     half a second of every start, and whether g++ knows the processor's instructions, which takes 3 s of a first start.
     With AVX2 that answer is known.
     """
-    inductor = private.inductor()
-    asked = [*inductor.questions]
+    inductor = private_inductor.inductor()
+    questions = [*inductor.questions]
     if on_gpu(x):
         options = OPTIONS | CUDA
     else:
-        options = {**OPTIONS, **CPU, **cpu, "cpp_cache_precompile_headers": _keeps_headers(inductor.headers)}
-        if build.level() == "AVX2":
+        options = {**OPTIONS, **CPU, **cpu, "cpp_cache_precompile_headers": _can_keep_headers(inductor.headers)}
+        if build.vector_instructions() == "AVX2":
             options["cpp.vec_isa_ok"] = True
         else:
-            asked.append(inductor.instructions)
-    threads = [threading.Thread(target=question) for question in asked]
+            questions.append(inductor.instructions)
+    threads = [threading.Thread(target=question) for question in questions]
     for thread in threads:
         thread.start()
     return Prepared(options, threads)
 
 
-def by_inductor(graph: GraphModule, inputs: Sequence[Any], imagined: Any, ready: Prepared) -> Callable:
-    """The code of a graph, as a function of the list of its inputs. `imagined` is the mode that its values are fake in.
+def by_inductor(graph: GraphModule, inputs: Sequence[Any], fake_mode: Any, ready: Prepared) -> Callable:
+    """The code of a graph, as a function of the list of its inputs. Its values are fake tensors of `fake_mode`.
 
-    The questions must be answered by then. Torch's answers about instructions are no longer the same in each process
-    when two threads look for them at once, and then the code that an earlier process left on disk is not found.
+    It first waits for the threads of `prepared`. If two threads look up the processor's instructions at once, torch may
+    find others than in an earlier process, and then it misses the code which that process left on disk.
     """
-    inductor = private.inductor()
+    inductor = private_inductor.inductor()
     for thread in ready.threads:
         thread.join()
-    with torch.no_grad(), inductor.set_fakes(imagined), inductor.config.patch(ready.options), \
-            inductor.tracing(imagined):
+    with torch.no_grad(), inductor.set_fakes(fake_mode), inductor.config.patch(ready.options), \
+            inductor.tracing(fake_mode):
         return inductor.compile(graph, inputs, is_inference=True)
 
 
-def _keeps_headers(folder: str) -> bool:
+def _can_keep_headers(folder: str) -> bool:
     """Whether inductor can keep its precompiled headers in this folder.
 
     With them a machine's first start takes 15 s instead of 20, and each loop compiled later 0.5 s instead of 2.5. Torch
@@ -83,17 +83,17 @@ def _keeps_headers(folder: str) -> bool:
     return os.path.isdir(folder) and os.access(folder, os.W_OK) and shutil.which("openssl") is not None
 
 
-_ALONE = threading.RLock()
+_LOCK = threading.RLock()
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def compile_lock() -> Iterator[None]:
     """Within it, no other thread compiles, and Python's garbage collector is off.
 
     Torch traces one graph at a time. The collector would find nothing in what is imported and traced, and takes 7 % of
     a start with a warm cache.
     """
-    with _ALONE:
+    with _LOCK:
         before = gc.isenabled()
         gc.disable()
         try:

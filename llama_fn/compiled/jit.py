@@ -17,7 +17,7 @@ from llama_fn.shapes import bind
 P = ParamSpec("P")
 R = TypeVar("R")
 
-MOST_SHAPES = 64  # compilations of one function; torch gives up after 8
+MAX_SHAPES = 64  # compilations of one function; torch gives up after 8
 
 
 def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
@@ -53,7 +53,7 @@ def jit(f: Callable[P, R], donate: str | Sequence[str] = ()) -> Callable[P, R]:
 
     # Dynamo limits the compilations of each code object, so every jitted function needs a code object of its own.
     own = types.FunctionType(body.__code__.replace(), body.__globals__, called, None, body.__closure__)
-    allow_shapes(MOST_SHAPES)
+    allow_shapes(MAX_SHAPES)
     compiled = torch.compile(own, fullgraph=True, dynamic=False)
 
     @functools.wraps(f)

@@ -22,7 +22,7 @@ from llama_fn.model.block import block
 from llama_fn.model.cache import AnyCache
 from llama_fn.model.transformer import Params, forward, head
 from llama_fn.modes import plain, traced
-from llama_fn.private import lacking
+from llama_fn.private_inductor import lacking
 
 P = ParamSpec("P")
 R = TypeVar("R")

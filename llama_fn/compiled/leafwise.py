@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
-from llama_fn import private, tree
-from llama_fn.compiled.inductor import undisturbed
+from llama_fn import private, private_inductor, tree
+from llama_fn.compiled.inductor import compile_lock
 from llama_fn.compiled.jit import donated
 from llama_fn.compiled.meta_trace import meta_trace
 from llama_fn.compiled.trace import compiled
@@ -52,7 +52,7 @@ def leafwise(f: Callable[..., R], donate: str | Sequence[str] = ()) -> Callable[
     return called
 
 
-@undisturbed()
+@compile_lock()
 def _program(f: Callable, structure: Any, tensors: list[Tensor], loops: dict) -> Callable[[list[Tensor]], Any]:
     """`f` compiled for arguments like these, as a function of the list of their tensors."""
     graph, result = _traced(f, structure, tensors)
@@ -82,7 +82,7 @@ def _traced(f: Callable, structure: Any, tensors: list[Tensor]) -> tuple[Graph, 
 
     with tracing_layers():
         graph = meta_trace(flat, tensors)
-    return private.inductor().same_once(graph), result
+    return private_inductor.inductor().same_once(graph), result
 
 
 def _steps(graph: Graph, values: Sequence[Node], loops: dict) -> list[Step]:

@@ -18,7 +18,7 @@ def by_onednn(graph: GraphModule) -> None:
         return
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
         a = node.args[0].meta["val"]
-        copied = build.level() == "AVX2" and not a.is_contiguous()
+        copied = build.vector_instructions() == "AVX2" and not a.is_contiguous()
         if a.device.type == "cpu" and a.dtype == torch.float32 and not copied:
             node.target = torch.ops.llama_fn.product.default
     graph.recompile()

@@ -44,7 +44,7 @@ def record(f: Callable, args: tuple, fixed: list[Tensor], pools: Pools, lengths:
     return Recording(replay, [weakref.ref(x) for x in fixed], [x.data_ptr() for x in fixed], integers_of(args),
                      [places.get(id(x), x) for x in own(results, fixed)],
                      rebuilt(result, itertools.repeat(torch.empty(0, device="cpu"))),
-                     next(i for i, x in enumerate(results) if x is new.length), after.most - before.most)
+                     next(i for i, x in enumerate(results) if x is new.length), after.maximum - before.maximum)
 
 
 def replayed(recording: Recording, args: tuple, length: Extent, lengths: Lengths) -> Any:
@@ -52,8 +52,8 @@ def replayed(recording: Recording, args: tuple, length: Extent, lengths: Lengths
     copy_each(recording.integers, integers_of(args))
     recording.replay()
     results = [cast(Tensor, recording.fixed[x]()) if isinstance(x, int) else x.clone() for x in recording.results]
-    least, most = length.least + recording.growth, length.most + recording.growth
-    lengths.put(results[recording.length], Extent(least, most, most))
+    minimum, maximum = length.minimum + recording.growth, length.maximum + recording.growth
+    lengths.put(results[recording.length], Extent(minimum, maximum, maximum))
     return rebuilt(recording.structure, iter(results))
 
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.fx import Graph
 
-from llama_fn import private
-from llama_fn.compiled.inductor import ONE_LOOP, by_inductor, prepared, undisturbed
+from llama_fn import private_inductor
+from llama_fn.compiled.inductor import ONE_LOOP, by_inductor, compile_lock, prepared
 from llama_fn.modes import tracing_layers
 from llama_fn.ops.cpu import build
 
-MOST = 4096  # the most sizes for which a compiled function remembers whether its graph fits them
+MAX_SIZES = 4096  # the most sizes for which a compiled function remembers whether its graph fits them
 
 
-@undisturbed()
+@compile_lock()
 def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
              cpu: Mapping[str, Any] = ONE_LOOP) -> Callable[[list[Tensor]], Any]:
     """`f` compiled for arguments like these, as a function of the list of their tensors.
@@ -27,7 +27,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
     always set.
     """
     # These imports take two seconds, so they wait until something is compiled.
-    inductor = private.inductor()
+    inductor = private_inductor.inductor()
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, is_concrete_int
 
@@ -64,7 +64,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
     outside = _views_outside(graph.graph, inputs)
     graph.recompile()  # torch's cache on disk finds a graph by its code
     run = by_inductor(graph, inputs, fake_mode, ready)
-    build.ready(graph.graph)
+    build.load_for_graph(graph.graph)
 
     # A condition on a dynamic size may have made it a constant during tracing.
     fits = alike(tensors, {i: axis for i, axis in dynamic.items() if not is_concrete_int(fakes[i].shape[axis])})
@@ -75,7 +75,7 @@ def compiled(f: Callable, args: tuple, axes: Sequence[int | None],
             return None
         sizes = tuple(tensors[i].shape[axis] for i, axis in places)
         if (fitted := fitting.get(sizes)) is None:
-            if len(fitting) >= MOST:
+            if len(fitting) >= MAX_SIZES:
                 fitting.clear()
             fitted = fitting[sizes] = shapes.evaluate_guards_for_args(fakes, tensors)
         if not fitted:
@@ -99,7 +99,8 @@ def alike(tensors: list[Tensor], dynamic: Mapping[int, int] = MappingProxyType({
     sizes = [[None if axis == dynamic.get(i) else n for axis, n in enumerate(x.shape)] for i, x in enumerate(tensors)]
     strides = [[None if axis < dynamic.get(i, 0) else n for axis, n in enumerate(x.stride())]
                for i, x in enumerate(tensors)]
-    return private.inductor().TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    guards = private_inductor.inductor().TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    return guards.check
 
 
 def _views_outside(graph: Graph, inputs: list[Any]) -> dict[int, torch.dtype]:

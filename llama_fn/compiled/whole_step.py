@@ -1,4 +1,4 @@
-"""All layers of a decode step at once: in C++ on a CPU (`ops/cpu/step.cpp`), in Triton on a GPU (`gpu_step.py`).
+"""All layers of a decode step at once: in C++ on a CPU (`ops/cpu`), in Triton on a GPU (`gpu_step.py`).
 
 `block` after `block` is the definition. One call of the C++ kernel replaces hundreds from Python. Each layer's calls
 from Python take 0.2 ms, because the weights that were just read have pushed Python's own data out of the processor's
@@ -19,11 +19,13 @@ from llama_fn.model.rope import frequencies
 from llama_fn.model.transformer import Params
 from llama_fn.modes import plain, recording, values_alone
 from llama_fn.ops.cpu import build
-from llama_fn.ops.gpu.linear import most_by_triton
-from llama_fn.ops.quantized import GROUP, Grouped, Quantized, as_made
+from llama_fn.ops.cpu import linear as cpu_linear
+from llama_fn.ops.cpu.decode_layers import decode_head, decode_layers
+from llama_fn.ops.gpu import linear as gpu_linear
+from llama_fn.ops.quantized import GROUP, Grouped, Quantized, has_own_dtypes
 from llama_fn.ops.slots import Forked
 
-MOST = 64  # kinds of arguments that a trunk remembers
+MAX_KINDS = 64  # kinds of arguments that a trunk remembers
 
 
 class Checked(NamedTuple):
@@ -52,7 +54,7 @@ def fused_trunk() -> Callable[[Params, Tensor, Cache, int], Tensor | None]:
         for weights in params.blocks:
             matrices += *weights.attention, *weights.feed_forward
             norms += weights.attention_norm, weights.ffn_norm
-        values, scales = build.parts(matrices)
+        values, scales = cpu_linear.values_and_scales(matrices)
         tensors = [tokens, cache.length, params.embedding, *values, *scales, *norms, *cache.k, *cache.v]
         config = params.config
         kind = (tokens.shape, cache.k[0].shape, cache.k[0].dtype, params.norm.dtype, config.head_dim,
@@ -62,7 +64,7 @@ def fused_trunk() -> Callable[[Params, Tensor, Cache, int], Tensor | None]:
             if not plain(tensors):
                 return None
             found = _checked(params, tokens, cache, tensors)
-            if len(known) >= MOST:
+            if len(known) >= MAX_KINDS:
                 known.pop(next(iter(known)), None)
             known[kind] = found
         if not found.accepted:
@@ -75,26 +77,23 @@ def fused_trunk() -> Callable[[Params, Tensor, Cache, int], Tensor | None]:
 
             with torch.cuda.device(tokens.device):  # Triton launches on the current device
                 return gpu_step.fused_trunk(params, tokens, cache, slots, angles)
-        build.load()
-        return torch.ops.llama_fn.one_token(
-            tokens.long().contiguous(), params.embedding, angles, norms, values, scales, cache.k, cache.v,
-            cache.length.contiguous(), config.norm_eps, torch.get_num_threads())
+        return decode_layers(tokens.long().contiguous(), params.embedding, angles, norms, values, scales, cache.k,
+                             cache.v, cache.length.contiguous(), config.norm_eps)
 
     return trunk
 
 
 def fused_head(norm: Tensor, output: Any, x: Tensor, eps: float) -> Tensor | None:
     """`transformer.head` of few rows in C++, or None for arguments that the kernel does not accept."""
-    values, scales = build.parts([output])
+    values, scales = cpu_linear.values_and_scales([output])
     tensors = [*values, *scales, norm, x]
     if not values_alone() or not plain(tensors) or not x.is_contiguous():
         return None
-    made = _scales_as_made([output]) and norm.dtype in build.FLOATS and norm.is_contiguous()
+    made = _scales_are_float32([output]) and norm.dtype in build.DTYPES and norm.is_contiguous()
     made = made and output.shape[-1:] == norm.shape == x.shape[-1:] and x.device == norm.device == values[0].device
-    if not made or not build.takes(output, x):
+    if not made or not cpu_linear.supports(output, x):
         return None
-    build.load()
-    return torch.ops.llama_fn.head(x, norm, values, scales, eps, torch.get_num_threads())
+    return decode_head(x, norm, values, scales, eps)
 
 
 def _checked(params: Params, tokens: Tensor, cache: Cache, tensors: list[Tensor]) -> Checked:
@@ -116,8 +115,8 @@ def _frequencies(config: Config, device: torch.device) -> Tensor:
     return frequencies(config.head_dim, config.rope_theta, config.rope_scaling, device)
 
 
-def _scales_as_made(weights: list[Any]) -> bool:
-    """Whether the scales of 8-bit weights are as they were made; those of a tree that was cast may not be."""
+def _scales_are_float32(weights: list[Any]) -> bool:
+    """Whether the scales of 8-bit weights are float32 and contiguous. After a cast of the tree they may not be."""
     return all(weight.scale.dtype == torch.float32 and weight.scale.is_contiguous()
                for weight in weights if isinstance(weight, Quantized))
 
@@ -128,8 +127,8 @@ def _accepted(params: Block, embedding: Tensor, batch: torch.Size, keys: Any, va
     d, dtype, kind, numbers = embedding.shape[-1], embedding.dtype, type(matrices[0]), matrices
     if isinstance(matrices[0], Quantized | Grouped):
         numbers = [part for matrix in matrices for part in matrix]
-        made = all(type(m) is kind and as_made(cast(Quantized, m)) for m in matrices) and _scales_as_made(matrices)
-        made = made and dtype.itemsize == 2
+        made = all(type(m) is kind and has_own_dtypes(cast(Quantized, m)) for m in matrices)
+        made = made and _scales_are_float32(matrices) and dtype.itemsize == 2
     else:
         made = all(isinstance(matrix, Tensor) and matrix.dtype == dtype for matrix in matrices)
     leaves = (embedding, *numbers, *norms, keys, values)
@@ -141,10 +140,10 @@ def _accepted(params: Block, embedding: Tensor, batch: torch.Size, keys: Any, va
             or any(leaf.shape != (*batch, k, room, h) or leaf.dtype != keys.dtype for leaf in (keys, values))):
         return False
     if embedding.is_cuda:
-        return (kind is not Grouped and 0 < batch.numel() <= most_by_triton(matrices[0])
+        return (kind is not Grouped and 0 < batch.numel() <= gpu_linear.max_rows(matrices[0])
                 and norms[0].dtype == keys.dtype == dtype in (torch.bfloat16, torch.float16))
     whole = GROUP if numbers is not matrices else 8
-    return (embedding.device.type == "cpu" and bool(build.level())
+    return (embedding.device.type == "cpu" and bool(build.vector_instructions())
             and not (d % whole or k * g * h % whole or f % whole or h % 8)
-            and all(each in build.FLOATS for each in (dtype, norms[0].dtype, keys.dtype))
-            and 0 < batch.numel() <= build.most(matrices[0]))
+            and all(each in build.DTYPES for each in (dtype, norms[0].dtype, keys.dtype))
+            and 0 < batch.numel() <= cpu_linear.max_rows(matrices[0]))

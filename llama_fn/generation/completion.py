@@ -12,6 +12,7 @@ from llama_fn.checkpoint.load import Model, check_tokenizer
 from llama_fn.generation import decode
 from llama_fn.generation.sampling import Sampler
 from llama_fn.generation.sampling import sampler as make_sampler
+from llama_fn.generation.state import prefill, resume
 from llama_fn.generation.stop_strings import check_stop, stops, until
 from llama_fn.model.block import block
 from llama_fn.model.transformer import Params, forward
@@ -93,7 +94,7 @@ def complete(params: Params, encoded: Sequence[list[int]], key: Tensor, max_new_
     keys = keys_of(key, len(encoded), params)
     longest = max(len(ids) + limit for ids, limit in zip(encoded, limits, strict=True))
     run = functools.partial(forward, layer=layer, head=head)
-    state, prompt_logits = decode.prefill(params, encoded, longest, adapters, run)
+    state, prompt_logits = prefill(params, encoded, longest, adapters, run)
     written: list[list[int]] = [[] for _ in encoded]
     nats: list[list[float]] = [[] for _ in encoded]
     sampler = sampler or make_sampler()
@@ -125,7 +126,7 @@ def stream(model: Model, prompt: str, *, key: Int[Tensor, "2"], max_new_tokens: 
     limit = token_limit(model.params, len(tokens), max_new_tokens)
 
     def ids() -> Iterator[int]:
-        state = decode.resume(model.params, tokens, None, len(tokens) + limit, layer, head)
+        state = resume(model.params, tokens, None, len(tokens) + limit, layer, head)
         sample = sampler or make_sampler()
         for step in decode.steps(model.params, state, keys_of(key, 1, model.params), sample, model.tokenizer.ends,
                                  [limit], run=decode.step_for(model.params, 1, sample, layer, head)):

@@ -1,7 +1,7 @@
 """A conversation as a value: the tokens of all messages, and a cache that each turn continues."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxtyping import Int
@@ -9,10 +9,11 @@ from torch import Tensor
 
 from llama_fn.checkpoint.load import Model, check_tokenizer
 from llama_fn.generation import decode
-from llama_fn.generation.chat import Message, check_messages, closing, dialog_with, segments, split_dialog
+from llama_fn.generation.chat import check_messages, closing, dialog_with, segments
 from llama_fn.generation.completion import token_limit
 from llama_fn.generation.sampling import Sampler
 from llama_fn.generation.sampling import sampler as make_sampler
+from llama_fn.generation.state import resume
 from llama_fn.generation.template import common
 from llama_fn.model.cache import Cache, NoCache
 from llama_fn.shapes import typed
@@ -63,7 +64,7 @@ def ask(model: Model, chat: Chat, question: str) -> Chat:
     check_messages(model.tokenizer, chat.system, question)
     end = closing(model.tokenizer)
     exchanges = (*(_closed(end, exchange) for exchange in chat.exchanges), Exchange(question, (), ()))
-    asked = _prompted(model.tokenizer, chat._replace(exchanges=exchanges))
+    asked = prompted(model.tokenizer, chat._replace(exchanges=exchanges))
     # A chat template may write earlier messages in another way once a question follows. The cache keeps only tokens
     # that are still the same.
     asked = asked._replace(cache=_shortened(chat.cache, common(chat.tokens, asked.tokens)))
@@ -103,7 +104,7 @@ def answer(model: Model, chat: Chat, *, key: Int[Tensor, "2"], max_new_tokens: i
 
     def ids() -> Iterator[int]:
         nonlocal latest
-        state = decode.resume(model.params, tokens, chat.cache, len(tokens) + limit)
+        state = resume(model.params, tokens, chat.cache, len(tokens) + limit)
         latest = latest._replace(cache=state.cache)
         keys = key[None].to(model.params.embedding.device)
         sample = sampler or make_sampler()
@@ -145,58 +146,18 @@ def drop(model: Model, chat: Chat, count: int) -> Chat:
     check_tokenizer(model)
     if not 0 <= count <= len(chat.exchanges):
         raise ValueError(f"cannot drop {count} of {len(chat.exchanges)} exchanges")
-    return chat if count == 0 else _prompted(model.tokenizer, Chat(chat.system, chat.exchanges[count:]))
+    return chat if count == 0 else prompted(model.tokenizer, Chat(chat.system, chat.exchanges[count:]))
 
 
 def with_system(model: Model, chat: Chat, system: str | None) -> Chat:
     """The conversation with another system message. Raises `ValueError` for a tag of the chat format in it."""
     check_tokenizer(model)
     check_messages(model.tokenizer, system, "")
-    _prompted(model.tokenizer, Chat(system, (Exchange("", (), ()),)))  # a template may refuse any system message
-    return _prompted(model.tokenizer, Chat(system, chat.exchanges))
+    prompted(model.tokenizer, Chat(system, (Exchange("", (), ()),)))  # a template may refuse any system message
+    return prompted(model.tokenizer, Chat(system, chat.exchanges))
 
 
-def dialog_of(tokenizer: Tokenizer, chat: Chat) -> list[Message]:
-    """The conversation as messages, in the form that `chat_completion` takes.
-
-    An answer comes with its tokens if they differ from those that the tokenizer gives for its text.
-    """
-    answers = [tokenizer.decode(exchange.answer).strip() for exchange in chat.exchanges]
-    turns = [text for exchange, answer in zip(chat.exchanges, answers, strict=True)
-             for text in (exchange.question, answer)]
-    unanswered = bool(chat.exchanges) and not chat.exchanges[-1].answer
-    dialog = dialog_with(chat.system, turns[:len(turns) - unanswered])
-    own = chat_of(tokenizer, dialog).exchanges
-    for message, exchange, other in zip(dialog[chat.system is not None:][1::2], chat.exchanges, own, strict=False):
-        if exchange.answer != other.answer:
-            message["tokens"] = list(exchange.answer)
-    return dialog
-
-
-def chat_of(tokenizer: Tokenizer, dialog: Sequence[Message]) -> Chat:
-    """The conversation of a list of messages: the inverse of `dialog_of`. The last message may be an answer.
-
-    An answer gets the tokens that come with it. If there are none, or if they do not spell its content (after an edit,
-    or with another tokenizer), it gets the tokens that the tokenizer gives for its content. Raises `ValueError` as
-    `segments` does, and for ``tokens`` that are not a list of integers.
-    """
-    system, turns = split_dialog(dialog, open=False)
-    bare = [text.strip() if i % 2 else text for i, text in enumerate(turns)]
-    answers = [tuple(ids) for ids, is_answer in segments(tokenizer, dialog_with(system, bare)) if is_answer]
-    for i, message in enumerate(dialog[system is not None:][1::2]):
-        tokens, size = message.get("tokens", []), tokenizer.vocab_size
-        if not isinstance(tokens, list) or any(type(id) is not int for id in tokens):
-            raise ValueError(f'the "tokens" of answer {i} must be a list of token ids')
-        known = bool(tokens) and all(0 <= id < size for id in tokens)
-        if known and tokenizer.decode(tokens).strip() == message["content"].strip():
-            answers[i] = tuple(tokens)
-    questions = turns[::2]
-    answers += [()] * (len(questions) - len(answers))
-    exchanges = tuple(Exchange(question, (), answer) for question, answer in zip(questions, answers, strict=True))
-    return _prompted(tokenizer, Chat(system, exchanges))
-
-
-def _prompted(tokenizer: Tokenizer, chat: Chat) -> Chat:
+def prompted(tokenizer: Tokenizer, chat: Chat) -> Chat:
     """The conversation with the tokens of its questions, which do not depend on the answers."""
     turns = [text for exchange in chat.exchanges for text in (exchange.question, "a")]
     prompts = [tuple(ids) for ids, is_answer in segments(tokenizer, dialog_with(chat.system, turns[:-1]))

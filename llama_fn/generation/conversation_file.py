@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from llama_fn.checkpoint.atomic import replacing
-from llama_fn.generation.conversation import Chat, chat_of, dialog_of
+from llama_fn.generation.conversation import Chat
+from llama_fn.generation.messages import chat_of, dialog_of
 from llama_fn.text import decode, parse
 from llama_fn.tokenizer import Tokenizer
 

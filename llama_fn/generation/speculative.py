@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama_fn import random, tree
-from llama_fn.generation import decode
 from llama_fn.generation.sampling import Narrowing, check_drawable
+from llama_fn.generation.state import prefill
 from llama_fn.model.cache import Cache
 from llama_fn.model.transformer import Params, forward
 from llama_fn.shapes import typed
@@ -82,8 +82,8 @@ def rounds(target: Params, draft: Params, prompts: Sequence[list[int]], keys: In
 def begin(target: Params, draft: Params, prompts: Sequence[list[int]], keys: Int[Tensor, "b 2"], narrow: Narrowing,
           max_len: int) -> State:
     """The state after the prompts and one token for each row."""
-    state, _ = decode.prefill(target, prompts, max_len)
-    drafting, _ = decode.prefill(draft, prompts, max_len)
+    state, _ = prefill(target, prompts, max_len)
+    drafting, _ = prefill(draft, prompts, max_len)
     check_drawable(state.logits, "the")
     length, logits = state.cache.length, narrow(state.logits, state.tokens)
     token = _draw(logits, noise(keys, length, 1, logits.shape[-1], logits.dtype)[:, 0])

@@ -7,7 +7,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from llama_fn.ops.linear import chosen, together
+from llama_fn.ops.linear import choose, several_linears
 from llama_fn.ops.weight import Matrix
 from llama_fn.shapes import typed
 
@@ -27,10 +27,10 @@ def linear(weight: Float[Matrix, "..."], x: Float[Tensor, "..."], inputs: int = 
     if not isinstance(weight, Tensor):
         return weight.linear(x, inputs)
     matrix, x = weight.reshape(-1, math.prod(weight.shape[-inputs:])), x.flatten(-inputs)
-    return chosen(matrix, x, written_out)(matrix, x).unflatten(-1, weight.shape[:-inputs])
+    return choose(matrix, x, written_out)(matrix, x).unflatten(-1, weight.shape[:-inputs])
 
 
 def linears(weights: Sequence[Matrix], x: Float[Tensor, "..."]) -> list[Float[Tensor, "..."]]:
     """`linear` of each weight with the same x: in one kernel where there is one, else one after the other."""
-    ys = together(weights, x)
+    ys = several_linears(weights, x)
     return [linear(weight, x) for weight in weights] if ys is None else ys

@@ -1,4 +1,4 @@
-"""What the host knows of a cache's lengths: a GPU would have to be waited for to read them."""
+"""What the host knows of a cache's lengths on a GPU, so that it need not wait for the GPU to read them."""
 
 import threading
 import weakref
@@ -9,16 +9,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 from llama_fn.modes import concrete, on_gpu, traced, transforms
-from llama_fn.ops.inside import ends
+from llama_fn.ops.inside import min_max
 from llama_fn.private import version
 
 
 class Extent(NamedTuple):
-    """The least and the most of a length's integers, and the length up to which slots are read, which may be more."""
+    """The minimum and the maximum of a length's integers; slots are read up to `read_up_to`, which may be more."""
 
-    least: int
-    most: int
-    reach: int
+    minimum: int
+    maximum: int
+    read_up_to: int
 
 
 class Lengths:
@@ -53,8 +53,8 @@ _current = _Current()
 
 
 @contextmanager
-def knowing(lengths: Lengths) -> Iterator[None]:
-    """Within it, this thread asks these `lengths` before it reads a tensor, and keeps there what it reads."""
+def with_lengths(lengths: Lengths) -> Iterator[None]:
+    """Within it, this thread looks into `lengths` before it reads a tensor, and stores there what it reads."""
     before, _current.lengths = _current.lengths, lengths
     try:
         yield
@@ -65,22 +65,22 @@ def knowing(lengths: Lengths) -> Iterator[None]:
 def extent(length: Tensor) -> Extent | None:
     """The extent of a tensor's integers, or None where they cannot be read.
 
-    On a GPU the host has to wait for them. Within `knowing`, it waits once in a tensor's life.
+    On a GPU the host has to wait for them. Within `with_lengths`, it waits once in a tensor's life.
     """
     lengths = _current.lengths if on_gpu(length) and not traced() else None
     if lengths is not None and (known := lengths.get(length)) is not None:
         return known
     if not concrete(length) or not length.numel():
         return None
-    least, most = ends(length)
-    known = Extent(least, most, most)
+    minimum, maximum = min_max(length)
+    known = Extent(minimum, maximum, maximum)
     if lengths is not None:
         lengths.put(length, known)
     return known
 
 
 def grown(length: Tensor, known: Extent | None, count: int) -> Tensor:
-    """The sum `length` + `count`. Within `knowing`, its extent is known without reading."""
+    """The sum `length` + `count`. Within `with_lengths`, its extent is known without reading."""
     longer = length + count
     if known is not None and on_gpu(length) and (lengths := _current.lengths) is not None:
         lengths.put(longer, Extent(*(n + count for n in known)))

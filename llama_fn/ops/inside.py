@@ -3,8 +3,8 @@
 Eager code reads the numbers at once. A graph reads them when it runs, by the operator `llama_fn::inside`: compiled code
 for the CPU would end the whole process at such an index, since inductor's loops cannot raise. (`torch._assert_async`
 has no batching rule, and its message cannot name a value.) On a GPU, which the host would have to wait for, and in an
-exported program, which must not need this package, nothing reads them: there an index is `held` inside, and the result
-is NaN.
+exported program, which must not need this package, nothing reads them: there an index is clamped to the range, and the
+result is NaN.
 """
 
 import torch
@@ -22,31 +22,31 @@ def inside(x: Tensor, what: str, low: int, high: int, count: int = 1, after: Ten
     """
     if concrete(x):
         if x.numel():
-            check(what, *ends(x), low, high, count)
+            check(what, *min_max(x), low, high, count)
         return x
     return x if unread(x) else torch.ops.llama_fn.inside(x, what, low, high, count, after)
 
 
-def ends(integers: Tensor) -> tuple[int, int]:
-    """The least and the most of them, which can be read."""
+def min_max(integers: Tensor) -> tuple[int, int]:
+    """The minimum and the maximum of integers that the host can read."""
     if (count := integers.numel()) == 1:
         return (number := int(integers.item())), number
-    few = count <= 64  # to read them takes a third of the time of finding their least and most first
+    few = count <= 64  # reading all of them takes a third of the time of `aminmax` and two reads
     numbers = integers.flatten().tolist() if few else [int(x) for x in integers.aminmax()]
     return min(numbers), max(numbers)
 
 
-def held(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """The nearest index in [low, high), and whether that is another one."""
+def clamped(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """The nearest index in [low, high), and whether it differs from x."""
     index = x.clamp(low, high - 1)
     return index, index != x
 
 
-def check(what: str, least: int, most: int, low: int, high: int, count: int = 1) -> None:
-    """Raise `ValueError` if `least` or `most` does not begin `count` indices in [low, high)."""
-    if least >= low and most + count <= high:
+def check(what: str, minimum: int, maximum: int, low: int, high: int, count: int = 1) -> None:
+    """Raise `ValueError` if `minimum` or `maximum` does not begin `count` indices in [low, high)."""
+    if minimum >= low and maximum + count <= high:
         return
-    value = least if least < low else most
+    value = minimum if minimum < low else maximum
     if what == "row":
         raise ValueError(f"the cache has {high} rows, 0 to {high - 1}, and none is number {value}")
     if what == "length" and value < low:
@@ -62,7 +62,7 @@ def check(what: str, least: int, most: int, low: int, high: int, count: int = 1)
 
 def _read(x: Tensor, what: str, low: int, high: int, count: int, after: Tensor | None = None) -> Tensor:
     if x.numel():
-        check(what, *ends(x), low, high, count)
+        check(what, *min_max(x), low, high, count)
     return x.clone()  # an operator's result is never its argument
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama_fn.modes import compiling
 from llama_fn.ops.aten import linear as aten
-from llama_fn.ops.aten.inductor_sums import Flat, accepts_few_rows, sums
+from llama_fn.ops.aten.few_rows import Flat, accepts_few_rows, few_rows
 from llama_fn.ops.aten.linear import in_pieces, packed, product, sum_of_products
 from llama_fn.ops.cpu import linear as cpu
 from llama_fn.ops.cpu.linear import by_cpp
@@ -32,7 +32,7 @@ class Implementation(NamedTuple):
     compiled: bool = False
 
 
-def chosen(matrix: Flat, x: Tensor, definition: Callable[[Any, Tensor], Tensor]) -> Callable[[Flat, Tensor], Tensor]:
+def choose(matrix: Flat, x: Tensor, definition: Callable[[Any, Tensor], Tensor]) -> Callable[[Flat, Tensor], Tensor]:
     """The first implementation of `TABLE` that accepts these arguments, or else the definition, which accepts any.
 
     Under `vmap` an axis is hidden, so what looks like a few rows may be many. Under a transform, and where gradients
@@ -45,13 +45,13 @@ def chosen(matrix: Flat, x: Tensor, definition: Callable[[Any, Tensor], Tensor])
     return definition
 
 
-def integers(weight: Quantized | Grouped, x: Tensor, inputs: int) -> Tensor:
+def quantized_linear(weight: Quantized | Grouped, x: Tensor, inputs: int) -> Tensor:
     """The linear map y = W x of a quantized weight."""
     matrix, x = weight.flat(), x.flatten(-inputs)
-    return chosen(matrix, x, product)(matrix, x).unflatten(-1, weight.shape[:-inputs])
+    return choose(matrix, x, product)(matrix, x).unflatten(-1, weight.shape[:-inputs])
 
 
-def together(weights: Sequence[Matrix], x: Tensor) -> list[Tensor] | None:
+def several_linears(weights: Sequence[Matrix], x: Tensor) -> list[Tensor] | None:
     """The linear maps y = W x of several weights by one kernel, or None if no kernel accepts them all.
 
     A GPU finishes reading one small weight before it reaches full speed. On the CPU, each call has a fixed cost.
@@ -69,7 +69,7 @@ TABLE = (
     Implementation(by_triton, gpu.accepts, compiled=True),
     Implementation(by_cpp, cpu.accepts, compiled=True),
     Implementation(sum_of_products, aten.accepts_one_row, compiled=True),
-    Implementation(sums, accepts_few_rows, compiled=True),
+    Implementation(few_rows, accepts_few_rows, compiled=True),
     Implementation(packed, aten.accepts_packed),
     Implementation(in_pieces, aten.accepts_in_pieces),
     Implementation(product, aten.accepts_product),

@@ -1,4 +1,4 @@
-"""Kernels of this package's own, as operators of torch's, so that a compiled graph can hold them."""
+"""The package's own kernels as torch operators, so that a compiled graph can call them."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ LIBRARY = torch.library.Library("llama_fn", "DEF")
 
 
 def define(schema: str, empty: Callable, **kernels: Callable) -> None:
-    """Make an operator of what says where its result goes, and of the kernels by their device, as CUDA=..."""
+    """Define an operator. `empty` allocates its result while tracing; `kernels` compute it, by device (CUDA=...)."""
     LIBRARY.define(schema)
     for device, kernel in {"Meta": empty, **kernels}.items():
         LIBRARY.impl(schema.partition("(")[0], kernel, device)

@@ -20,7 +20,7 @@ class Quantized(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of W. If values and scale do not fit, both with a 0 between, for the check of axes to tell."""
+        """The shape of W. If values and scale do not fit: both shapes around a 0, for the check of axes to report."""
         fits = self.values.shape[:self.scale.ndim] == self.scale.shape
         return self.values.shape if fits else (*self.values.shape, 0, *self.scale.shape)
 
@@ -50,7 +50,7 @@ class Grouped(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of W. If values and scale do not fit, both with a 0 between, for the check of axes to tell."""
+        """The shape of W. If values and scale do not fit: both shapes around a 0, for the check of axes to report."""
         shape, outer = (*self.values.shape[:-1], 2 * self.values.shape[-1]), self.scale.ndim - 2
         groups = -(-math.prod(shape[outer:]) // GROUP)
         fits = self.scale.shape == (*shape[:outer], groups, 2)
@@ -108,7 +108,7 @@ def grouped(weight: Float[Tensor, "..."], outer: int) -> Grouped:
     return Grouped(n[..., ::2] | n[..., 1::2] << 4, scale)
 
 
-def as_made(weight: Quantized | Grouped) -> bool:
+def has_own_dtypes(weight: Quantized | Grouped) -> bool:
     """Whether kernels may read the weight's memory: it has the dtypes that `quantized` and `grouped` give.
 
     The leaves of a tree that was cast to another dtype do not.
@@ -134,9 +134,9 @@ def dequantized(weight: Quantized | Grouped, dtype: torch.dtype = torch.float32)
 
 
 def _multiplied(weight: Quantized | Grouped, x: Tensor, inputs: int) -> Tensor:
-    from llama_fn.ops.linear import integers  # whose kernels read weights of these two kinds
+    from llama_fn.ops.linear import quantized_linear  # whose kernels read weights of these two kinds
 
-    return integers(weight, x, inputs)
+    return quantized_linear(weight, x, inputs)
 
 
 def _finite(x: Tensor, kind: str) -> Tensor:

@@ -17,7 +17,7 @@ def slots_to_read(leaf: Tensor | Forked, known: Extent | None, new: int) -> int:
     """
     room = leaf.shape[-2]
     if known is not None:
-        room = min(room, -(-(known.reach + new) // PAGE) * PAGE)
+        room = min(room, -(-(known.read_up_to + new) // PAGE) * PAGE)
     return room
 
 
@@ -43,6 +43,6 @@ def check_room(leaf: Tensor | Forked, length: Tensor, known: Extent | None, new:
                          "not fit; take some of its rows with lf.select")
     slots, least = leaf.shape[-2], start(leaf)
     if known is not None:
-        check("length", known.least, known.most, least, slots, new)
+        check("length", known.minimum, known.maximum, least, slots, new)
         return length
     return inside(length, "length", least, slots, new, after)

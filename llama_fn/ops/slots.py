@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama_fn.modes import traced, transforms, unread
-from llama_fn.ops.inside import held
+from llama_fn.ops.inside import clamped
 from llama_fn.private import is_mapped
 
 
@@ -53,7 +53,7 @@ def nearest(leaf: Tensor | Forked, x: Tensor, positions: Tensor) -> tuple[Tensor
     """
     if not traced() and not unread(positions):
         return x, positions
-    slots, outside = held(positions, start(leaf), leaf.shape[-2])
+    slots, outside = clamped(positions, start(leaf), leaf.shape[-2])
     return x.masked_fill(outside[..., None], torch.nan), slots
 
 

@@ -12,7 +12,7 @@ from llama_fn.compiled.compiler import obstacle, uncompiled
 from llama_fn.compiled.differentiable import differentiable
 from llama_fn.compiled.leafwise import leafwise
 from llama_fn.model.block import block
-from llama_fn.private import lacking
+from llama_fn.private_inductor import lacking
 from llama_fn.training.loss import ENTROPY, Entropy, loss_sum
 from llama_fn.training.optim import Optimizer
 from llama_fn.training.step import Step, Update, accumulated, in_dtype, make_step, make_update

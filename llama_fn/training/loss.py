@@ -10,7 +10,7 @@ from torch import Tensor
 from llama_fn.model.block import block
 from llama_fn.model.transformer import Params, head, trunk
 from llama_fn.modes import compiling
-from llama_fn.ops.inside import held, inside
+from llama_fn.ops.inside import clamped, inside
 from llama_fn.ops.weight import Matrix, Vector
 from llama_fn.ranges import number
 from llama_fn.shapes import typed
@@ -112,7 +112,7 @@ def _nats(params: Params, tokens: Tensor, mask: Tensor | None, segments: Tensor 
     counts = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask[..., 1:]
     if segments is not None:
         counts = counts & (segments[..., 1:] == segments[..., :-1])
-    targets, outside = held(inside(targets, "target", 0, v), 0, v)
+    targets, outside = clamped(inside(targets, "target", 0, v), 0, v)
 
     f = in_chunks(entropy.of_chunk) if too_many_logits(params.output, x) else entropy.of_all
     nats = f(params.norm, params.output, x, targets, params.config.norm_eps, z_loss, label_smoothing)

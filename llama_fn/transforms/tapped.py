@@ -16,7 +16,7 @@ from torch import Tensor
 from llama_fn.model.linear import linear
 from llama_fn.model.transformer import embed
 from llama_fn.modes import compiling, transforms
-from llama_fn.ops.inside import held
+from llama_fn.ops.inside import clamped
 from llama_fn.private import known_while_tracing
 from llama_fn.shapes import typed
 
@@ -60,7 +60,7 @@ class Tapped(Base):
     def look_up(self, numbers: Tensor) -> Tensor:
         """The rows of W with these numbers."""
         plain, tap = self.use()
-        return embedding_observed(embed(plain, numbers), held(numbers, 0, len(plain))[0], tap, len(plain))
+        return embedding_observed(embed(plain, numbers), clamped(numbers, 0, len(plain))[0], tap, len(plain))
 
     def use(self) -> tuple[Tensor, Tensor]:
         """The weight and its tap. Raises `TappedError` at the second use, and inside any further transform."""

@@ -9,7 +9,7 @@ from program import cli
 
 import llama_fn as lf
 from llama_fn.cli import inspect as inspecting
-from llama_fn.generation import scoring
+from llama_fn.generation.perplexity import Perplexity
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_perplexity_is_that_of_all_texts_together(run, texts, tmp_path):
     for options, settings in (((), ()), (("--window", "40", "--stride", "9"), (40, 9)),
                               (("-c", "40", "--stride", "9"), (40, 9))):
         parts = [lf.perplexity(model, text, *settings) for text in texts[:3]]
-        whole = scoring.Perplexity(*map(sum, zip(*parts, strict=True)))
+        whole = Perplexity(*map(sum, zip(*parts, strict=True)))
         status, out, err = run("perplexity", "t.jsonl", *options)
         assert status == 0 and f" {whole.tokens}/{whole.tokens} " in err
         assert out.splitlines() == [

@@ -18,8 +18,8 @@ from llama_fn.bench.transforms import peak_bytes
 from llama_fn.compiled import decoding, inductor, layers, whole_step
 from llama_fn.generation import decode
 from llama_fn.model.linear import written_out
-from llama_fn.ops.aten.inductor_sums import sums
-from llama_fn.ops.cpu import build as avx2
+from llama_fn.ops.aten.few_rows import few_rows
+from llama_fn.ops.cpu import build
 from llama_fn.training import optim
 from llama_fn.training.step import make_step
 
@@ -146,7 +146,8 @@ def test_a_prompt_of_any_length_is_compiled_in_8_bits():
 @pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize(("bits", "dtype", "products"), [
-    (None, torch.bfloat16, "floats"), ("int8", torch.float32, None), ("int4", torch.bfloat16, "integers")])
+    (None, torch.bfloat16, "linear_floats"), ("int8", torch.float32, None),
+    ("int4", torch.bfloat16, "linear_integers")])
 def test_a_compiled_layer_is_one_function_of_loops_between_kernels_of_its_own(monkeypatch, own, bits, dtype, products):
     from torch._inductor import compile_fx
 
@@ -161,18 +162,19 @@ def test_a_compiled_layer_is_one_function_of_loops_between_kernels_of_its_own(mo
         return [source.count(part) for source in sources]
 
     monkeypatch.setattr(compile_fx, "compile_fx_inner", noted)
-    if own and not avx2.level():
+    if own and not build.vector_instructions():
         pytest.skip("this processor has no AVX2")
-    monkeypatch.setattr(avx2, "level", lambda: "AVX2" if own else "")
+    monkeypatch.setattr(build, "vector_instructions", lambda: "AVX2" if own else "")
     monkeypatch.setattr(whole_step, "values_alone", lambda: False)
     config = lf.Config(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=77, hidden_dim=192, max_seq_len=64)
     params = random_params(config, lf.random.key(0), dtype)
     params = params if bits is None else lf.quantize(params, bits)
     lf.jit_layers()(params, token_rows(config, 1), lf.init_cache(config, max_len=9, dtype=dtype))
-    called = {name: count(f"torch.ops.llama_fn.{name}.default(") for name in avx2.KERNELS}
-    assert called == {name: [4, 1] if own and name == products else [1, 0] if own and name == "one_query" else [0, 0]
-                      for name in avx2.KERNELS}  # the block, and the head
-    assert count("cpp_pybinding(") == [1 + sum(kernels) for kernels in zip(*called.values(), strict=True)]
+    kernels = *build.DECODE, *build.PREFILL
+    called = {name: count(f"torch.ops.llama_fn.{name}.default(") for name in kernels}
+    ours = {products: [4, 1], "attend_one_query": [1, 0]} if own else {}  # in the block, and in the head
+    assert called == {name: ours.get(name, [0, 0]) for name in kernels}
+    assert count("cpp_pybinding(") == [1 + sum(each) for each in zip(*called.values(), strict=True)]
     assert sum(count("aten.view")) == 0  # nor does torch look at bytes as words
 
 
@@ -185,7 +187,7 @@ def test_a_graph_is_known_to_torchs_cache_between_processes_as_it_is_compiled(mo
 
     monkeypatch.setattr(compile_fx, "compile_fx_inner", noted)
     codes, weight = [], torch.ones(5, 64, dtype=torch.bfloat16)  # of which the graph is given words of 32 bits
-    assert layers.by_shape(sums)(weight, weight[:1]).sum() == 5
+    assert layers.by_shape(few_rows)(weight, weight[:1]).sum() == 5
     assert codes[0] == codes[1] and "view" in codes[0]
 
 
@@ -195,7 +197,7 @@ def test_headers_are_compiled_once_where_torch_can_keep_them(monkeypatch, tmp_pa
     if not folder:
         (tmp_path / "taken").write_text("")
     monkeypatch.setattr(inductor.shutil, "which", lambda name: openssl or None)
-    assert inductor._keeps_headers(str(tmp_path / "taken" / "headers")) == kept
+    assert inductor._can_keep_headers(str(tmp_path / "taken" / "headers")) == kept
 
 
 def test_threads_make_one_graph_at_a_time(monkeypatch):
@@ -235,18 +237,18 @@ def test_no_garbage_is_looked_for_while_a_graph_is_made_and_then_as_before(monke
 
 @pytest.mark.slow
 def test_a_weight_that_begins_within_a_word_is_compiled_apart(compilations):
-    product = layers.by_shape(sums)
+    product = layers.by_shape(few_rows)
     memory = lf.random.normal(lf.random.key(0), (1 + 5 * 64,), torch.float32).bfloat16()
     x = lf.random.normal(lf.random.key(1), (1, 64), torch.float32).bfloat16()
     for begin in (0, 1, 0):
         weight = memory[begin:begin + 5 * 64].view(5, 64)
         assert (product(weight, x) - written_out(weight.double(), x.double())).abs().max() < 0.1
-    assert compilations == ["sums"] * 2
+    assert compilations == ["few_rows"] * 2
 
 
 @pytest.mark.slow
 def test_a_weight_seen_as_words_is_not_kept_and_its_new_memory_is_seen():
-    product = layers.by_shape(sums)
+    product = layers.by_shape(few_rows)
     one, two = (lf.random.normal(lf.random.key(i), (5, 64), torch.float32).bfloat16() for i in range(2))
     x, weight = torch.ones(1, 64, dtype=torch.bfloat16), one.clone()
     before = product(weight, x)
@@ -394,7 +396,7 @@ def test_a_large_model_is_stepped_compiled_and_writes_the_same_text(monkeypatch,
 def test_as_many_rows_of_a_large_model_are_compiled_as_gain_by_it(monkeypatch, level, bits, most):
     params = random_params(CONFIG, lf.random.key(0), torch.float32)
     params = lf.quantize(params, bits) if bits else params
-    monkeypatch.setattr(avx2, "level", lambda: level)
+    monkeypatch.setattr(build, "vector_instructions", lambda: level)
     assert decode.step_for(params, 1, lf.sampler()) is decode.step
     monkeypatch.setattr(decoding, "LARGE", 0)
     compiled = [decode.step_for(params, rows, lf.sampler()) is not decode.step for rows in (1, most, most + 1)]

@@ -15,10 +15,10 @@ import llama_fn as lf
 from llama_fn.bench.transforms import peak_bytes
 from llama_fn.compiled import layers, whole_step
 from llama_fn.compiled.whole_step import fused_head, fused_trunk
-from llama_fn.ops.cpu import build as avx2
+from llama_fn.ops.cpu import build
 from llama_fn.ops.slots import Forked
 
-pytestmark = pytest.mark.skipif(not avx2.level(), reason="this processor has no AVX2")
+pytestmark = pytest.mark.skipif(not build.vector_instructions(), reason="this processor has no AVX2")
 CONFIG = lf.Config(dim=192, n_layers=3, n_heads=12, n_kv_heads=4, vocab_size=37, hidden_dim=320, max_seq_len=64)
 
 
@@ -41,10 +41,10 @@ def filled(key: torch.Tensor, config: lf.Config, lengths: torch.Tensor, dtype: t
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@given(key=keys(), dtype=st.sampled_from(avx2.FLOATS), bits=st.sampled_from([None, "int8", "int4"]),
+@given(key=keys(), dtype=st.sampled_from(build.DTYPES), bits=st.sampled_from([None, "int8", "int4"]),
        batch=st.sampled_from([(), (1,), (2,), (7,), (1, 8), (3, 5), (32,)]),
        heads=st.sampled_from([(12, 4), (4, 4), (8, 1)]), width=st.sampled_from([8, 16, 24]),
-       kept=st.sampled_from(avx2.FLOATS))
+       kept=st.sampled_from(build.DTYPES))
 def test_it_is_block_after_block(threads, key, dtype, bits, batch, heads, width, kept):
     n, k = heads
     if bits:  # 1 to 8 rows of whole groups, with inputs of 16 bits
@@ -60,7 +60,7 @@ def test_it_is_block_after_block(threads, key, dtype, bits, batch, heads, width,
     with pytest.MonkeyPatch.context() as patch, calls:
         patch.setattr(torch, "get_num_threads", lambda: threads)
         ours, new = lf.jit_layers()(params, tokens, cache)
-    assert calls.names == ["one_token", "head"]
+    assert calls.names == ["decode_layers", "decode_head"]
     unit = max(torch.finfo(dtype).eps, torch.finfo(kept).eps, 2**-15 if bits else 0)
     unit *= 20 if unit < 1e-6 else 4  # seen: 9 of float32, whose own sums count, too, and 2 of 16 bits
     assert ours.dtype == dtype and (ours - logits).abs().max() <= unit * logits.abs().max()
@@ -86,43 +86,45 @@ def test_it_is_chosen_for_values_of_one_token_a_row_alone(monkeypatch):
     def block_of(change) -> lf.Params:
         return params._replace(blocks=(change(params.blocks[0]), *params.blocks[1:]))
 
-    assert names_of(params, tokens, cache()) == ["one_token", "head"]
-    assert names_of(params, token_rows(CONFIG, 2, 3), cache()) == ["head"]
-    assert "one_token" not in names_of(params, tokens, cache(), lf.jit_layers(donate=()))
-    assert "one_token" not in names_of(params, tokens, cache(torch.float64))
+    assert names_of(params, tokens, cache()) == ["decode_layers", "decode_head"]
+    assert names_of(params, token_rows(CONFIG, 2, 3), cache()) == ["decode_head"]
+    assert "decode_layers" not in names_of(params, tokens, cache(), lf.jit_layers(donate=()))
+    assert "decode_layers" not in names_of(params, tokens, cache(torch.float64))
     other = cache()
-    assert "one_token" not in names_of(params, tokens, other._replace(k=tuple(k.mT.contiguous().mT for k in other.k)))
+    other = other._replace(k=tuple(k.mT.contiguous().mT for k in other.k))
+    assert "decode_layers" not in names_of(params, tokens, other)
     strided = block_of(lambda b: b._replace(ffn_norm=b.ffn_norm.repeat_interleave(2)[::2]))
-    assert "one_token" not in names_of(strided, tokens, cache())
+    assert "decode_layers" not in names_of(strided, tokens, cache())
     wide = block_of(lambda b: b._replace(feed_forward=lf.tree.map(lambda x: x.float(), b.feed_forward)))
     with pytest.raises(RuntimeError):  # torch's: they are of two dtypes
         names_of(wide, tokens, cache())
     lora = lf.lora.apply(params, lf.lora.init(lf.random.key(1), params, rank=2))
-    assert "one_token" not in names_of(lora, tokens, cache())
+    assert "decode_layers" not in names_of(lora, tokens, cache())
     learned = block_of(lambda b: b._replace(ffn_norm=b.ffn_norm.clone().requires_grad_()))
-    assert "one_token" not in names_of(learned, tokens, cache())
+    assert "decode_layers" not in names_of(learned, tokens, cache())
     grown = lf.tree.map(lambda x: x.clone().requires_grad_(), params)
     assert names_of(grown, tokens, cache()) == []
     with torch.no_grad():
-        assert names_of(grown, tokens, cache()) == ["one_token", "head"]
+        assert names_of(grown, tokens, cache()) == ["decode_layers", "decode_head"]
     mapped = Calls()
     with mapped:
         torch.vmap(lambda t, c: lf.jit_layers()(params, t, c)[0], (0, 0))(tokens, cache())
     assert {*mapped.names} <= {"flash"}
-    monkeypatch.setattr(avx2, "level", lambda: "")
+    monkeypatch.setattr(build, "vector_instructions", lambda: "")
     assert names_of(params, tokens, cache()) == []
 
 
 def test_scales_that_were_cast_are_not_read_as_they_were():
     params, tokens = model_of(lf.random.key(0), torch.bfloat16, "int8"), token_rows(CONFIG, 2, 1)
     cache, step = lf.init_cache(CONFIG, (2,), max_len=9, dtype=torch.bfloat16), lf.jit_layers()
-    assert names_of(params, tokens, cache, step) == ["one_token", "head"]
+    assert names_of(params, tokens, cache, step) == ["decode_layers", "decode_head"]
     cast = lf.tree.map(lambda x: x.bfloat16() if x.dtype == torch.float32 else x, params)
     plain, _ = lf.forward(params, tokens, cache)
     calls = Calls()
     with calls:
         y, _ = step(cast, tokens, cache)
-    assert not {"one_token", "head"} & set(calls.names) and (y - plain).abs().max() <= 0.05 * plain.abs().max()
+    assert not {"decode_layers", "decode_head"} & set(calls.names)
+    assert (y - plain).abs().max() <= 0.05 * plain.abs().max()
 
 
 def test_weights_of_two_kinds_are_left_to_others():
@@ -132,7 +134,7 @@ def test_weights_of_two_kinds_are_left_to_others():
     mixed = params._replace(blocks=(params.blocks[0]._replace(
         attention=small._replace(wk=params.blocks[0].attention.wk)),))
     cache = lf.init_cache(config, max_len=9, dtype=torch.bfloat16)
-    assert "one_token" not in names_of(mixed, token_rows(config, 1), cache)
+    assert "decode_layers" not in names_of(mixed, token_rows(config, 1), cache)
 
 
 def test_layers_of_several_kinds_are_left_to_others():
@@ -178,14 +180,14 @@ def test_a_trunk_is_without_head():
     plain, _ = lf.trunk(params, tokens, cache)
     with calls:
         x, after = lf.jit_layers(lf.trunk)(params, tokens, cache)
-    assert calls.names == ["one_token"] and (x - plain).abs().max() <= 1e-5 * plain.abs().max()
+    assert calls.names == ["decode_layers"] and (x - plain).abs().max() <= 1e-5 * plain.abs().max()
     assert after.k[0] is cache.k[0] and (after.length == 1).all()
 
 
 def test_it_keeps_no_weight_and_looks_at_weights_alike_once(monkeypatch):
     looks, original = [], whole_step._checked
     monkeypatch.setattr(whole_step, "_checked", lambda *args: looks.append(1) or original(*args))
-    monkeypatch.setattr(whole_step, "MOST", 3)
+    monkeypatch.setattr(whole_step, "MAX_KINDS", 3)
     cache, trunk = lf.init_cache(CONFIG, max_len=9, dtype=torch.bfloat16), fused_trunk()
     tokens = token_rows(CONFIG, 1)
     params, other = (model_of(lf.random.key(seed), torch.bfloat16, "int8") for seed in (0, 1))

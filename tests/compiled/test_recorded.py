@@ -13,7 +13,7 @@ import llama_fn as lf
 from llama_fn import modes
 from llama_fn.compiled import cuda_graph as module
 from llama_fn.compiled import decoding, recording
-from llama_fn.compiled.cuda_graph import coarse, recorded
+from llama_fn.compiled.cuda_graph import recorded, rounded_up
 from llama_fn.compiled.trace import tensors_of
 from llama_fn.generation import decode
 from llama_fn.model import transformer
@@ -165,9 +165,9 @@ def test_identities_that_come_again_are_told_apart(graphs, params, monkeypatch):
 def test_the_host_reads_a_length_once(graphs, params, monkeypatch):
     monkeypatch.setattr(kv, "PAGE", 64)
     step, cache, reads = recorded(donated), lf.init_cache(CONFIG, (5,), max_len=200), []
-    ends = extent.ends
+    min_max = extent.min_max
     for place in (extent, inside):
-        monkeypatch.setattr(place, "ends", lambda x: reads.append(x.shape) or ends(x))
+        monkeypatch.setattr(place, "min_max", lambda x: reads.append(x.shape) or min_max(x))
     for t in range(6):
         _, cache = step(params, torch.full((5, 1), t), cache)
         if t == 0:
@@ -286,7 +286,7 @@ def test_what_makes_a_length_of_its_own_is_not_recorded(graphs, params):
 
 @pytest.mark.parametrize(("most", "left"), [(3, 3), (6, 4)])
 def test_recordings_end_with_their_tensors_and_are_not_too_many(graphs, params, monkeypatch, most, left):
-    monkeypatch.setattr(module, "MOST", most)
+    monkeypatch.setattr(module, "MAX_RECORDINGS", most)
     step, token, kept = recorded(donated), torch.tensor([5]), []
     known = dict(zip(step.__code__.co_freevars, step.__closure__, strict=True))["ours"].cell_contents.known
     for i in range(8):
@@ -324,7 +324,7 @@ def donating(f, *args):
 @given(st.integers(0, 5000), st.integers(1, 5000))
 def test_a_recording_reads_whole_pages_a_quarter_more_at_most(most, slots):
     most = min(most, slots)
-    reached = coarse(most, slots)
+    reached = rounded_up(most, slots)
     assert most <= reached <= max(most, slots - 1)
     if (whole := slots // kv.PAGE * kv.PAGE) > most:
         assert (reached + 1) % kv.PAGE == 0

@@ -10,6 +10,7 @@ from strategies import keys
 
 import llama_fn as lf
 from llama_fn.generation import decode
+from llama_fn.generation import state as rows_state
 from llama_fn.generation.sampling import penalize
 from llama_fn.generation.stop_strings import until
 from llama_fn.ops import room as kv
@@ -122,11 +123,11 @@ def test_a_text_ends_with_the_context_and_rows_end_on_their_own(model):
 @given(keys())
 def test_a_forked_row_goes_on_as_if_alone(model, key):
     prompts = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
-    state, _ = decode.prefill(model.params, prompts, 40)
-    forked, sample = decode.select(state, [2, 0, 2]), lf.sampler()
+    state, _ = rows_state.prefill(model.params, prompts, 40)
+    forked, sample = rows_state.select(state, [2, 0, 2]), lf.sampler()
     each = lf.random.split(key, 3)
     token = decode.draw(forked, each, sample)
-    after = decode.advance(model.params, forked, token)
+    after = rows_state.advance(model.params, forked, token)
     for i, row in enumerate([2, 0, 2]):
         logits, _ = lf.forward(model.params, torch.tensor([*prompts[row], int(token[i])]))
         assert (after.logits[i] - logits[-1]).abs().max() < 1e-4
@@ -141,7 +142,7 @@ def test_a_text_goes_on_from_the_cache_of_any_beginning(model, known, slots, mor
     if known:
         _, cache = lf.forward(model.params, torch.tensor([ids[:known]]), cache)
     before = lf.tree.map(torch.clone, cache)
-    state = decode.resume(model.params, ids, cache, len(ids) + more)
+    state = rows_state.resume(model.params, ids, cache, len(ids) + more)
     logits, _ = lf.forward(model.params, torch.tensor(ids))
     assert (state.logits[0] - logits[-1]).abs().max() < 1e-4 and int(state.cache.length) == len(ids)
     room = state.tokens.shape[-1]
@@ -183,13 +184,13 @@ def test_bad_requests_are_refused_at_once(model):
     with pytest.raises(ValueError, match=r"character 1 is the lone surrogate U\+D800"):
         lf.text_completion(model, ["a\ud800"], key=key)
     with pytest.raises(ValueError, match="prompt 1 is empty: a model needs a token to go on from"):
-        decode.prefill(model.params, [[1], []], 9)
+        rows_state.prefill(model.params, [[1], []], 9)
     with pytest.raises(ValueError, match="prompt 0 has 3 tokens, the cache room for 2"):
-        decode.prefill(model.params, [[1, 2, 3], [1]], 2)
+        rows_state.prefill(model.params, [[1, 2, 3], [1]], 2)
     broken = lf.Model(model.params._replace(norm=model.params.norm * math.nan), model.tokenizer)
     with pytest.raises(ValueError, match="the logits are NaN"):
         lf.text_completion(broken, ["a"], key=key)
-    state, _ = decode.prefill(broken.params, [[1]], 9)
+    state, _ = rows_state.prefill(broken.params, [[1]], 9)
     with pytest.raises(ValueError, match="the logits are NaN"):  # with no end token, too
         next(decode.steps(broken.params, state, key[None], lf.sampler(), (), [4]))
     assert lf.text_completion(model, [], key=key) == []
@@ -199,14 +200,14 @@ def test_a_prompt_goes_through_in_chunks(model, monkeypatch):
     prompts = [[1, 5, 6, 7, 8, 9, 10, 11], [1, 5], [1, 7, 8]]
 
     def both():
-        state, logits = decode.prefill(model.params, prompts, 12)
-        return state, [state.logits, logits, decode.resume(model.params, prompts[0], None, 12).logits]
+        state, logits = rows_state.prefill(model.params, prompts, 12)
+        return state, [state.logits, logits, rows_state.resume(model.params, prompts[0], None, 12).logits]
 
     whole, expected = both()
     assert (expected[2] - expected[0][:1]).abs().max() < 1e-5
-    monkeypatch.setattr(decode, "CHUNK", 3)
+    monkeypatch.setattr(rows_state, "CHUNK", 3)
     state, logits = both()
     assert max(float((a - b).abs().max()) for a, b in zip(logits, expected, strict=True)) < 1e-5
     assert state.cache.length.tolist() == [8, 2, 3]
-    step, after = (decode.advance(model.params, x, torch.tensor([4, 4, 4])).logits for x in (state, whole))
+    step, after = (rows_state.advance(model.params, x, torch.tensor([4, 4, 4])).logits for x in (state, whole))
     assert (step - after).abs().max() < 1e-5

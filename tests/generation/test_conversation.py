@@ -29,6 +29,7 @@ from strategies import keys
 
 import llama_fn as lf
 from llama_fn.generation import decode
+from llama_fn.generation import state as rows_state
 from llama_fn.generation.conversation import ContextFull, drop, unanswered
 
 exchanges = st.lists(st.tuples(questions, answers), min_size=1, max_size=2)
@@ -55,7 +56,7 @@ def test_a_space_that_the_model_drew_before_the_end_is_metas(chatty):
 def test_the_cache_that_goes_on_is_that_of_all_tokens(chatty, key, system, turns):
     chat = told(chatty, system, turns)
     for asked in (lf.ask(chatty, chat, "and then?"), lf.ask(chatty, drawn(chatty, unanswered(chat), key), "and?")):
-        state = decode.resume(chatty.params, asked.tokens, asked.cache, len(asked.tokens))
+        state = rows_state.resume(chatty.params, asked.tokens, asked.cache, len(asked.tokens))
         logits, _ = lf.forward(chatty.params, torch.tensor(asked.tokens))
         assert (state.logits[0] - logits[-1]).abs().max() < 1e-9
         assert said(drawn(chatty, asked, key)) == said(drawn(chatty, asked._replace(cache=None), key))
@@ -86,7 +87,7 @@ def test_only_new_tokens_go_through_the_model(chatty, key, count):
         asked = lf.ask(chatty, chat, question)
         passed.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decode, "trunk", counting(lf.trunk))  # the prompt
+            patch.setattr(rows_state, "trunk", counting(lf.trunk))  # the prompt
             patch.setattr(decode, "step_for", lambda *_: functools.partial(decode.step, run=counting(lf.forward)))
             chat = drawn(chatty, asked, key, count)
         new = len(asked.exchanges[-1].prompt)

@@ -8,7 +8,8 @@ from strategies import keys
 from vocabularies import on_each
 
 import llama_fn as lf
-from llama_fn.generation.conversation import chat_of, dialog_of, drop, unanswered, with_system
+from llama_fn.generation.conversation import drop, unanswered, with_system
+from llama_fn.generation.messages import chat_of, dialog_of
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from strategies import configs, keys, random_params, token_rows
 
 import llama_fn as lf
 from llama_fn.generation import decode, speculative
+from llama_fn.generation import state as rows_state
 
 SAMPLERS = [{}, {"temperature": 0.6}, {"temperature": 1.5, "top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2},
             {"temperature": 0.9, "top_k": 4, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.7}]
@@ -45,7 +46,7 @@ def written(target, draft, prompts, keys, narrow, n, limits, end=-1):
 
 def plainly(target, prompts, keys, sample, limits, end=-1):
     """The tokens of every row, without a draft."""
-    state, _ = decode.prefill(target, prompts, max(len(p) + n for p, n in zip(prompts, limits, strict=True)))
+    state, _ = rows_state.prefill(target, prompts, max(len(p) + n for p, n in zip(prompts, limits, strict=True)))
     rows = [[] for _ in prompts]
     for step in decode.steps(target, state, keys, sample, (end,), limits):
         rows[step.row].append(step.token)

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 import llama_fn as lf
 from llama_fn.generation import template
 from llama_fn.generation.chat import by_meta, closing, dialog_ids, segments
-from llama_fn.generation.conversation import chat_of, dialog_of, drop, with_system
+from llama_fn.generation.conversation import drop, with_system
+from llama_fn.generation.messages import chat_of, dialog_of
 
 ADDED = ((401, "<|im_start|>"), (402, "<|im_end|>"))
 HELLO = dialog(None, [], "hello")

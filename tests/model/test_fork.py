@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import models, random_params, token_rows
 
 import llama_fn as lf
-from llama_fn.generation import decode
+from llama_fn.generation import state as rows_state
 from llama_fn.ops.slots import Forked
 
 P, N, T = 5, 4, 3  # tokens of the prompt, continuations, tokens of each
@@ -84,7 +84,7 @@ def test_rows_that_are_chosen_go_on_as_they_would_alone(params, which):
     first, last = token_rows(params.config, n, 1, seed=7), token_rows(params.config, n, T - 1, seed=8)
     nats, after = lf.forward(params, first, lf.fork(cache, (n,), max_len=P + T))
     rows = {"all": list(range(n))[::-1], "a mask": torch.arange(n) != 0, "twice": [1] * n, "one": [n - 1]}[which]
-    some, *_ = decode.select(decode.State(after, nats[:, 0], first), rows)
+    some, *_ = rows_state.select(rows_state.State(after, nats[:, 0], first), rows)
     assert all(map(torch.equal, lf.tree.leaves(some), lf.tree.leaves(lf.select(after, rows))))
     assert [x.shared.data_ptr() for x in some.k] == [x.data_ptr() for x in cache.k]
     new = last[:len(some.length)]

@@ -385,8 +385,8 @@ def test_a_linear_map_is_its_sums():
 def test_the_choice_of_a_linear_map_is_by_its_matrix_and_rows(monkeypatch):
     seen, x = [], torch.ones(7, 3, 5)
     weights = [torch.ones(2, 6, 3, 5), torch.ones(2, 3, 5)]
-    monkeypatch.setattr(linear, "chosen", lambda *given: seen.append(given) or linear.written_out)
-    monkeypatch.setattr(linear, "together", lambda *given: seen.append(given))
+    monkeypatch.setattr(linear, "choose", lambda *given: seen.append(given) or linear.written_out)
+    monkeypatch.setattr(linear, "several_linears", lambda *given: seen.append(given))
     assert linear.linear(weights[0], x, inputs=2).shape == (7, 2, 6)
     assert [y.shape for y in linear.linears(weights, x)] == [(7, 3, 2, 6, 3), (7, 3, 2, 3)]
     (matrix, rows, definition), together, *_ = seen

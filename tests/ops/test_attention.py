@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llama_fn as lf
 from llama_fn.model.attention import written_out
 from llama_fn.ops import attend as attend_ops
+from llama_fn.ops.aten import attend as aten
 from llama_fn.ops.aten import sdpa_rules as sdpa
-from llama_fn.ops.attend import fused, one_query
+from llama_fn.ops.aten.attend import fused, one_query
 
 attend = partial(attend_ops.attend, written_out)
 K, G, T, H, S = 2, 3, 4, 6, 9  # key/value heads, query heads of each, queries, a head's width, slots
@@ -83,12 +84,12 @@ def test_in_blocks_it_computes_what_is_written_out(key, batch, cached, size):
     first = lf.random.bits(key, (*batch, 1)) * (S - T + 1) >> 32
     positions = first + torch.arange(T) if cached else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attend_ops, "BLOCK", size)
-        assert close(attend_ops.in_blocks(queries, k, v, positions), written_out(queries, k, v, positions))
+        patch.setattr(aten, "BLOCK", size)
+        assert close(aten.in_blocks(queries, k, v, positions), written_out(queries, k, v, positions))
 
 
 def test_many_queries_go_in_blocks_where_values_alone_are_asked_for(monkeypatch):
-    monkeypatch.setattr(attend_ops, "BLOCK", 2)
+    monkeypatch.setattr(aten, "BLOCK", 2)
     args = heads(lf.random.key(3), 5, slots=S)
 
     def shapes(f, *args) -> list[tuple[int, ...]]:
@@ -101,7 +102,7 @@ def test_many_queries_go_in_blocks_where_values_alone_are_asked_for(monkeypatch)
     assert len(shapes(torch.vmap(attend), *args)) == 1
     assert len(shapes(attend, args[0].clone().requires_grad_(), *args[1:])) == 1
     assert len(shapes(attend, args[0][..., :2, :], *args[1:3], args[3][..., :2])) == 1
-    monkeypatch.setattr(attend_ops, "BLOCK", 3)  # at least a group, less than all queries
+    monkeypatch.setattr(aten, "BLOCK", 3)  # at least a group, less than all queries
     assert args[0].shape[2] <= 3 < T and len(shapes(attend, *args)) == -(-T // 3)
 
 

@@ -22,10 +22,12 @@ from llama_fn.model import attention
 from llama_fn.model.linear import written_out
 from llama_fn.ops import attend as attend_ops
 from llama_fn.ops import linear
-from llama_fn.ops.cpu import build as avx2
+from llama_fn.ops.cpu import attend as cpu_attend
+from llama_fn.ops.cpu import build
+from llama_fn.ops.cpu import linear as cpu_linear
 from llama_fn.ops.slots import Forked
 
-pytestmark = pytest.mark.skipif(not avx2.level(), reason="this processor has no AVX2")
+pytestmark = pytest.mark.skipif(not build.vector_instructions(), reason="this processor has no AVX2")
 KINDS = st.sampled_from(["int8", "int4"])
 
 
@@ -57,7 +59,7 @@ def check_integers(threads: int, key: torch.Tensor, kind: str, outputs: list[int
     leave_no_number_in_memory()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
-        ys = avx2.sums(weights, x)
+        ys = cpu_linear.multiply(weights, x)
     for weight, y in zip(weights, ys, strict=True):
         w = plain(weight)
         lost = written_out(w.abs() + plain(weight._replace(values=weight.values * 0)).abs(), largest) * 2**-16
@@ -67,13 +69,13 @@ def check_integers(threads: int, key: torch.Tensor, kind: str, outputs: list[int
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@given(key=keys(), dtype=st.sampled_from(avx2.FLOATS), outputs=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+@given(key=keys(), dtype=st.sampled_from(build.DTYPES), outputs=st.lists(st.integers(1, 20), min_size=1, max_size=3),
        registers=st.integers(1, 40), rows=st.sampled_from([1, 2, 3]) | st.integers(4, 33))
 def test_floats_sum_what_is_written_out(threads, key, dtype, outputs, registers, rows):
     check_floats(threads, key, dtype, outputs, registers, rows)
 
 
-@pytest.mark.parametrize("dtype", avx2.FLOATS)
+@pytest.mark.parametrize("dtype", build.DTYPES)
 @pytest.mark.parametrize(("outputs", "registers", "rows"), [
     ([101], 129, 4), ([7, 95, 48], 260, 8), ([49, 47], 256, 3), ([143], 300, 9), ([50], 700, 33), ([101, 31], 700, 1),
     ([83], 697, 2), ([300], 8, 3)])
@@ -84,11 +86,11 @@ def test_floats_are_summed_piece_after_piece_and_block_after_block_of_inputs(dty
 
 def test_fewer_threads_than_were_asked_for_compute_all():
     """OpenMP may give fewer; how many at most, it is told before it begins."""
-    program = ("import torch, llama_fn as lf; from llama_fn.ops.cpu import build as avx2;"
+    program = ("import torch, llama_fn as lf; from llama_fn.ops.cpu import linear as cpu_linear;"
                "torch.get_num_threads = lambda: 5;"
                "one, two = lf.random.split(lf.random.key(0)); w = lf.random.normal(one, (47, 64), torch.float32);"
                "x = lf.random.normal(two, (1, 64), torch.float32);"
-               "assert (avx2.sums([w], x)[0] - x @ w.T).abs().max() <= 1e-4")
+               "assert (cpu_linear.multiply([w], x)[0] - x @ w.T).abs().max() <= 1e-4")
     limited = {**os.environ, "OMP_THREAD_LIMIT": "2"}
     subprocess.run([sys.executable, "-c", program], env=limited, check=True, capture_output=True)
 
@@ -101,7 +103,7 @@ def check_floats(threads: int, key: torch.Tensor, dtype: torch.dtype, outputs: l
     with pytest.MonkeyPatch.context() as patch:
         leave_no_number_in_memory()
         patch.setattr(torch, "get_num_threads", lambda: threads)
-        ys = avx2.sums(numbers.split(outputs), x)
+        ys = cpu_linear.multiply(numbers.split(outputs), x)
     for weight, y in zip(numbers.double().split(outputs), ys, strict=True):
         terms = written_out(weight.abs(), x.double().abs())
         assert y.dtype == torch.float32 and y.shape == (rows, len(weight))
@@ -116,7 +118,7 @@ def test_the_largest_integers_do_not_overflow(rows):
     nibbles = nibbles._replace(values=torch.full_like(nibbles.values, 255))
     three, same = 3 * signs, torch.full((192,), 3.0)
     for weight, x in ((bytes_, three), (bytes_, -three), (nibbles, same), (nibbles, -same)):
-        y, exact = avx2.sums([weight], x.expand(rows, 192))[0], written_out(plain(weight), x.double())
+        y, exact = cpu_linear.multiply([weight], x.expand(rows, 192))[0], written_out(plain(weight), x.double())
         assert ((y - exact).abs() <= 1e-6 * written_out(plain(weight).abs(), x.double().abs())).all()
 
 
@@ -125,7 +127,7 @@ def test_the_largest_integers_do_not_overflow(rows):
 def test_what_is_no_number_stays_none_in_its_row_alone(kind, bad):
     weights, x = weights_of(kind, lf.random.key(1), [7, 2], 640), lf.random.normal(lf.random.key(2), (5, 640))
     x[3, 301], x[4] = bad, 0
-    for y, alone in zip(avx2.sums(weights, x), avx2.sums(weights, x[:1]), strict=True):
+    for y, alone in zip(cpu_linear.multiply(weights, x), cpu_linear.multiply(weights, x[:1]), strict=True):
         assert not y[3].isfinite().any() and (y[4] == 0).all()
         assert (y[0] - alone[0]).abs().max() <= 1e-5 * y[0].abs().max()
 
@@ -156,8 +158,9 @@ def test_a_step_by_these_kernels_is_the_step(bits, batch):
     with pytest.MonkeyPatch.context() as patch, calls:
         patch.setattr(torch.compiler, "_is_compiling_flag", True)
         logits, after = lf.forward(params, tokens[..., 4:], cache)
-    named = ["integers"] if bits else ["floats"]
-    assert calls.names == named + ["one_query"] + 4 * named  # queries, keys and values are one, and so are gate and up
+    named = ["linear_integers"] if bits else ["linear_floats"]
+    # queries, keys and values are one call, and so are gate and up
+    assert calls.names == named + ["attend_one_query"] + 4 * named
     assert (logits[..., 0, :] - whole[..., 4, :]).abs().max() <= 3e-3 * whole.abs().max()
     assert (after.length == 5).all()
 
@@ -177,7 +180,7 @@ def attended(queries, keys, values, positions) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
-@given(key=keys(), dtype=st.sampled_from(avx2.FLOATS), b=st.integers(1, 3), k=st.integers(1, 4), g=st.integers(1, 18),
+@given(key=keys(), dtype=st.sampled_from(build.DTYPES), b=st.integers(1, 3), k=st.integers(1, 4), g=st.integers(1, 18),
        s=st.integers(1, 150), registers=st.integers(1, 18))
 def test_one_query_attends_to_what_is_written_out(threads, key, dtype, b, k, g, s, registers):
     queries, keys, values, positions = heads_of(key, b, k, g, s, 8 * registers, dtype)
@@ -186,7 +189,7 @@ def test_one_query_attends_to_what_is_written_out(threads, key, dtype, b, k, g, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
         keys, values = (leaf.masked_fill_(beyond, math.nan) for leaf in (keys, values))  # where they lie
-        y = avx2.one_query(queries, keys, values, positions)
+        y = cpu_attend.one_query(queries, keys, values, positions)
     assert y.dtype == torch.float32 and y.shape == queries.shape
     assert (y - exact).abs().max() <= 2e-6 * max(1, exact.abs().max())
 
@@ -195,7 +198,7 @@ def test_one_query_attends_to_what_is_written_out(threads, key, dtype, b, k, g, 
 def test_one_query_takes_scores_of_any_size(key, size, g):
     queries, keys, values, positions = heads_of(key, 2, 3, g, 77, 16, torch.float32)
     exact = attended(size * queries, keys, values, positions)
-    y = avx2.one_query(size * queries, keys, values, positions)
+    y = cpu_attend.one_query(size * queries, keys, values, positions)
     terms = torch.einsum("bkgh,bksh->bkgs", size * queries.abs(), keys.abs()).max() / 4  # of a score, over sqrt(16)
     assert (y - exact).abs().max() <= (2e-6 + 2**-22 * terms) * values.abs().max()  # a score is off by half of that
 
@@ -204,7 +207,7 @@ def test_one_query_hears_of_no_slot_whose_score_is_infinitely_small():
     queries, keys, values, _ = heads_of(lf.random.key(4), 2, 3, 11, 53, 24, torch.float32)
     queries, positions = queries.abs(), torch.tensor([39, 52], dtype=torch.int32)
     keys[:, 1, :33] = keys[1, 2] = -math.inf
-    y, exact = avx2.one_query(queries, keys, values, positions), attended(queries, keys, values, positions)
+    y, exact = cpu_attend.one_query(queries, keys, values, positions), attended(queries, keys, values, positions)
     assert (y.isnan() == exact.isnan()).all() and y[1, 2].isnan().all()
     assert (y - exact).nan_to_num().abs().max() <= 2e-6
 
@@ -213,28 +216,28 @@ def test_one_query_hears_of_no_slot_whose_score_is_infinitely_small():
 @pytest.mark.parametrize("slot", [0, 6, 40])
 def test_one_query_makes_no_number_of_what_is_none(g, slot):
     queries, keys, values, _ = heads_of(lf.random.key(3), 2, 3, g, 53, 24, torch.bfloat16)
-    positions, plain = torch.tensor([39, 52]), avx2.one_query(queries, keys, values, torch.tensor([39, 52]))
+    positions, plain = torch.tensor([39, 52]), cpu_attend.one_query(queries, keys, values, torch.tensor([39, 52]))
     seen = slot <= positions
     for leaf, columns in ((keys, slice(None)), (values, slice(5, 6))):
         kept = leaf[:, 1, slot, 5].clone()
         leaf[:, 1, slot, 5] = math.nan
-        y = avx2.one_query(queries, keys, values, positions)
+        y = cpu_attend.one_query(queries, keys, values, positions)
         leaf[:, 1, slot, 5] = kept
         expected = torch.zeros_like(y, dtype=torch.bool)
         expected[:, 1, :, columns] = seen[:, None, None]
         assert (y.isnan() == expected).all() and (y[~expected] == plain[~expected]).all()
     queries[1, 2, g - 1, 7] = math.inf
-    assert (avx2.one_query(queries, keys, values, positions).isnan().nonzero()[:, :3].unique(dim=0).tolist()
+    assert (cpu_attend.one_query(queries, keys, values, positions).isnan().nonzero()[:, :3].unique(dim=0).tolist()
             == [[1, 2, g - 1]])
 
 
-@given(keys(), st.sampled_from([(), (2,), (2, 3), (1, 8)]), st.sampled_from(avx2.FLOATS))
+@given(keys(), st.sampled_from([(), (2,), (2, 3), (1, 8)]), st.sampled_from(build.DTYPES))
 def test_by_cpp_attention_is_what_is_written_out_and_rounds_once(key, batch, dtype):
     shapes = (*batch, 2, 5, 1, 16), (*batch, 2, 9, 16), (*batch, 2, 9, 16)
     numbers = [lf.random.normal(k, shape, torch.float32).to(dtype) for k, shape in
                zip(lf.random.split(key, 3), shapes, strict=True)]
     positions = lf.random.bits(key, (*batch, 1)) * 9 >> 32
-    y, exact = attend_ops.by_cpp(*numbers, positions), attention.written_out(*(x.double() for x in numbers), positions)
+    y, exact = cpu_attend.by_cpp(*numbers, positions), attention.written_out(*(x.double() for x in numbers), positions)
     assert y.dtype == dtype and y.shape == exact.shape
     assert ((y - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 2e-6).all()
 
@@ -243,12 +246,13 @@ def test_by_cpp_attention_is_what_is_written_out_and_rounds_once(key, batch, dty
                                  lambda x: x.movedim(2, 0).contiguous().movedim(0, 2)])
 def test_one_query_reads_leaves_however_they_lie(lie):
     queries, keys, values, positions = heads_of(lf.random.key(5), 2, 3, 5, 21, 24, torch.bfloat16)
-    plain = avx2.one_query(queries, keys, values, positions)
+    plain = cpu_attend.one_query(queries, keys, values, positions)
     for others in ((lie(keys), values), (keys, lie(values))):
-        assert (avx2.one_query(lie(queries), *others, positions) == plain).all()
+        assert (cpu_attend.one_query(lie(queries), *others, positions) == plain).all()
 
 
-@pytest.mark.parametrize(("t", "own"), [(1, "one_query"), (2, "many_queries"), (7, "many_queries")])
+@pytest.mark.parametrize(("t", "own"), [(1, "attend_one_query"), (2, "attend_many_queries"),
+                                        (7, "attend_many_queries")])
 def test_attentions_kernels_are_chosen_in_a_compiled_step_for_values_alone(monkeypatch, t, own):
     def names(change=lambda *args: args, seen=lambda f, args: f(*args)) -> list[str]:
         queries, keys, values, positions = heads_of(lf.random.key(7), 2, 3, 5, 21, 24, torch.bfloat16)
@@ -262,7 +266,7 @@ def test_attentions_kernels_are_chosen_in_a_compiled_step_for_values_alone(monke
 
     assert names() == []
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
-    monkeypatch.setattr(avx2, "level", lambda: "AVX2")
+    monkeypatch.setattr(build, "vector_instructions", lambda: "AVX2")
     assert names() == [own]
     assert names(lambda q, k, v, p: (q, k, v, p), lambda f, args: torch.vmap(f)(*args)) == []
     assert names(lambda q, k, v, p: (q.requires_grad_(), k, v, p)) == []
@@ -271,11 +275,11 @@ def test_attentions_kernels_are_chosen_in_a_compiled_step_for_values_alone(monke
         assert names(lambda q, k, v, p, other=other: (q, k, v.to(other), p)) == []
     assert names(lambda q, k, v, p: (q.double(), k, v, p)) == []
     assert names(lambda q, k, v, p: (q[..., :20], k[..., :20], v[..., :20], p)) == []
-    assert names(lambda q, k, v, p: (q, k[..., :t, :], v[..., :t, :], None)) == ["many_queries"]
+    assert names(lambda q, k, v, p: (q, k[..., :t, :], v[..., :t, :], None)) == ["attend_many_queries"]
     assert names(lambda q, k, v, p: (q, *(Forked(x[:1, :, :2], x[..., 2:, :]) for x in (k, v)), p.clamp(2))) == []
-    monkeypatch.setattr(avx2, "level", lambda: "")
+    monkeypatch.setattr(build, "vector_instructions", lambda: "")
     assert names() == []
-    monkeypatch.setattr(avx2, "level", lambda: "AVX512")
+    monkeypatch.setattr(build, "vector_instructions", lambda: "AVX512")
     assert names() == [own]
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     assert names() == []
@@ -283,7 +287,7 @@ def test_attentions_kernels_are_chosen_in_a_compiled_step_for_values_alone(monke
 
 def test_tracing_knows_the_shape_of_heads():
     args = heads_of(lf.random.key(6), 2, 3, 5, 21, 24, torch.bfloat16)
-    imagined, y = avx2.one_query(*(x.to("meta") for x in args)), avx2.one_query(*args)
+    imagined, y = cpu_attend.one_query(*(x.to("meta") for x in args)), cpu_attend.one_query(*args)
     assert (imagined.shape, imagined.dtype) == (y.shape, y.dtype)
 
 
@@ -311,19 +315,19 @@ def test_kernels_that_could_not_be_compiled_are_tried_again(monkeypatch):
             raise OSError("no space left on device")
 
     tries = []
-    avx2._made.cache_clear()
-    monkeypatch.setattr(avx2, "ThreadPoolExecutor", InTurn)
+    build._libraries.cache_clear()
+    monkeypatch.setattr(build, "ThreadPoolExecutor", InTurn)
     monkeypatch.setattr(CppCodeCache, "load", compiled)
     with pytest.raises(OSError, match="no space"):
-        avx2.load()
-    for kernels in (avx2.STEP, avx2.PROMPT, avx2.STEP):
-        avx2.load(kernels)
+        build.load()
+    for library in (build.DECODE, build.PREFILL, build.DECODE):
+        build.load(library)
     assert len(tries) == 4 and tries[:2] == tries[2:]
-    avx2._made.cache_clear()
+    build._libraries.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["tensor", "int8", "int4"])
 def test_tracing_knows_its_shape(kind):
     weights, x = weights_of(kind, lf.random.key(3), [7, 2, 5], 128), torch.ones(3, 128)
-    imagined = avx2.sums(lf.tree.map(lambda leaf: leaf.to("meta"), weights), x.to("meta"))
-    assert [(y.shape, y.dtype) for y in imagined] == [(y.shape, y.dtype) for y in avx2.sums(weights, x)]
+    imagined = cpu_linear.multiply(lf.tree.map(lambda leaf: leaf.to("meta"), weights), x.to("meta"))
+    assert [(y.shape, y.dtype) for y in imagined] == [(y.shape, y.dtype) for y in cpu_linear.multiply(weights, x)]

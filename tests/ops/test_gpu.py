@@ -21,19 +21,19 @@ from llama_fn.ops import linear, operators
 
 pytest.importorskip("triton", reason="there is no triton for this system")
 from llama_fn.compiled import gpu_step as gpu_token
-from llama_fn.ops.gpu import attend as gpu_attention
 from llama_fn.ops.gpu import attend_heads as gpu_heads
 from llama_fn.ops.gpu import epilogues as gpu_after
+from llama_fn.ops.gpu import flash_decoding as gpu_attention
 from llama_fn.ops.gpu import linear as gpu_linear
-from llama_fn.ops.gpu import linear_few_rows as gpu_sums
+from llama_fn.ops.gpu import linear_few_rows as few_rows
 from llama_fn.ops.gpu import linear_one_row as gpu_row
 from llama_fn.ops.gpu.linear_few_rows import Weights
 from llama_fn.ops.gpu.linear_one_row import Rotated, row
 
 
-def sums(weights: list[torch.Tensor], x: torch.Tensor, split_size: int | None = None) -> torch.Tensor:
+def split_k(weights: list[torch.Tensor], x: torch.Tensor, split_size: int | None = None) -> torch.Tensor:
     """Of rows "b d", the operator's parts "p b o"."""
-    return torch.ops.llama_fn.sums(weights, x, split_size or gpu_sums.split_size(weights, x))
+    return torch.ops.llama_fn.linear_split_k(weights, x, split_size or few_rows.split_size(weights, x))
 
 
 def matrices(keys, outputs, d: int, bytes_: bool, size: float = 1) -> tuple[Weights, list[torch.Tensor]]:
@@ -50,9 +50,9 @@ def matrices(keys, outputs, d: int, bytes_: bool, size: float = 1) -> tuple[Weig
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.float16  # the interpreter has no product of bfloat16 matrices
 if DEVICE == "cpu":
-    operators.LIBRARY.impl("row", gpu_row.row, "CPU")
-    operators.LIBRARY.impl("sums", gpu_sums.sums, "CPU")
-    operators.LIBRARY.impl("attention", gpu_attention.attention, "CPU")
+    operators.LIBRARY.impl("linear_one_row", gpu_row.row, "CPU")
+    operators.LIBRARY.impl("linear_split_k", few_rows.split_k, "CPU")
+    operators.LIBRARY.impl("flash_decoding", gpu_attention.flash_decoding, "CPU")
 
 
 @pytest.mark.parametrize(("rows", "split_size"), [(2, None), (17, None), (33, 512), (2, 512), (2, 1024)])
@@ -65,7 +65,7 @@ def test_sums_of_several_weights_are_products_summed_in_float32(rows, split_size
     weights = [lf.random.normal(k, (o, d), torch.float64) for k, o in zip(others, outputs, strict=True)]
     weights = [(40 * w).clamp(-128, 127).to(torch.int8) if bytes_ else w.to(HALF) for w in weights]
     weights = [w.to(DEVICE) for w in weights]
-    y = sums(weights, x, split_size)
+    y = split_k(weights, x, split_size)
     assert y.dtype == torch.float32 and y.shape[1:] == (rows, sum(outputs)) and y.isfinite().all()
     whole = torch.cat(weights).double()
     exact, terms = (written_out(a, b) for a, b in ((whole, x.double()), (whole.abs(), x.double().abs())))
@@ -77,7 +77,7 @@ def test_every_byte_is_the_number_that_it_is():
     weight = torch.cat([torch.eye(4, dtype=torch.int8, device=DEVICE)[i] * numbers[:, None] for i in range(4)])
     ones = torch.eye(4, dtype=HALF, device=DEVICE)
     every = (numbers[None, :, None] * torch.eye(4, dtype=torch.int8, device=DEVICE)[:, None]).flatten(0, 1).float().mT
-    assert (sums([weight], ones).sum(0) == every).all()
+    assert (split_k([weight], ones).sum(0) == every).all()
     for one, y in zip(ones, every, strict=True):
         assert (row([weight], [], one[None]) == y).all()
 
@@ -121,7 +121,7 @@ def test_a_row_is_the_product_and_what_is_made_of_it(key, outputs, d, bytes_, wh
     assert ((y - exact).abs() <= 2**-11 * exact.abs() + error + 2**-24).all()
     if what == "alone":
         args = [w.to("meta") for w in weights], [s.to("meta") for s in scales]
-        imagined = torch.ops.llama_fn.row(*args, x.to("meta"))
+        imagined = torch.ops.llama_fn.linear_one_row(*args, x.to("meta"))
         assert (imagined.shape, imagined.dtype) == (y.shape, y.dtype)
 
 
@@ -198,8 +198,8 @@ def test_gated_sums_are_the_gate_of_products(key, o, d, rows, bytes_, unit):
     weights, wide = matrices(others, [o, o], d, bytes_)
     gate, up = (written_out(w, x.double()) for w in wide)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_sums, "split_size", lambda weights, x: -(-x.shape[1] // unit) * unit)
-        y = gpu_sums.gated_sums(weights, x)
+        patch.setattr(few_rows, "split_size", lambda weights, x: -(-x.shape[1] // unit) * unit)
+        y = few_rows.gated_product(weights, x)
     exact = F.silu(gate) * up
     assert (y.dtype, y.shape) == (HALF, exact.shape)
     assert ((y - exact).abs() <= 2**-11 * 4.2 * (gate * up).abs() + 2e-5).all()  # two factors, silu, and the product
@@ -224,7 +224,7 @@ def test_all_layers_of_a_token_are_block_after_block(many, batch, key, heads, wi
     exact, after = lf.trunk(wide[0], tokens, wide[1])
     apart = noise._replace(length=torch.stack((noise.length, noise.length + 1), -1)[..., 0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_token, "MANY", many)
+        patch.setattr(gpu_token, "MANY_HEADS", many)
         angles = frequencies(width, config.rope_theta, None, tokens.device)
         y = gpu_token.fused_trunk(params, torch.stack((tokens, tokens + 1), -1)[..., 0], apart, 41, angles)
     assert y.dtype == HALF and (y - exact).abs().max() <= 8e-3 * exact.abs().max()
@@ -273,7 +273,7 @@ def test_attention_is_what_is_written_out_and_reads_no_slot_beyond(key, batch, g
     with_nan = [x.masked_fill(beyond[..., None], math.nan)[..., :slots, :] for x in room]
     keys, values = (x.masked_fill(beyond[..., None], 0)[..., :slots, :].double() for x in room)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_attention, "MANY", 0 if many else gpu_attention.MANY)
+        patch.setattr(gpu_attention, "MANY_SLOTS", 0 if many else gpu_attention.MANY_SLOTS)
         y = attending.by_triton(queries, *with_nan, positions)
     exact = written_attention(queries.double(), keys, values, positions)
     assert y.dtype == queries.dtype and (y - exact).abs().max() <= 1e-5 * max(1, exact.abs().max())
@@ -296,8 +296,8 @@ def test_a_step_by_these_kernels_is_the_step(bits, batch):
         patch.setattr(linear, "TABLE", (by_triton, *linear.TABLE))
         patch.setattr(attending, "TABLE", (attending.Implementation(attending.by_triton, lambda *args: True),))
         logits, after = lf.forward(params, tokens[..., 4:], cache)
-    product = "sums" if batch else "row"
-    assert calls.names == (["attention"] if bits == "int4" else [product, "attention", *[product] * 4])
+    product = "linear_split_k" if batch else "linear_one_row"
+    assert calls.names == (["flash_decoding"] if bits == "int4" else [product, "flash_decoding", *[product] * 4])
     assert (logits[..., 0, :] - whole[..., 4, :]).abs().max() <= 2e-4 * whole.abs().max()
     assert (after.length == 5).all()
 
@@ -309,16 +309,16 @@ def test_a_step_by_these_kernels_is_the_step(bits, batch):
 def test_inputs_are_shared_among_programs_and_tracing_knows(dtype, rows, d, parts):
     weights = [torch.ones(o, d, dtype=dtype, device=DEVICE) for o in (5, 70)]
     x = torch.ones(rows, d, dtype=HALF, device=DEVICE)
-    y = sums(weights, x)
+    y = split_k(weights, x)
     assert y.shape == (parts, rows, 75) and (y.sum(0) == d).all()
-    imagined = sums([weight.to("meta") for weight in weights], x.to("meta"))
+    imagined = split_k([weight.to("meta") for weight in weights], x.to("meta"))
     assert (imagined.shape, imagined.dtype) == (y.shape, y.dtype)
 
 
 def test_a_weight_that_begins_within_a_word_is_read_all_the_same():
     x = torch.ones(3, 64, dtype=HALF, device=DEVICE)
     weight = (torch.arange(64 * 9 + 1, device=DEVICE) % 100).to(torch.int8)[1:].reshape(9, 64)
-    assert (sums([weight], x).sum(0) == weight.float().sum(-1)).all()
+    assert (split_k([weight], x).sum(0) == weight.float().sum(-1)).all()
     assert (row([weight], [], x[:1]) == weight.sum(-1)).all()
 
 
@@ -339,15 +339,15 @@ def test_these_kernels_are_chosen_in_a_compiled_step_on_a_gpu(monkeypatch, kind,
     weight, seen = weight_of(kind, lf.random.key(0), (3,), (64,), dtype), []
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(rows, 64, dtype=dtype, device="cuda")
-        assert linear.chosen(weight, x, written_out).__name__ == "product"
+        assert linear.choose(weight, x, written_out).__name__ == "product"
         monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
-        assert linear.chosen(weight, x, written_out).__name__ == kernel
+        assert linear.choose(weight, x, written_out).__name__ == kernel
         if kind == "tensor":
             strided = weight.repeat(1, 2)[:, ::2]  # it would be copied
-            assert linear.chosen(strided, x, written_out).__name__ != "by_triton"
+            assert linear.choose(strided, x, written_out).__name__ != "by_triton"
         if kind == "int8":  # its scales are read as they lie
             one_for_all = weight._replace(scale=weight.scale[:1].expand(3))
-            assert linear.chosen(one_for_all, x, written_out).__name__ != "by_triton"
+            assert linear.choose(one_for_all, x, written_out).__name__ != "by_triton"
         heads = torch.empty(2, 3, 1, 4, dtype=dtype, device="cuda")
         slots, places = torch.empty(2, 9, 4, dtype=dtype, device="cuda"), torch.zeros(1, dtype=torch.int64)
 
@@ -357,6 +357,6 @@ def test_these_kernels_are_chosen_in_a_compiled_step_on_a_gpu(monkeypatch, kind,
         assert takes(heads) and not takes(heads.double())
         torch.vmap(lambda row: seen.append(gpu_linear.accepts(weight, row)) or row)(x)
         torch.vmap(lambda one: seen.append(takes(one)) or one)(heads)
-        assert linear.chosen(weight, x.requires_grad_(), written_out).__name__ == "product"
+        assert linear.choose(weight, x.requires_grad_(), written_out).__name__ == "product"
         assert not takes(heads.requires_grad_())
     assert seen == [False, False]

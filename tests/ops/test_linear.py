@@ -16,8 +16,9 @@ from llama_fn.model.linear import linear as linear_map
 from llama_fn.model.linear import written_out
 from llama_fn.ops import linear
 from llama_fn.ops.aten import linear as aten
-from llama_fn.ops.aten.inductor_sums import sums
-from llama_fn.ops.cpu import build as avx2
+from llama_fn.ops.aten.few_rows import few_rows
+from llama_fn.ops.cpu import build
+from llama_fn.ops.cpu import linear as cpu_linear
 from llama_fn.ops.quantized import dequantized, grouped, quantized
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -83,7 +84,7 @@ def test_sums_compute_what_is_written_out_and_round_once(drawn, rows, key):
     weight, x = drawn
     for batch in ((), (rows,), (1, rows)):
         some = lf.random.normal(key, (*batch, x.shape[-1]), torch.float64).to(x.dtype)
-        assert near(sums(weight, some), weight, some)
+        assert near(few_rows(weight, some), weight, some)
 
 
 @given(maps(), st.sampled_from([(), (1,), (1, 1)]), keys())
@@ -107,7 +108,7 @@ def test_no_rows_have_no_outputs(monkeypatch, kind, compiling):
 def test_sums_of_many_inputs_go_part_by_part(rows, inputs):
     one, two = lf.random.split(lf.random.key(inputs))
     weight, x = lf.random.normal(one, (5, inputs), torch.float64), lf.random.normal(two, (rows, inputs), torch.float64)
-    assert near(sums(weight, x), weight, x)
+    assert near(few_rows(weight, x), weight, x)
 
 
 @pytest.mark.slow
@@ -118,7 +119,7 @@ def test_compiled_sums_are_those(rows, kind, dtype):
     torch.compiler.reset()  # or torch counts them all as one function's recompilations
     one, two = lf.random.split(lf.random.key(rows))
     weight, x = weight_of(kind, one, (37,), (192,), dtype), lf.random.normal(two, (rows, 192)).to(dtype)
-    assert near(torch.compile(sums, fullgraph=True, dynamic=False)(weight, x), weight, x)
+    assert near(torch.compile(few_rows, fullgraph=True, dynamic=False)(weight, x), weight, x)
 
 
 # --- the whole map, with the axes of heads
@@ -140,48 +141,48 @@ def test_heads_are_axes_of_the_inputs_or_of_the_outputs(key, kind, dtype, batch,
 def chosen(kind: str, dtype: torch.dtype, rows: int, d: int = 64, device: str = "cpu") -> str:
     weight = weight_of(kind, lf.random.key(0), (3,), (d,), dtype)
     x = torch.zeros((rows, d), dtype=dtype, device=device)
-    return linear.chosen(weight, x, written_out).__name__
+    return linear.choose(weight, x, written_out).__name__
 
 
 @pytest.mark.parametrize(("kind", "dtype", "rows", "d", "eager", "compiled"), [
-    ("tensor", torch.float32, 1, 63, "product", "sums"),
-    ("tensor", torch.bfloat16, 1, 63, "product", "sums"),
-    ("tensor", torch.bfloat16, 8, 63, "product", "sums"),
+    ("tensor", torch.float32, 1, 63, "product", "few_rows"),
+    ("tensor", torch.bfloat16, 1, 63, "product", "few_rows"),
+    ("tensor", torch.bfloat16, 8, 63, "product", "few_rows"),
     ("tensor", torch.bfloat16, 1, 64, "product", "by_cpp"),
     ("tensor", torch.float32, 32, 64, "product", "by_cpp"),
     ("tensor", torch.bfloat16, 32, 64, "in_pieces", "by_cpp"),
     ("tensor", torch.bfloat16, 33, 64, "in_pieces", "in_pieces"),
-    ("tensor", torch.float64, 8, 64, "product", "sums"),
+    ("tensor", torch.float64, 8, 64, "product", "few_rows"),
     ("tensor", torch.bfloat16, 9, 63, "in_pieces", "in_pieces"),
     ("tensor", torch.float32, 9, 63, "product", "product"),
     ("int8", torch.bfloat16, 1, 64, "product", "by_cpp"),
     ("int8", torch.bfloat16, 2, 64, "packed", "by_cpp"),
     ("int8", torch.float16, 8, 64, "product", "by_cpp"),
-    ("int8", torch.bfloat16, 8, 96, "packed", "sums"),  # no whole groups of inputs
+    ("int8", torch.bfloat16, 8, 96, "packed", "few_rows"),  # no whole groups of inputs
     ("int8", torch.bfloat16, 9, 64, "packed", "packed"),
     ("int8", torch.bfloat16, 64, 64, "packed", "packed"),
     ("int8", torch.bfloat16, 65, 64, "in_pieces", "in_pieces"),
     ("int8", torch.bfloat16, 9, 56, "in_pieces", "in_pieces"),  # packed reads 16 inputs at a time
     ("int8", torch.bfloat16, 8, 63, "product", "product"),  # no whole words
-    ("int8", torch.float32, 1, 64, "product", "sums"),
+    ("int8", torch.float32, 1, 64, "product", "few_rows"),
     ("int8", torch.float32, 9, 64, "product", "product"),
     ("int4", torch.bfloat16, 1, 128, "in_pieces", "by_cpp"),
-    ("int4", torch.float32, 8, 128, "in_pieces", "sums"),
+    ("int4", torch.float32, 8, 128, "in_pieces", "few_rows"),
     ("int4", torch.float32, 8, 96, "in_pieces", "in_pieces"),  # no whole groups
     ("int4", torch.float32, 9, 128, "in_pieces", "in_pieces"),
 ])
 def test_the_kernel_is_chosen_by_kind_rows_and_mode(monkeypatch, kind, dtype, rows, d, eager, compiled):
     monkeypatch.setattr(aten, "HAS_BFLOAT16", False)
-    monkeypatch.setattr(avx2, "level", lambda: "AVX2")
+    monkeypatch.setattr(build, "vector_instructions", lambda: "AVX2")
     assert chosen(kind, dtype, rows, d) == eager
     assert chosen(kind, dtype, rows, d, "meta") == "product"
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     assert chosen(kind, dtype, rows, d) == compiled
     assert chosen(kind, dtype, rows, d, "meta") == ("sum_of_products" if rows == 1 else "product")
-    without = compiled if compiled != "by_cpp" else "sums" if rows <= 8 else eager
-    monkeypatch.setattr(avx2, "level", lambda: "AVX512")
+    without = compiled if compiled != "by_cpp" else "few_rows" if rows <= 8 else eager
+    monkeypatch.setattr(build, "vector_instructions", lambda: "AVX512")
     assert chosen(kind, dtype, rows, d) == compiled
-    monkeypatch.setattr(avx2, "level", lambda: "")  # a processor without AVX2
+    monkeypatch.setattr(build, "vector_instructions", lambda: "")  # a processor without AVX2
     assert chosen(kind, dtype, rows, d) == without
     monkeypatch.setattr(aten, "HAS_BFLOAT16", True)  # a good product of bfloat16 is torch's
     if kind != "int4" and compiled == "in_pieces":
@@ -191,9 +192,9 @@ def test_the_kernel_is_chosen_by_kind_rows_and_mode(monkeypatch, kind, dtype, ro
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_integers_that_were_cast_are_not_read_as_bytes(kind):
     weight, x = weight_of(kind, lf.random.key(0), (3,), (64,), torch.float16), torch.ones(2, 64, dtype=torch.float16)
-    assert avx2.takes(weight, x) == bool(avx2.level())
+    assert cpu_linear.supports(weight, x) == bool(build.vector_instructions())
     for dtype in (torch.float16, torch.int16):
-        assert not avx2.takes(weight._replace(values=weight.values.to(dtype)), x)
+        assert not cpu_linear.supports(weight._replace(values=weight.values.to(dtype)), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -214,7 +215,7 @@ def test_what_is_mapped_or_differentiated_goes_through_torchs_product(monkeypatc
     weight, x, seen = weight_of(kind, lf.random.key(0), (3,), (64,), dtype), torch.ones(4, 64, dtype=dtype), []
 
     def f(row: torch.Tensor) -> torch.Tensor:
-        seen.append(linear.chosen(weight, row, written_out).__name__)
+        seen.append(linear.choose(weight, row, written_out).__name__)
         return row.sum()
 
     torch.vmap(f)(x)

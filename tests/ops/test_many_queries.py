@@ -11,9 +11,11 @@ from strategies import Calls, keys, leave_no_number_in_memory, random_params
 import llama_fn as lf
 from llama_fn.model import attention
 from llama_fn.ops import attend as attend_ops
-from llama_fn.ops.cpu import build as avx2
+from llama_fn.ops.cpu import attend as cpu_attend
+from llama_fn.ops.cpu import build
+from llama_fn.ops.cpu import linear as cpu_linear
 
-pytestmark = pytest.mark.skipif(not avx2.level(), reason="this processor has no AVX2")
+pytestmark = pytest.mark.skipif(not build.vector_instructions(), reason="this processor has no AVX2")
 # Beside the definition in float64: of a weight a pair of bfloat16 keeps 9 bits.
 LOST = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
@@ -34,7 +36,7 @@ def attended(queries, keys, values, positions) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
-@given(key=keys(), dtype=st.sampled_from(avx2.FLOATS), b=st.integers(1, 3), k=st.integers(1, 4), g=st.integers(1, 18),
+@given(key=keys(), dtype=st.sampled_from(build.DTYPES), b=st.integers(1, 3), k=st.integers(1, 4), g=st.integers(1, 18),
        t=st.integers(1, 70), s=st.integers(1, 150), registers=st.integers(1, 18))
 def test_many_queries_attend_to_what_is_written_out(threads, key, dtype, b, k, g, t, s, registers):
     queries, keys, values, positions = heads_of(key, b, k, g, t, s, 8 * registers, dtype)
@@ -44,7 +46,7 @@ def test_many_queries_attend_to_what_is_written_out(threads, key, dtype, b, k, g
         patch.setattr(torch, "get_num_threads", lambda: threads)
         keys, values = (leaf.masked_fill_(beyond, math.nan) for leaf in (keys, values))  # where they lie
         leave_no_number_in_memory()
-        y = avx2.many_queries(queries, keys, values, positions)
+        y = cpu_attend.many_queries(queries, keys, values, positions)
     assert y.dtype == dtype and y.shape == queries.shape
     assert (y - exact).abs().max() <= LOST[dtype] * max(1, values.nan_to_num().abs().max())
 
@@ -53,7 +55,7 @@ def test_many_queries_attend_to_what_is_written_out(threads, key, dtype, b, k, g
 def test_many_queries_take_scores_of_any_size(key, size, g):
     queries, keys, values, positions = heads_of(key, 2, 3, g, 7, 77, 16, torch.float32)
     exact = attended(size * queries, keys, values, positions)
-    y = avx2.many_queries(size * queries, keys, values, positions)
+    y = cpu_attend.many_queries(size * queries, keys, values, positions)
     terms = torch.einsum("bkgth,bksh->bkgts", size * queries.abs(), keys.abs()).max() / 4  # of a score, over sqrt(16)
     assert (y - exact).abs().max() <= (2e-6 + 2**-21 * terms) * values.abs().max()  # a score is off by half of that
 
@@ -62,31 +64,31 @@ def test_many_queries_hear_of_no_slot_whose_score_is_infinitely_small():
     queries, keys, values, _ = heads_of(lf.random.key(4), 2, 3, 5, 4, 93, 24, torch.float32)
     queries, positions = queries.abs(), torch.tensor([[39, 2, 33, 91], [92, 5, 60, 91]], dtype=torch.int32)
     keys[:, 1, :33] = keys[1, 2] = -math.inf
-    y, exact = avx2.many_queries(queries, keys, values, positions), attended(queries, keys, values, positions)
+    y, exact = cpu_attend.many_queries(queries, keys, values, positions), attended(queries, keys, values, positions)
     assert (y.isnan() == exact.isnan()).all() and y[1, 2].isnan().all() and y[0, 1, :, 1].isnan().all()
     assert (y - exact).nan_to_num().abs().max() <= 2e-6
 
 
-@pytest.mark.parametrize("dtype", avx2.FLOATS)
+@pytest.mark.parametrize("dtype", build.DTYPES)
 @pytest.mark.parametrize("slot", [0, 37, 80])
 def test_many_queries_make_no_number_of_what_is_none(dtype, slot):
     queries, keys, values, positions = heads_of(lf.random.key(3), 2, 3, 5, 31, 91, 32, dtype)
     positions[1] = positions[1] % 37
-    plain, seen = avx2.many_queries(queries, keys, values, positions), slot <= positions
+    plain, seen = cpu_attend.many_queries(queries, keys, values, positions), slot <= positions
     kept, keys[:, 1, slot, 5] = keys[:, 1, slot, 5].clone(), math.nan
-    y, expected = avx2.many_queries(queries, keys, values, positions), torch.zeros_like(plain, dtype=torch.bool)
+    y, expected = cpu_attend.many_queries(queries, keys, values, positions), torch.zeros_like(plain, dtype=torch.bool)
     expected[:, 1] = seen[:, None, :, None]
     assert (y.isnan() == expected).all() and (y[~expected] == plain[~expected]).all()
 
     keys[:, 1, slot, 5], values[:, 1, slot, 5] = kept, math.nan  # zero times this is none, as in the definition
-    y, expected = avx2.many_queries(queries, keys, values, positions), torch.zeros_like(expected)
+    y, expected = cpu_attend.many_queries(queries, keys, values, positions), torch.zeros_like(expected)
     expected[:, 1, :, :, 5] = seen[:, None]
     visible = torch.arange(91)[:, None] <= positions.amax(-1)[:, None, None, None]
     most = attended(queries, keys, values.where(visible, 0), positions).isnan()
     assert (expected <= y.isnan()).all() and (y.isnan() <= most).all() and (y == plain)[~y.isnan()].all()
 
 
-@given(keys(), st.sampled_from([(), (2,), (2, 3), (1, 8)]), st.sampled_from(avx2.FLOATS), st.booleans())
+@given(keys(), st.sampled_from([(), (2,), (2, 3), (1, 8)]), st.sampled_from(build.DTYPES), st.booleans())
 def test_by_cpp_many_queries_are_what_is_written_out(key, batch, dtype, cached):
     shapes = (*batch, 2, 5, 7, 16), (*batch, 2, 9 if cached else 7, 16)
     queries, *leaves = (lf.random.normal(k, shape, torch.float32).to(dtype) for k, shape in
@@ -101,11 +103,11 @@ def test_by_cpp_many_queries_are_what_is_written_out(key, batch, dtype, cached):
                                  lambda x: x.movedim(2, 0).contiguous().movedim(0, 2), lambda x: x.double()])
 def test_many_queries_read_leaves_however_they_lie(lie):
     queries, keys, values, positions = heads_of(lf.random.key(5), 2, 3, 5, 7, 21, 24, torch.bfloat16)
-    plain = avx2.many_queries(queries, keys, values, positions)
+    plain = cpu_attend.many_queries(queries, keys, values, positions)
     for others in ((lie(keys), values), (keys, lie(values))):
-        assert (avx2.many_queries(queries, *others, positions) == plain).all()
+        assert (cpu_attend.many_queries(queries, *others, positions) == plain).all()
     if lie(queries).dtype == queries.dtype:
-        assert (avx2.many_queries(lie(queries), keys, values, positions) == plain).all()
+        assert (cpu_attend.many_queries(lie(queries), keys, values, positions) == plain).all()
 
 
 @pytest.mark.parametrize("batch", [(), (3,)])
@@ -117,18 +119,18 @@ def test_a_prompts_step_by_this_kernel_is_the_step(batch):
     calls, cache = Calls(), lf.init_cache(config, batch, max_len=64)
     with pytest.MonkeyPatch.context() as patch, calls:
         patch.setattr(torch.compiler, "_is_compiling_flag", True)
-        patch.setattr(avx2, "takes", lambda *_: False)
+        patch.setattr(cpu_linear, "supports", lambda *_: False)
         first, cache = lf.forward(params, tokens[..., :33], cache)
         second, cache = lf.forward(params, tokens[..., 33:], cache)
         without, _ = lf.forward(params, tokens)
-    assert calls.names == 3 * ["many_queries"]
+    assert calls.names == 3 * ["attend_many_queries"]
     for logits in (torch.cat((first, second), -2), without):
         assert (logits - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
 def test_tracing_knows_the_shape_of_many_heads():
     args = heads_of(lf.random.key(6), 2, 3, 5, 7, 21, 24, torch.bfloat16)
-    imagined, y = avx2.many_queries(*(x.to("meta") for x in args)), avx2.many_queries(*args)
+    imagined, y = cpu_attend.many_queries(*(x.to("meta") for x in args)), cpu_attend.many_queries(*args)
     assert (imagined.shape, imagined.stride(), imagined.dtype) == (y.shape, y.stride(), y.dtype)
 
 
@@ -141,4 +143,4 @@ def test_many_queries_of_other_leaves_are_refused(wrong):
     shapes = {1: (2, 3, 24, 24), 2: (2, 3, 24, 24), 3: (2, 7)} | wrong
     args = [args[0], *(torch.zeros(shapes[i], dtype=args[i].dtype) for i in (1, 2, 3))]
     with pytest.raises(RuntimeError, match="keys, values and positions of these queries"):
-        avx2.many_queries(*args)
+        cpu_attend.many_queries(*args)

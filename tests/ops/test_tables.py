@@ -28,14 +28,14 @@ def products(row: str):
 
 def slots(row: str):
     """Queries, keys, values and positions that a row of the attention table accepts."""
-    t = {"in_blocks": 3 * attends.BLOCK // 2, "fused": 5, "many_by_cpp": 5}.get(row, 1)
+    t = {"in_blocks": 3 * attends.aten.BLOCK // 2, "fused": 5, "many_by_cpp": 5}.get(row, 1)
     return (normal(3, 2, 3, t, 8), normal(4, 2, t + 9, 8), normal(5, 2, t + 9, 8), torch.arange(t) + 4)
 
 
 def there(row: str) -> None:
     if row in ("by_triton", "sum_of_products") and not torch.cuda.is_available():
         pytest.skip("a row for GPUs")
-    if row.endswith("by_cpp") and not build.level():
+    if row.endswith("by_cpp") and not build.vector_instructions():
         pytest.skip("a row for processors with AVX2")
 
 
@@ -44,7 +44,7 @@ def named(table, *names: str):
 
 
 @pytest.mark.parametrize(("row", "name"), named(
-    linears.TABLE, "by_triton", "by_cpp", "sum_of_products", "sums", "packed", "in_pieces", "product"))
+    linears.TABLE, "by_triton", "by_cpp", "sum_of_products", "few_rows", "packed", "in_pieces", "product"))
 def test_a_row_of_the_linear_table_is_the_definition(row, name):
     there(name)
     assert row.compute.__name__ == name
@@ -78,7 +78,7 @@ def test_eager_code_asks_no_row_that_is_for_compiled_steps(monkeypatch):
         monkeypatch.setattr(ops, "TABLE", tuple(row._replace(accepts=asked) if row.compiled else row
                                                 for row in ops.TABLE))
     weight, x = products("product")
-    assert linears.chosen(weight, x, linear.written_out) is aten.product
+    assert linears.choose(weight, x, linear.written_out) is aten.product
     attends.attend(attention.written_out, *slots("fused"))
     with tracing_layers(), pytest.raises(AssertionError, match="was asked"):
-        linears.chosen(weight, x, linear.written_out)
+        linears.choose(weight, x, linear.written_out)

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.ops.aten.inductor_sums import FEW, Flat, in_memory
+from llama_fn.ops.aten.few_rows import FEW, Flat, in_memory
 from llama_fn.ops.quantized import Grouped, Quantized, dequantized
 from llama_fn.ops.weight import values_alone
 from llama_fn.private import multiplies_bfloat16, times_bytes

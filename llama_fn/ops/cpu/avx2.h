@@ -1,5 +1,7 @@
-// What the kernels for a processor with AVX2 or AVX-512 have in common. They are compiled as one file, since half of
-// the time goes to torch's headers. So no two files may define the same name.
+// What the kernels for a processor with AVX2 or AVX-512 have in common.
+//
+// Several kernels are compiled as one file, because torch's headers take half of the compiler's time. So no two files
+// may define the same name.
 
 #pragma once
 
@@ -27,7 +29,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// How numbers lie in memory, eight of them as floats, and floats as eight of them.
+// The three dtypes. Each loads 8 (or 16) numbers as floats, and stores 8 floats.
 struct BFloat16 {
     using Type = uint16_t;
     static __m256 load(const Type* at) {  // the upper half of a float
@@ -44,7 +46,7 @@ struct BFloat16 {
         _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(packed));
     }
 #ifdef __AVX512F__
-    static __m512 sixteen(const Type* at) {
+    static __m512 load_16(const Type* at) {
         const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at));
         return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
     }
@@ -56,7 +58,7 @@ struct Float16 {
     static __m256 load(const Type* at) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)at)); }
     static void store(Type* to, __m256 x) { _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(x, 0)); }
 #ifdef __AVX512F__
-    static __m512 sixteen(const Type* at) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)at)); }
+    static __m512 load_16(const Type* at) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)at)); }
 #endif
 };
 
@@ -65,115 +67,118 @@ struct Float32 {
     static __m256 load(const Type* at) { return _mm256_loadu_ps(at); }
     static void store(Type* to, __m256 x) { _mm256_storeu_ps(to, x); }
 #ifdef __AVX512F__
-    static __m512 sixteen(const Type* at) { return _mm512_loadu_ps(at); }
+    static __m512 load_16(const Type* at) { return _mm512_loadu_ps(at); }
 #endif
 };
 
-// What `some` says of the numbers that a dtype has.
-template <class Some>
-auto of_kind(ScalarType kind, const Some& some) {
-    STD_TORCH_CHECK(kind == ScalarType::BFloat16 || kind == ScalarType::Half || kind == ScalarType::Float,
+// Calls `body` with the struct of this dtype.
+template <class Body>
+auto dispatch(ScalarType dtype, const Body& body) {
+    STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float,
                     "bfloat16, float16 or float32");
-    return kind == ScalarType::BFloat16 ? some(BFloat16())
-           : kind == ScalarType::Half   ? some(Float16())
-                                        : some(Float32());
+    return dtype == ScalarType::BFloat16 ? body(BFloat16())
+           : dtype == ScalarType::Half   ? body(Float16())
+                                        : body(Float32());
 }
 
-// Uninitialized memory for floats, aligned to a cache line: loads across two lines have half the speed. It is allocated
-// at every call of a product.
-class Floats {
+// Uninitialized memory for floats. It is aligned to a cache line, because a load across two lines has half the speed.
+class AlignedBuffer {
     const std::unique_ptr<float[]> memory;
 
 public:
-    float* const at;
-    explicit Floats(int64_t count)
-        : memory(new float[count + 16]), at((float*)(((uintptr_t)memory.get() + 63) & ~uintptr_t(63))) {}
-    Floats(const Floats&) = delete;
+    float* const data;
+    explicit AlignedBuffer(int64_t count)
+        : memory(new float[count + 16]), data((float*)(((uintptr_t)memory.get() + 63) & ~uintptr_t(63))) {}
+    AlignedBuffer(const AlignedBuffer&) = delete;
 };
 
 // Rows "r d" in float32.
 struct Rows {
-    const float* at;
+    const float* data;
     int64_t rows, d;
 
-    Rows(const float* at, int64_t rows, int64_t d) : at(at), rows(rows), d(d) {}
+    Rows(const float* data, int64_t rows, int64_t d) : data(data), rows(rows), d(d) {}
     explicit Rows(const Tensor& x) : Rows((const float*)x.data_ptr(), x.size(0), x.size(1)) {}
 };
 
-// A matrix "outputs d" of floats; of 8 bits, with a scale an output; or of 4 bits, with two numbers a group.
-// A question to a tensor takes 50 ns, and more where the tensor has left the processor's cache.
+// A weight "outputs d": floats, 8 bits with a scale per output, or 4 bits with a scale and a minimum per group.
+// It copies what the kernels need from the tensors, because each access to a tensor's fields takes 50 ns or more.
 struct Matrix {
     const void *values, *scales;
-    ScalarType kind;
+    ScalarType dtype;
     int64_t outputs;
 
     Matrix(const Tensor& values, const Tensor* scales, int64_t d)
-        : values(values.data_ptr()), scales(scales ? scales->data_ptr() : nullptr), kind(values.scalar_type()),
-          outputs(values.numel() * (kind == ScalarType::Byte ? 2 : 1) / d) {}
+        : values(values.data_ptr()), scales(scales ? scales->data_ptr() : nullptr), dtype(values.scalar_type()),
+          outputs(values.numel() * (dtype == ScalarType::Byte ? 2 : 1) / d) {}
 };
 
 using Matrices = std::vector<Matrix>;
 
-int64_t outputs_of(const Matrices& matrices) {
+int64_t total_outputs(const Matrices& matrices) {
     int64_t total = 0;
     for (const auto& matrix : matrices) total += matrix.outputs;
     return total;
 }
 
-float sum_of(__m256 v) {
+// The horizontal sum of a register.
+float hsum(__m256 v) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 #ifdef __AVX512F__
-float sum_of(__m512 v) { return _mm512_reduce_add_ps(v); }
+float hsum(__m512 v) { return _mm512_reduce_add_ps(v); }
 #endif
 
-// How many pieces of one thread's part are done, on a cache line of its own.
-struct alignas(64) Taken {
-    std::atomic<int64_t> pieces{0};
+// The next task of one thread's part. Each counter has a cache line of its own, so that threads do not slow each other.
+struct alignas(64) TaskCounter {
+    std::atomic<int64_t> next{0};
 };
 
-constexpr int64_t CLAIM = 128 << 10;  // bytes of weights in a piece; with half of that a product is 1 % slower
+constexpr int64_t CLAIM_BYTES = 128 << 10;  // a thread claims tasks that read so many bytes; half as many is 1 % slower
 
-// Divides the outputs of matrices among the threads, and computes y "r total". `some` computes pieces of `size` outputs
-// from `begin` to `end`. A thread computes its own part piece by piece, then helps with what is left of other parts: of
-// two cores one is 7 % slower at a time, and OpenMP may start fewer threads than requested.
-template <class Some>
-void shared(const Matrices& matrices, float* y, int64_t threads, int64_t size, int64_t bytes, const Some& some) {
-    const int64_t total = outputs_of(matrices), count = std::max(int64_t(1), CLAIM / (size * bytes));
-    std::vector<Taken> taken(matrices.size() * threads);
+// Computes y "r total", the outputs of all matrices, in several threads. Each thread has a part of every matrix's
+// outputs. A part consists of tasks of `size` outputs, each of which reads `size` * `bytes` bytes of weights. `body`
+// computes some tasks of the part that goes from `begin` to `end`. When a thread has finished its own part, it claims
+// tasks of other parts (work stealing): one of two cores is often 7 % slower, and OpenMP may start fewer threads than
+// requested.
+template <class Body>
+void parallel_for_outputs(const Matrices& matrices, float* y, int64_t threads, int64_t size, int64_t bytes,
+                          const Body& body) {
+    const int64_t total = total_outputs(matrices), count = std::max(int64_t(1), CLAIM_BYTES / (size * bytes));
+    std::vector<TaskCounter> counters(matrices.size() * threads);
 #pragma omp parallel num_threads(threads)
     {
         for (int64_t n = 0; n < threads; n++) {
-            const int64_t share = (omp_get_thread_num() + n) % threads;
-            float* to = y;
-            for (size_t m = 0; m < matrices.size(); to += matrices[m++].outputs) {
-                const int64_t outputs = matrices[m].outputs, begin = outputs * share / threads;
-                const int64_t end = outputs * (share + 1) / threads, pieces = (end - begin + size - 1) / size;
-                auto& next = taken[m * threads + share].pieces;
-                while (next.load(std::memory_order_relaxed) < pieces) {  // many threads look, few write
-                    const int64_t piece = next.fetch_add(count, std::memory_order_relaxed);
-                    if (piece < pieces)
-                        some(matrices[m], to, total, begin, end, piece, std::min(piece + count, pieces));
+            const int64_t part = (omp_get_thread_num() + n) % threads;
+            float* out = y;
+            for (size_t m = 0; m < matrices.size(); out += matrices[m++].outputs) {
+                const int64_t outputs = matrices[m].outputs, begin = outputs * part / threads;
+                const int64_t end = outputs * (part + 1) / threads, tasks = (end - begin + size - 1) / size;
+                auto& next = counters[m * threads + part].next;
+                while (next.load(std::memory_order_relaxed) < tasks) {  // reading is cheap; only a claim writes
+                    const int64_t task = next.fetch_add(count, std::memory_order_relaxed);
+                    if (task < tasks)
+                        body(matrices[m], out, total, begin, end, task, std::min(task + count, tasks));
                 }
             }
         }
     }
 }
 
-constexpr float LEAST = std::numeric_limits<float>::lowest();  // of no score, or of scores that are all -inf
+constexpr float LOWEST = std::numeric_limits<float>::lowest();  // the maximum before any score
 
-// Keys or values "b k s h".
-struct Leaf {
+// The cache's keys or values "b k s h", and the strides of their first three axes.
+struct CacheView {
     const void* data;
-    int64_t row, head, slot;  // strides
+    int64_t row_stride, head_stride, slot_stride;
 
-    Leaf(const void* data, int64_t k, int64_t room, int64_t h)
-        : data(data), row(k * room * h), head(room * h), slot(h) {}
-    explicit Leaf(const Tensor& leaf)
-        : data(leaf.data_ptr()), row(leaf.stride(0)), head(leaf.stride(1)), slot(leaf.stride(2)) {}
+    CacheView(const void* data, int64_t k, int64_t capacity, int64_t h)
+        : data(data), row_stride(k * capacity * h), head_stride(capacity * h), slot_stride(h) {}
+    explicit CacheView(const Tensor& x)
+        : data(x.data_ptr()), row_stride(x.stride(0)), head_stride(x.stride(1)), slot_stride(x.stride(2)) {}
 };
 
 }  // namespace

@@ -1,104 +1,18 @@
-"""Attention of one query a row on a GPU. Several programs split the slots (flash decoding: Dao et al. 2023)."""
-
-# The checker takes a Triton kernel's body and its launch `kernel[grid](...)` for plain Python.
-# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+"""Attention on a GPU, by the kernels in Triton."""
 
 import torch
-import triton
-import triton.language as tl
+from jaxtyping import Float, Int
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama_fn.ops.gpu import launch as gpu
-from llama_fn.ops.operators import define
-
-MANY = 2**17  # above so many slots over all heads, a program attends to 128 slots and not to 32
+from llama_fn.shapes import typed
 
 
-def attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """Attention of queries "b k g h" over keys and values "b k s h", up to the slots `positions` "b": heads "b k g h".
+@typed
+def by_triton(queries: Float[Tensor, "*b k g t h"], keys: Float[Tensor, "*b k s h"], values: Float[Tensor, "*b k s h"],
+              positions: Int[Tensor, "*b t"]) -> Float[Tensor, "*b k g t h"]:
+    """`written_out` for one query a row (t = 1), by the kernels of `flash_decoding.py`."""
+    from llama_fn.ops.gpu import flash_decoding  # noqa: F401  it imports triton, which only machines with a GPU have
 
-    Slots after a row's position are not read. Each program attends to one block of slots. A second kernel takes the
-    mean of the blocks' results, weighted by their sums of exp(scores) (flash decoding: Dao et al. 2023).
-    """
-    b, k, g, h = queries.shape
-    queries, positions = queries.contiguous(), positions.contiguous()
-    keys, values = (leaf if leaf.stride(-1) == 1 else leaf.contiguous() for leaf in (keys, values))
-    many = g > 1 and b * k * keys.shape[2] > MANY  # every block of a group also writes g results
-    block, pdl = 128 if many else 32, gpu.has_pdl(queries)
-    blocks = triton.cdiv(keys.shape[2], block)
-    parts = queries.new_empty((b * k * g, blocks, h), dtype=torch.float32)
-    logarithms = queries.new_empty((b * k * g, blocks), dtype=torch.float32)
-    heads = empty_attention(queries, keys, values, positions)
-    width, options = triton.next_power_of_2(h), gpu.launch(pdl)
-    soon = pdl and b * k * blocks <= 1024  # else the next kernel would take the places of waiting programs
-    _block[b * k, blocks](queries, keys, values, positions, parts, logarithms, keys.shape[2], *keys.stride()[:3],
-                          *values.stride()[:3], k, g, h, width, block, h ** -0.5, pdl, soon,
-                          num_warps=4 if many else 2, **options)
-    _mean[b * k * g,](parts, logarithms, heads, blocks, h, width, 16, pdl, soon, num_warps=2, **options)
-    return heads
-
-
-def empty_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """Memory for the result of `attention`."""
-    return queries.new_empty(queries.shape)
-
-
-@triton.jit
-def _block(queries, keys, values, positions, parts, logarithms, slots, k_row, k_head, k_slot, v_row, v_head, v_slot,
-           k: tl.constexpr, g: tl.constexpr, h: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-           factor: tl.constexpr, PDL: tl.constexpr, SOON: tl.constexpr):
-    row, head = (tl.program_id(0) // k).to(tl.int64), (tl.program_id(0) % k).to(tl.int64)
-    slot, width = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64), tl.arange(0, WIDTH)
-    if PDL:
-        gdc_wait()
-    if SOON:
-        gdc_launch_dependents()
-    seen = (slot <= tl.load(positions + row)) & (slot < slots)
-    inside = seen[:, None] & (width < h)[None, :]
-    keys += row * k_row + head * k_head
-    values += row * v_row + head * v_head
-    key = tl.load(keys + slot[:, None] * k_slot + width[None, :], mask=inside, other=0)
-    value = tl.load(values + slot[:, None] * v_slot + width[None, :], mask=inside, other=0)
-    for i in tl.static_range(g):
-        n = tl.program_id(0) * g + i
-        query = tl.load(queries + n * h + width, mask=width < h, other=0).to(tl.float32)
-        scores = tl.where(seen, tl.sum(key.to(tl.float32) * query[None, :], 1) * factor, -float("inf"))
-        most = tl.maximum(tl.max(scores, 0), -1e30)  # where no slot is seen
-        weights = tl.exp(scores - most)
-        total = tl.maximum(tl.sum(weights, 0), 1e-30)
-        part = tl.sum(value.to(tl.float32) * weights[:, None], 0) / total
-        place = n.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(parts + place * h + width, part, mask=width < h)
-        tl.store(logarithms + place, most + tl.log(total))
-    if PDL and not SOON:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def _mean(parts, logarithms, heads, blocks, h: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-          PDL: tl.constexpr, SOON: tl.constexpr):
-    n, width, block = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
-    if SOON:
-        gdc_launch_dependents()  # who waits for this kernel waits for the one before it, too, for which this one does
-    if PDL:
-        gdc_wait()
-    most = tl.load(logarithms + n * blocks)  # the first slot is always seen
-    total, out = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK, WIDTH], tl.float32)
-    start = 0
-    while start < blocks:
-        there = start + block < blocks
-        logarithm = tl.load(logarithms + n * blocks + start + block, mask=there, other=-float("inf"))
-        larger = tl.maximum(most, tl.max(logarithm, 0))
-        weight, before = tl.exp(logarithm - larger), tl.exp(most - larger)
-        part = tl.load(parts + (n * blocks + start + block[:, None]) * h + width[None, :], other=0,
-                       mask=there[:, None] & (width < h)[None, :])
-        total, out, most = total * before + weight, out * before + part * weight[:, None], larger
-        start += BLOCK
-    if PDL and not SOON:
-        gdc_launch_dependents()
-    tl.store(heads + n * h + width, tl.sum(out, 0) / tl.sum(total, 0), mask=width < h)
-
-
-define("attention(Tensor queries, Tensor keys, Tensor values, Tensor positions) -> Tensor", empty_attention,
-       CUDA=attention)
+    keys, values = (leaf.reshape(-1, *leaf.shape[-3:]) for leaf in (keys, values))
+    heads = queries.reshape(-1, *queries.shape[-4:-2], queries.shape[-1])
+    return torch.ops.llama_fn.flash_decoding(heads, keys, values, positions.reshape(-1)).reshape(queries.shape)

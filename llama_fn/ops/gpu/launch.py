@@ -5,7 +5,7 @@ at once what earlier steps wrote, such as weights. It waits for the previous ker
 writes anything of this step, and it allows the next kernel to start (`gdc_launch_dependents`) before it ends itself.
 
 Names in all kernels: w0 to w2 are up to three weights, s0 to s2 their scales, o0 to o2 their numbers of outputs;
-SCALED says whether there are scales, PDL whether the kernel was launched dependently, P counts the split-K parts.
+SCALED says whether there are scales, PDL whether the kernel was launched dependently, P is the number of split-K parts.
 """
 
 import torch
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST = 3  # weights in one kernel call
+MAX_WEIGHTS = 3  # weights in one kernel call
 
 
 def has_pdl(x: Tensor) -> bool:
@@ -26,13 +26,13 @@ def launch(pdl: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if pdl else {}  # compilers for other GPUs do not know the option
 
 
-def filled(some: list[Tensor]) -> list[Tensor]:
-    """The list filled up to `MOST` tensors; a kernel does not read the added ones."""
-    return some + some[-1:] * (MOST - len(some))
+def padded(tensors: list[Tensor]) -> list[Tensor]:
+    """The list, padded to `MAX_WEIGHTS` tensors; a kernel does not read the added ones."""
+    return tensors + tensors[-1:] * (MAX_WEIGHTS - len(tensors))
 
 
 @triton.jit
-def own_outputs(w0, w1, w2, s0, s1, s2, o0, o1, o2, OUTPUTS: tl.constexpr):
+def program_outputs(w0, w1, w2, s0, s1, s2, o0, o1, o2, OUTPUTS: tl.constexpr):
     """The program's part of the work, when the programs are divided among up to three weights.
 
     Five values: the weight, its scales, its number of outputs, the outputs that this program computes, and where the

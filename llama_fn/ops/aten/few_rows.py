@@ -1,4 +1,4 @@
-"""A few rows times a matrix on the CPU, at the memory's speed, in operations that inductor fuses into loops."""
+"""The linear map of a few rows on the CPU, at the memory's speed, in operations that inductor fuses into loops."""
 
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama_fn.modes import under_dynamo
-from llama_fn.ops.quantized import GROUP, Grouped, Quantized, as_made
+from llama_fn.ops.quantized import GROUP, Grouped, Quantized, has_own_dtypes
 from llama_fn.ops.weight import values_alone
 from llama_fn.shapes import typed
 
@@ -19,29 +19,29 @@ FEW = 8  # rows whose accumulators fit in the registers, so that a weight is rea
 
 
 @typed
-def sums(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+def few_rows(weight: Flat, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
     """`written_out` for a few rows, accumulated in float32 at least.
 
-    A weight is read once, as words of 32 bits, and in several streams side by side, so that several pages are
-    prefetched at once: 34 GB/s, where oneDNN's kernel reaches 20 (two cores, bfloat16).
+    Each weight is read once, as 32-bit words. Several streams of weights are read side by side, so that the processor
+    prefetches several pages at once: 34 GB/s, where oneDNN's kernel reaches 20 (two cores, bfloat16).
     """
     exact = torch.promote_types(x.dtype, torch.float32)
     rows = in_memory(x.reshape(-1, x.shape[-1]).to(exact))
     if isinstance(weight, Quantized):
-        y = _byte_sums(weight, rows)
+        y = _int8_sums(weight, rows)
     elif isinstance(weight, Grouped):
-        y = _nibble_sums(weight, rows)
+        y = _int4_sums(weight, rows)
     elif weight.dtype == torch.bfloat16 and not under_dynamo() and whole_words(weight):
-        y = _word_sums(weight.view(torch.float32), _halves, rows)
+        y = _sums(weight.view(torch.float32), _halves, rows)
     else:
-        y = _word_sums(weight, lambda words: [words], rows)
+        y = _sums(weight, lambda words: [words], rows)
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def _word_sums(words: Tensor, numbers: Callable[[Tensor], list[Tensor]], rows: Tensor) -> Tensor:
-    """The sum over all `numbers` of all words, of number times input; number i of word j is that of input n j + i."""
-    columns = apart(rows.unflatten(-1, (words.shape[-1], -1)).mT)  # "b n j"
-    parts = -(-words.shape[-1] // 4096)  # inductor sums more numbers with a detour, twice as slow
+def _sums(words: Tensor, numbers: Callable[[Tensor], list[Tensor]], rows: Tensor) -> Tensor:
+    """W x, where `numbers` unpacks each word into n weights: weight i of word j is multiplied with input n j + i."""
+    columns = with_padded_rows(rows.unflatten(-1, (words.shape[-1], -1)).mT)  # "b n j"
+    parts = -(-words.shape[-1] // 4096)  # Inductor splits a longer sum into two loops, which takes twice as long.
     parts = parts if words.shape[-1] % parts == 0 else 1
     streams = [[number.to(rows.dtype) for part in stream.chunk(parts, -1) for number in numbers(part)]
                for stream in words.chunk(_streams(words, rows))]
@@ -76,8 +76,8 @@ def _halves(words: Tensor) -> list[Tensor]:
     return [(bits << 16).view(torch.float32), (bits & -65536).view(torch.float32)]
 
 
-def _byte_sums(weight: Quantized, rows: Tensor) -> Tensor:
-    """`sums` of 8-bit weights, four of which lie in a word, the first in the lowest byte.
+def _int8_sums(weight: Quantized, rows: Tensor) -> Tensor:
+    """`few_rows` of 8-bit weights, four of which lie in a word, the first in the lowest byte.
 
     The highest byte is shifted down with its sign. To each of the others 128 is added, so that it can be masked without
     its sign. Byte i stays in place and so counts 256**i times: its input is divided by that. The added 128 are
@@ -91,18 +91,19 @@ def _byte_sums(weight: Quantized, rows: Tensor) -> Tensor:
     fours = rows.unflatten(-1, (-1, 4))
     place = torch.tensor([1.0, 2.0**-8, 2.0**-16, 1.0], dtype=rows.dtype, device=rows.device)
     added = 128 * in_memory(fours[..., :3].sum((-2, -1)))  # "b"
-    y = _word_sums(weight.values.view(torch.float32), numbers, (fours * place).flatten(1))
+    y = _sums(weight.values.view(torch.float32), numbers, (fours * place).flatten(1))
     return (y - added[:, None]) * weight.scale
 
 
-def _nibble_sums(weight: Grouped, rows: Tensor) -> Tensor:
-    """`sums` of 4-bit weights, eight of which lie in a word: that of input 8 j + i in nibble i of word j.
+def _int4_sums(weight: Grouped, rows: Tensor) -> Tensor:
+    """`few_rows` of 4-bit weights, eight of which lie in a word: that of input 8 j + i in nibble i of word j.
 
     Nibble i stays in place and so counts 16**i times: its input is divided by that. A group's minimum is multiplied
     with the sum of its inputs.
     """
     place = torch.tensor([16.0 ** -i for i in range(7)] + [1.0], dtype=rows.dtype, device=rows.device)
-    columns = apart((rows.unflatten(-1, (-1, 8)) * place).mT).unflatten(-1, (-1, GROUP // 8))  # "b i groups j"
+    columns = with_padded_rows((rows.unflatten(-1, (-1, 8)) * place).mT)
+    columns = columns.unflatten(-1, (-1, GROUP // 8))  # "b i groups j"
     whole = in_memory(rows.unflatten(-1, (-1, GROUP)).sum(-1))  # "b groups"
     streams = []
     for words, pair in zip(weight.values.view(torch.float32).chunk(max(1, 2 // len(rows))),
@@ -113,17 +114,18 @@ def _nibble_sums(weight: Grouped, rows: Tensor) -> Tensor:
 
     def one(row: Tensor, total: Tensor, numbers: list[Tensor], scale: Tensor, minimum: Tensor) -> Tensor:
         products = [n * part for n, part in zip(numbers, row, strict=True)]
-        group = sum(products[:4]) + sum(products[4:])  # of two chains, 6 % faster than of one
+        group = sum(products[:4]) + sum(products[4:])  # two chains of additions are 6 % faster than one
         return (group * scale[..., None]).flatten(1).sum(-1) + (minimum * total).sum(-1)
 
     return _rows([[one(row, total, *stream) for stream in streams] for row, total in zip(columns, whole, strict=True)])
 
 
 def whole_words(matrix: Flat) -> bool:
-    """Whether a row of the weight is whole words, and in four bits whole groups, with scales as they were made."""
+    """Whether a row of the weight consists of whole words, and of whole groups for 4 bits, in the quantized dtypes."""
     values = matrix if isinstance(matrix, Tensor) else matrix.values
     whole = GROUP // 2 if isinstance(matrix, Grouped) else 4 // values.itemsize
-    return (values.is_contiguous() and values.shape[-1] % whole == 0 and (isinstance(matrix, Tensor) or as_made(matrix))
+    return (values.is_contiguous() and values.shape[-1] % whole == 0
+            and (isinstance(matrix, Tensor) or has_own_dtypes(matrix))
             and (under_dynamo() or values.storage_offset() % whole == 0))  # unknown to dynamo
 
 
@@ -136,8 +138,8 @@ def in_memory(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride())
 
 
-def apart(x: Tensor) -> Tensor:
-    """`in_memory`, with rows one cache line further apart.
+def with_padded_rows(x: Tensor) -> Tensor:
+    """`in_memory`, with each row padded by one cache line.
 
     Rows whose size is a power of two would evict each other from the cache (eight rows take 1.4 times as long).
     """
@@ -145,6 +147,6 @@ def apart(x: Tensor) -> Tensor:
 
 
 def accepts_few_rows(matrix: Flat, x: Tensor) -> bool:
-    """Whether `sums` computes these: a few rows on the CPU, of which no axis is hidden by a transform."""
+    """Whether `few_rows` computes these: a few rows on the CPU, of which no axis is hidden by a transform."""
     return (x.device.type == "cpu" and 0 < x.shape[:-1].numel() <= FEW
             and (isinstance(matrix, Tensor) or whole_words(matrix)) and values_alone(x))
