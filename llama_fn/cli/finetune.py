@@ -44,7 +44,7 @@ def finetune(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="
         evaluate_every: Steps between two snapshots, each after an evaluation on the examples that are held out; by
             default a quarter of all steps. Of 40 examples or more, about one in twenty is held out.
         remat: Compute each layer again in the backward, which takes less memory and more time.
-        compile: Compile the step as one graph. A step is then faster, and the first one takes minutes.
+        compile: Compile the step, which is then faster. The first one takes half a minute; with --each, minutes.
         dtype: Compute in this dtype, or as the weights are stored. Trained weights are float32 meanwhile.
         quantize: Hold the matrices under an adapter in 8 or 4 bits ("int8", "int4").
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
