@@ -91,7 +91,8 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
         raise
     finally:
         if stopped:
-            print(stopped, file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                print(stopped, file=sys.stderr)
     if not plot_curves(out / METRICS, out / CURVES):
         print(f"no {CURVES}: matplotlib is not installed ({INSTALL})", file=sys.stderr)
     print(text_completion(model, [""], key=random.key(plan.seed))[0].text)

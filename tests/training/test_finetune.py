@@ -1,7 +1,9 @@
 """Fine-tuning as pure functions: steps of all weights, of one adapter and of many, and runs that are resumed."""
 
+import itertools
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from strategies import keys, models, random_params, token_rows
 
 import llama_fn as lf
 from llama_fn import lora, tree
-from llama_fn.training import finetune, tune
+from llama_fn.training import finetune, supervise, tune
 from llama_fn.training.examples import Examples
 from llama_fn.training.snapshots import snapshot_steps
 from llama_fn.training.tuning import Tuning
@@ -248,6 +250,22 @@ def test_a_run_that_is_resumed_is_one_that_was_not_stopped(tmp_path, kind):
         with pytest.raises(ValueError, match="holds a run with another start"):
             tune.tune(tmp_path / "two", params, data, tuning, **{**how, "start": trained(lf.random.key(4), params)},
                       resume=True)
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_steps(tmp_path, monkeypatch):
+    """Each step takes a second by this clock, and the steps before the run was resumed count."""
+    monkeypatch.setattr(supervise, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    params = random_params(CONFIG, lf.random.key(0), torch.float32)
+
+    def stop_after_three(record: dict) -> None:
+        if record["step"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        tune.tune(tmp_path / "run", params, [examples(CONFIG)], TUNING, report=stop_after_three)
+    tune.tune(tmp_path / "run", params, [examples(CONFIG)], TUNING, resume=True)
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [line["seconds"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_closed_terminal_loses_no_step(tmp_path):
