@@ -138,13 +138,15 @@ def test_help_goes_to_standard_output(monkeypatch, capsys, command):
 def test_each_option_has_a_text_and_no_line_of_it_ends_before_it_is_full(monkeypatch, capsys, command):
     monkeypatch.setenv("COLUMNS", "100")
     _, out, _ = cli(monkeypatch, capsys, command, "--help")
-    lines = [line.strip("│") for line in out.splitlines() if line.startswith("│")]
-    for option in re.split(r"\n (?=-)", "\n".join(lines))[1:]:
+    lines = [line for row in out.splitlines() if (line := row.replace("│", " ").rstrip()).startswith("  ")]
+    _, *options = re.split(r"\n  (?=--?[a-z])", "\n".join(lines))
+    assert len(options) > 20
+    for option in options:
         name, *words = re.sub(r"\(default:[^)]*\)", "", option).split()
         assert sum(word.islower() for word in words) > 2, name
     for line, after in itertools.pairwise(lines):
         if line.startswith(" " * 16) and after.startswith(" " * 16):
-            assert len(line.rstrip()) + 1 + len(after.split()[0]) > 97, line
+            assert len(line) + 1 + len(after.split()[0]) > 97, line
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried\nto"),
