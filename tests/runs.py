@@ -1,5 +1,6 @@
 """Small training runs in folders, uncompiled, and what is compared of them."""
 
+import errno
 import json
 import shutil
 import signal
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_fn.training import loop
+from llama_fn.checkpoint.snapshot import save_snapshot
+from llama_fn.training import loop, saving
 from llama_fn.training.plan import Plan
 from llama_fn.training.run import run
 from llama_fn.training.snapshots import snapshot_steps
@@ -30,6 +32,17 @@ def write_texts(folder: Path, texts: dict[str, str] = TEXTS) -> Path:
 def eager(patch: pytest.MonkeyPatch) -> None:
     """A step that is not compiled; to compile one takes 15 s."""
     patch.setattr(loop, "jit_step", make_step)
+
+
+def disk_that_fails(patch: pytest.MonkeyPatch, steps: set[int],
+                    error=lambda: OSError(errno.ENOSPC, "No space left on device", "x")) -> None:
+    """From now on, the snapshots of these steps cannot be written."""
+    def failing(state, folder, about, before_write):
+        if about["step"] in steps:
+            raise error()
+        save_snapshot(state, folder, about, before_write)
+
+    patch.setattr(saving, "save_snapshot", failing)
 
 
 def signal_after(step: int, *numbers: int):

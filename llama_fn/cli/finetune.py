@@ -1,16 +1,17 @@
 """`llama-fn finetune`: from a model and examples to a better model, or to an adapter."""
 
+import contextlib
+import functools
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from tqdm import tqdm
 
 from llama_fn import lora
 from llama_fn.checkpoint.load import Model, check_tokenizer, find, load, save
 from llama_fn.cli.options import Dtype, device_of, dtype_of
+from llama_fn.cli.training_bar import training_bar
 from llama_fn.generation.dialog import dialog_tokens
 from llama_fn.memory import keep_memory
 from llama_fn.training.examples import read_examples, split
@@ -44,7 +45,7 @@ def finetune(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="
         evaluate_every: Steps between two snapshots, each after an evaluation on the examples that are held out; by
             default a quarter of all steps. Of 40 examples or more, about one in twenty is held out.
         remat: Compute each layer again in the backward, which takes less memory and more time.
-        compile: Compile the step as one graph. A step is then faster, and the first one takes minutes.
+        compile: Compile the step, which is then faster. The first one takes half a minute; with --each, minutes.
         dtype: Compute in this dtype, or as the weights are stored. Trained weights are float32 meanwhile.
         quantize: Hold the matrices under an adapter in 8 or 4 bits ("int8", "int4").
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
@@ -67,29 +68,15 @@ def finetune(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="
     is_adapter = tuning.rank is not None or start is not None
     tuning = tuning.filled(max(len(part.tokens) for part in examples), context, is_adapter)
 
-    bar: tqdm | None = None
     try:
-        with ExitStack() as stack:
-            def report(record: dict) -> None:
-                nonlocal bar
-                if bar is None:  # the first record comes after everything was checked
-                    bar = stack.enter_context(tqdm(total=record["steps"], initial=record["step"], unit="step",
-                                                   dynamic_ncols=True))
-                    bar.write(f"{record['parameters']:,} numbers are trained on {record['examples']:,} examples",
-                              file=sys.stderr)
-                elif "valid_loss" in record:
-                    bar.write(f"step {record['step']}: validation loss {_spelled(record['valid_loss'])}",
-                              file=sys.stderr)
-                else:
-                    bar.set_postfix(loss=_spelled(record["loss"]), refresh=False)
-                    bar.update()
-
+        with training_bar(functools.partial(_sizes, compile), "compiling" if compile else "training") as report:
             result = tune(out, base.params, examples, tuning, valid=held_out if len(held_out) == len(files) else (),
                           start=start, resume=resume, evaluate_every=evaluate_every, compiled=compile,
                           recompute=remat, report=report)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         if has_snapshot(out):
-            print(f"stopped; go on with --resume and the same arguments ({out})", file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                print(f"stopped; go on with --resume and the same arguments ({out})", file=sys.stderr)
         raise
     if not is_adapter:
         save(Model(result, base.tokenizer), out, format=format)
@@ -100,6 +87,9 @@ def finetune(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="
         print(f"{name}: an adapter of {model} (--adapter {name})", file=sys.stderr)
 
 
-def _spelled(loss: float | list[float]) -> str:
-    """The loss of one model, or those of several adapters."""
-    return " ".join(f"{x:.4f}" for x in (loss if isinstance(loss, list) else [loss]))
+def _sizes(compiles: bool, record: dict) -> str:
+    """The sizes of what is trained and of the examples, from the first record of a run."""
+    size = f"{record['parameters']:,} numbers are trained on {record['examples']:,} examples"
+    if record["step"] == record["steps"]:
+        return f"{size}; all steps are taken"
+    return f"{size}; the first step compiles" if compiles else size

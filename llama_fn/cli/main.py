@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import inspect
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,13 +21,13 @@ from llama_fn.cli.errors import description, is_for_the_user, one_line
 from llama_fn.cli.evaluate import evaluate
 from llama_fn.cli.finetune import finetune
 from llama_fn.cli.generate import generate
-from llama_fn.cli.inspect import inspect
+from llama_fn.cli.inspect import inspect as inspect_model
 from llama_fn.cli.perplexity import choose, perplexity
 from llama_fn.cli.report import report
 from llama_fn.cli.tokenizer import tokenizer
 from llama_fn.cli.train import train
 
-COMMANDS = {"generate": generate, "chat": chat, "perplexity": perplexity, "choose": choose, "inspect": inspect,
+COMMANDS = {"generate": generate, "chat": chat, "perplexity": perplexity, "choose": choose, "inspect": inspect_model,
             "convert": convert, "train": train, "finetune": finetune, "report": report, "tokenizer": tokenizer,
             "evaluate": evaluate, "bench": bench}
 
@@ -70,6 +72,11 @@ def _parsed(args: Sequence[str]) -> Callable[[], None]:
         @functools.wraps(command)  # tyro reads the command's signature
         def bound(*args: Any, **named: Any) -> Callable[[], None]:
             return functools.partial(command, *args, **named)
+
+        # tyro wraps the lines of an argument's text, but keeps a line end before an indent: put each text in one line.
+        bound.__doc__ = re.sub(r"\n {12}", " ", command.__doc__ or "")
+        vars(bound)["__signature__"] = inspect.signature(command)
+        del vars(bound)["__wrapped__"]  # whose docstring tyro would read
         return bound
 
     box = io.StringIO()

@@ -49,6 +49,7 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
             steps makes a finished run longer.
         evaluate_every: Steps between two evaluations on held-out texts; by default 500, or a quarter of all steps if
             that is less.
+        keep: The number of snapshots to keep, the newest ones; the best one is kept as well.
         sample_every: Steps between two samples of the model, which go to standard error and to metrics.jsonl; by
             default there are none.
         prompts: The beginnings of these samples.
@@ -66,8 +67,11 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
     stopped = ""
     try:
         with (tensorboard_events(out / EVENTS) if tensorboard else contextlib.nullcontext() as write_events,
-              preparing_bar() as preparing, training_bar(_sizes) as show):
+              contextlib.ExitStack() as until_begun, training_bar(_sizes) as show):
+            preparing = until_begun.enter_context(preparing_bar())
+
             def report(record: dict) -> None:
+                until_begun.close()  # the first record comes when the texts are prepared
                 show(record)
                 if write_events is not None:
                     write_events(record)
@@ -87,7 +91,8 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
         raise
     finally:
         if stopped:
-            print(stopped, file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                print(stopped, file=sys.stderr)
     if not plot_curves(out / METRICS, out / CURVES):
         print(f"no {CURVES}: matplotlib is not installed ({INSTALL})", file=sys.stderr)
     print(text_completion(model, [""], key=random.key(plan.seed))[0].text)
@@ -97,4 +102,4 @@ def _sizes(record: dict) -> str:
     """The sizes of the model and of its texts, from the first record of a run."""
     size = f"{record['parameters']:,} parameters, {record['training_tokens']:,} tokens to learn from"
     done = record["step"] == record["steps"]
-    return f"{size}; {'all steps are taken' if done else 'the first step compiles, which takes a minute or two'}"
+    return f"{size}; {'all steps are taken' if done else 'the first step compiles, which takes up to a minute'}"

@@ -15,11 +15,11 @@ GIB = 2**30
 
 
 @contextmanager
-def training_bar(first_line: Callable[[dict], str]) -> Iterator[Callable[[dict], None]]:
+def training_bar(first_line: Callable[[dict], str], waiting: str = "compiling") -> Iterator[Callable[[dict], None]]:
     """A context manager that yields a function, which shows a record of a run on standard error.
 
     The bar is drawn at the first record, which comes after options and texts were checked. ``first_line`` makes the
-    line above the bar from it.
+    line above the bar from it. ``waiting`` stands before the bar until the first step is taken.
     """
     with ExitStack() as stack:
         bar: tqdm | None = None
@@ -32,7 +32,7 @@ def training_bar(first_line: Callable[[dict], str]) -> Iterator[Callable[[dict],
                                                dynamic_ncols=True, bar_format=FORMAT))
                 bar.write(first_line(record), file=sys.stderr)
                 if record["step"] < record["steps"]:
-                    bar.set_description("compiling")
+                    bar.set_description(waiting)
             elif "valid_loss" in record:
                 bar.write(evaluation_line(record), file=sys.stderr)
             elif "sample" in record:
@@ -50,8 +50,11 @@ def training_bar(first_line: Callable[[dict], str]) -> Iterator[Callable[[dict],
 
 def step_line(record: dict, left: float | None) -> str:
     """The figures of a step, with the time left if it is known."""
-    loss = finite(record["loss"])
-    parts = ["loss not finite" if loss is None else f"loss {loss:.4f}", f"{record['tokens_per_second']:,} tokens/s"]
+    parts = [f"loss {losses(record['loss'])}"]
+    if "tokens_per_second" in record:
+        parts.append(f"{record['tokens_per_second']:,} tokens/s")
+    if "learned_per_second" in record:
+        parts.append(f"{record['learned_per_second']:,.0f} learned/s")
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.1%}")
     elif "tflops" in record:
@@ -66,7 +69,13 @@ def step_line(record: dict, left: float | None) -> str:
 def evaluation_line(record: dict) -> str:
     """The result of an evaluation."""
     floor = f" (floor {record['floor']:.4f})" if "floor" in record else ""
-    return f"step {record['step']}: validation loss {record['valid_loss']:.4f}{floor}"
+    return f"step {record['step']}: validation loss {losses(record['valid_loss'])}{floor}"
+
+
+def losses(value: float | list[float]) -> str:
+    """The loss of one model, or those of several adapters."""
+    numbers = map(finite, value if isinstance(value, list) else [value])
+    return " ".join("not finite" if x is None else f"{x:.4f}" for x in numbers)
 
 
 def sample_line(record: dict) -> str:

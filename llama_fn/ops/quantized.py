@@ -126,11 +126,16 @@ def dequantized(weight: Quantized | Grouped, dtype: torch.dtype = torch.float32)
     if isinstance(weight, Quantized):
         scale = weight.scale.reshape(*weight.scale.shape, *[1] * (weight.values.ndim - weight.scale.ndim))
         return (weight.values.to(exact) * scale).to(dtype)
-    n = torch.stack([weight.values & 15, weight.values >> 4], -1).flatten(-2)
-    outer = weight.scale.ndim - 2
-    scale, minimum = (part.repeat_interleave(GROUP, -1)[..., :n.shape[outer:].numel()].to(exact)
-                      for part in weight.scale.unbind(-1))
-    return (n.flatten(outer).to(exact) * scale + minimum).to(dtype).reshape(weight.shape)
+    n = torch.stack([weight.values & 15, weight.values >> 4], -1).flatten(weight.scale.ndim - 2)
+    # The shorter last group has an expression of its own: one index of both, number // GROUP, is computed wrongly by
+    # torch 2.13's compiler, which splits the loop into whole groups and leaves out the rest.
+    whole, parts = n.shape[-1] // GROUP, []
+    for some, groups in ((n[..., :whole * GROUP].unflatten(-1, (whole, GROUP)), slice(whole)),
+                         (n[..., None, whole * GROUP:], slice(whole, None))):
+        if 0 not in some.shape[-2:]:
+            scale, minimum = (part[..., groups, None].to(exact) for part in weight.scale.unbind(-1))
+            parts.append((some.to(exact) * scale + minimum).to(dtype).flatten(-2))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).reshape(weight.shape)
 
 
 def _multiplied(weight: Quantized | Grouped, x: Tensor, inputs: int) -> Tensor:

@@ -14,7 +14,7 @@ from llama_fn.model.block import block
 from llama_fn.model.transformer import Params
 from llama_fn.ranges import number
 from llama_fn.shapes import typed
-from llama_fn.training.loss import row_nats
+from llama_fn.training.loss import ENTROPY, Entropy, row_nats
 
 
 @typed
@@ -37,18 +37,20 @@ def dpo_loss(params: Params, reference: Params, chosen: tuple[Int[Tensor, "*b t"
     >>> policy = lf.lora.apply(params, adapter)
     >>> loss = lf.dpo_loss(policy, params, chosen, rejected, beta=0.1)
     """
-    better, worse = (_log_ratio(params, reference, *rows, layer) for rows in (chosen, rejected))
+    better, worse = (_log_ratio(params, reference, *rows, layer, ENTROPY) for rows in (chosen, rejected))
     return _losses(better, worse, number("dpo_loss: beta", beta)).mean()
 
 
 @typed
 def dpo_loss_sum(params: Params, reference: Params, tokens: Int[Tensor, "*b 2 t"], mask: Bool[Tensor, "*b 2 t"], *,
-                 beta: float, layer: Callable[..., Any] = block) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+                 beta: float, layer: Callable[..., Any] = block,
+                 entropy: Entropy = ENTROPY) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """The sum of `dpo_loss` over the pairs, and their number; each pair is two rows, chosen and rejected.
 
-    A pair without an answer in one of its rows does not count. With the number, micro-batches add up exactly.
+    A pair without an answer in one of its rows does not count. With the number, micro-batches add up exactly. `entropy`
+    is that of `loss_sum`.
     """
-    chosen, rejected = _log_ratio(params, reference, tokens, mask, layer).unbind(-1)
+    chosen, rejected = _log_ratio(params, reference, tokens, mask, layer, entropy).unbind(-1)
     counts = mask[..., 1:].any(-1).all(-1)
     return _losses(chosen, rejected, number("dpo_loss_sum: beta", beta)).masked_fill(~counts, 0).sum(), counts.sum()
 
@@ -58,6 +60,8 @@ def _losses(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     return F.softplus(-beta * (chosen - rejected))
 
 
-def _log_ratio(params: Params, reference: Params, tokens: Tensor, mask: Tensor, layer: Callable) -> Tensor:
+def _log_ratio(params: Params, reference: Params, tokens: Tensor, mask: Tensor, layer: Callable,
+               entropy: Entropy) -> Tensor:
     """Of each row, log p(answer | prompt) under the policy minus that under the reference."""
-    return row_nats(reference, tokens, mask, layer=layer) - row_nats(params, tokens, mask, layer=layer)
+    theirs, ours = (row_nats(model, tokens, mask, layer=layer, entropy=entropy) for model in (reference, params))
+    return theirs - ours

@@ -12,9 +12,9 @@ from llama_fn.model.transformer import Params
 from llama_fn.training.dpo import dpo_loss_sum
 from llama_fn.training.guarded import guarded
 from llama_fn.training.loop import TrainState
-from llama_fn.training.loss import loss_sum
+from llama_fn.training.loss import ENTROPY, Entropy, loss_sum
 from llama_fn.training.optim import Optimizer
-from llama_fn.training.step import Metrics, make_step
+from llama_fn.training.step import Metrics, make_step, make_update
 from llama_fn.transforms import lora
 from llama_fn.transforms.lora import Lora
 
@@ -22,7 +22,10 @@ Step = Callable[..., tuple[Any, Any, Metrics]]
 
 
 class Task(NamedTuple):
-    """What fine-tuning needs to know: its steps minimize ``loss_sum(trained, *frozen, tokens, mask)``."""
+    """What fine-tuning needs to know: its steps minimize ``loss_sum(trained, *frozen, tokens, mask)``.
+
+    Like `loss_sum`, it takes ``layer`` and ``entropy``.
+    """
 
     trained: Any
     """The tree that is trained, before the first step: parameters, an adapter, or a stack of adapters."""
@@ -84,12 +87,13 @@ def begin(task: Task, optimizer: Optimizer) -> TrainState:
     return TrainState(trained, init(trained), torch.zeros((), dtype=torch.int64, device="cpu"))
 
 
-def step_of(task: Task, optimizer: Optimizer, *, layer: Callable = block) -> Step:
+def step_of(task: Task, optimizer: Optimizer, *, layer: Callable = block, make: Callable[..., Any] = make_step) -> Step:
     """The step ``(trained, opt_state, tokens, mask, frozen) -> (trained, opt_state, metrics)`` of a task.
 
-    For several adapters, every argument but ``frozen`` has a first axis, and so have the results. See `make_step`.
+    For several adapters, every argument but ``frozen`` has a first axis, and so have the results. ``make`` is
+    `make_step`, or `jit_step` for a step that is compiled; several adapters are not compiled by it.
     """
-    step = guarded(make_step(optimizer, layer, loss_sum=task.loss_sum))
+    step = make(optimizer, layer, loss_sum=task.loss_sum, update=lambda optimizer: guarded(make_update(optimizer)))
 
     def taken(params: Any, opt_state: Any, tokens: Tensor, mask: Tensor,
               frozen: tuple = ()) -> tuple[Any, Any, Metrics]:
@@ -116,11 +120,12 @@ def evaluate(task: Task, trained: Any, batches: Iterable[tuple[Tensor, Tensor]])
 
 def _loss_sum(policy: Callable[..., Params], beta: float | None) -> Callable[..., tuple[Tensor, Tensor]]:
     """The loss of the model ``policy(trained, *frozen)``; with ``beta``, DPO's, whose reference is ``frozen[-1]``."""
-    def summed(trained: Any, *rest: Any, layer: Callable = block) -> tuple[Tensor, Tensor]:
+    def summed(trained: Any, *rest: Any, layer: Callable = block,
+               entropy: Entropy = ENTROPY) -> tuple[Tensor, Tensor]:
         *frozen, tokens, mask = rest
         params = policy(trained, *frozen)
         if beta is None:
-            return loss_sum(params, tokens, mask, layer=layer)
-        return dpo_loss_sum(params, frozen[-1], tokens, mask, beta=beta, layer=layer)
+            return loss_sum(params, tokens, mask, layer=layer, entropy=entropy)
+        return dpo_loss_sum(params, frozen[-1], tokens, mask, beta=beta, layer=layer, entropy=entropy)
 
     return summed

@@ -10,6 +10,7 @@ from torch import Tensor
 from llama_fn import tree
 from llama_fn.compiled.compiler import obstacle, uncompiled
 from llama_fn.compiled.differentiable import differentiable
+from llama_fn.compiled.layers import by_shape
 from llama_fn.compiled.leafwise import leafwise
 from llama_fn.model.block import block
 from llama_fn.private_inductor import lacking
@@ -24,14 +25,15 @@ def jit_step(optimizer: Optimizer, layer: Callable = block, *, loss_sum: Callabl
     """`make_step`, compiled: the same signature and, up to rounding, the same results.
 
     All layers share one compiled block, forward and backward, all chunks of the loss one more, and all leaves of the
-    optimizer a loop, so that the first step takes as long for 80 layers as for one. Parameters and optimizer state are
-    donated: the new ones take their memory. Where nothing can be compiled, a warning says why, and the step runs as it
-    is.
+    optimizer a loop, so that the first step takes as long for 80 layers as for one. Layers that need no gradient, such
+    as those of a frozen reference, share a compiled forward. Parameters and optimizer state are donated: the new ones
+    take their memory. Where nothing can be compiled, a warning says why, and the step runs as it is.
     """
     if (reason := obstacle() or lacking()) is not None:
         warnings.warn(uncompiled("a training step", reason), stacklevel=2)
         return make_step(optimizer, layer, loss_sum=loss_sum, compute_dtype=compute_dtype, update=update)
-    layer, entropy = differentiable(layer), Entropy(*map(differentiable, ENTROPY))
+    layer, *parts = (differentiable(by_shape(f)) for f in (layer, *ENTROPY))
+    entropy = Entropy(*parts)
 
     def gradient(params: Any, frozen: tuple, *batch: Tensor) -> tuple[Any, Tensor, Tensor]:
         with torch.enable_grad():

@@ -90,9 +90,9 @@ def loss_sum(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b
 
 @typed
 def row_nats(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None = None,
-             *, layer: Callable[..., Any] = block) -> Float[Tensor, "*b"]:
+             *, layer: Callable[..., Any] = block, entropy: Entropy = ENTROPY) -> Float[Tensor, "*b"]:
     """The sum of -log p over the tokens that count, for each row."""
-    return _nats(params, tokens, mask, None, 0.0, 0.0, layer, ENTROPY)[0].sum(-1)
+    return _nats(params, tokens, mask, None, 0.0, 0.0, layer, entropy)[0].sum(-1)
 
 
 def _nats(params: Params, tokens: Tensor, mask: Tensor | None, segments: Tensor | None, z_loss: float,

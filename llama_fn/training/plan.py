@@ -18,6 +18,7 @@ class Plan:
     dim: int = 144
     """The model's width."""
     n_layers: int = 4
+    """The number of layers."""
     n_heads: int | None = None
     """By default 6, or the next smaller number that divides the width into heads of an even width."""
     n_kv_heads: int | None = None
@@ -37,14 +38,17 @@ class Plan:
     learning_rate: float = 2e-3
     """The highest learning rate, which is reached after the warmup."""
     final_learning_rate: float = 0.0
+    """The learning rate after the last step."""
     warmup: int | None = None
     """Steps until the highest learning rate; by default 100, or a quarter of all steps if that is less."""
     weight_decay: float = 0.01
+    """AdamW's weight decay, which only matrices have."""
     clip: float = 1.0
     """The largest norm of the gradient; a larger one is scaled down to it."""
     stories: int = 200_000
     """The number of stories to train on if no texts are given."""
     seed: int = 0
+    """The seed of the weights, of the stories, and of the order of the rows."""
 
     def filled(self) -> "Plan":
         """The plan with every None replaced by its default, except `vocab_size`, which depends on the texts."""

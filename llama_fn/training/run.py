@@ -12,8 +12,7 @@ The folder holds these files:
 
 import contextlib
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ from llama_fn.training.progress import Samples, flops_per_token, memory_in_use, 
 from llama_fn.training.record import METRICS, MetricsFile
 from llama_fn.training.saving import Saver
 from llama_fn.training.snapshots import snapshot_steps
-from llama_fn.training.stopping import signals_noted, stop, terminal_may_close
+from llama_fn.training.step import Metrics
+from llama_fn.training.supervise import supervise
 
 ReportMeasurement = Callable[[dict], None]
 
@@ -84,65 +84,50 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
     every = min(500, max(1, plan.steps // 4)) if evaluate_every is None else evaluate_every
     with locked(folder):
         begun = begin(folder, plan, None if texts is None else Path(texts), resume, device, dialog_tokens, preparing)
-        with contextlib.closing(MetricsFile(folder / METRICS, begun.kept)) as metrics, Saver(folder, keep) as saver:
-            state = _steps(folder, begun, every, metrics, saver, samples, peak, report)
+        _convert(folder, begun, keep)
+        state = _supervised(folder, begun, every, keep, samples, peak, report)
         model = Model(state.params, begun.tokenizer)
         save(model, folder)
     return model
 
 
-def _steps(folder: Path, begun: Begun, every: int, metrics: MetricsFile, saver: Saver,
-           samples: Samples | None, peak: float | None, report: ReportMeasurement) -> TrainState:
-    """Take all steps that are left, with evaluations and snapshots, and return the last state."""
-    plan, state, rate = begun.plan, begun.state, begun.plan.schedule()
+def _supervised(folder: Path, begun: Begun, every: int, keep: int, samples: Samples | None, peak: float | None,
+                report: ReportMeasurement) -> TrainState:
+    """Take all steps that are left, and return the last state."""
+    plan, rate = begun.plan, begun.plan.schedule()
     assert plan.steps is not None
-    flops, device = flops_per_token(plan.config(), plan.context), tree.leaves(state.params)[0].device
-    updates, seconds, valid = updates_taken(state.opt_state), begun.seconds, {}
+    flops, device = flops_per_token(plan.config(), plan.context), tree.leaves(begun.state.params)[0].device
 
-    def log(measurement: dict[str, Any]) -> None:
-        metrics.append(measurement)
-        with terminal_may_close(signals):
-            report(measurement)
+    def record_of(state: TrainState, metrics: Metrics, interval: float, seconds: float) -> dict[str, Any]:
+        before = updates_taken(state.opt_state) - int(is_finite(metrics))  # a step that is skipped counts as none
+        return step_record(int(state.step), metrics, learning_rate=float(rate(torch.tensor(before))),
+                           interval=interval, seconds=seconds, flops=flops, peak=peak, memory=memory_in_use(device))
 
-    def save_state() -> None:
-        saver.save(state, {**begun.about, "step": int(state.step), "seconds": seconds, **valid}, metrics)
+    def samples_of(state: TrainState) -> Iterable[dict[str, Any]]:
+        step = int(state.step)
+        if samples is None or (step % samples.every != 0 and step != plan.steps):
+            return ()
+        return samples.draw(Model(state.params, begun.tokenizer), step)
 
-    with signals_noted() as signals:
-        first = {"step": int(state.step), "steps": plan.steps, "parameters": plan.config().n_params,
-                 "training_tokens": len(begun.training.tokens), "flops_per_token": flops, "peak_flops": peak}
-        (report if begun.kept else log)(first)
-        _convert(folder, save_state, saver)
-        since = time.perf_counter()
-        for state, measured in train(state, plan.optimizer(), begun.training, begun.batch_key,  # noqa: B020
-                                     plan.steps, (plan.micro_batches, plan.batch)):
-            step, taken = int(state.step), bool(is_finite(measured))  # this waits until the step is computed
-            took = time.perf_counter() - since
-            seconds, valid = seconds + took, {}
-            log({**step_record(step, measured, learning_rate=float(rate(torch.tensor(updates))), interval=took,
-                               seconds=seconds, flops=flops, peak=peak, memory=memory_in_use(device)),
-                 **({} if taken else {"skipped": True})})
-            updates += taken
-            if samples is not None and (step % samples.every == 0 or step == plan.steps):  # before the snapshot
-                for sample in samples.draw(Model(state.params, begun.tokenizer), step):
-                    log({"step": step, **sample})
-            if step % every == 0 or step == plan.steps:
-                valid = {"valid_loss": evaluate(state.params, begun.validation)}
-                log({"step": step, **valid, **begun.floor})
-                save_state()
-            saver.look()
-            if signals:
-                save_state()
-                saver.finish()
-                stop(signals[0])
-            since = time.perf_counter()  # leaves out the evaluation and the samples
-        saver.wait()
-    return state
+    def evaluation(state: TrainState) -> dict[str, Any]:
+        return {"valid_loss": evaluate(state.params, begun.validation), **begun.floor}
+
+    taken = train(begun.state, plan.optimizer(), begun.training, begun.batch_key, plan.steps,
+                  (plan.micro_batches, plan.batch))
+    first = {"step": int(begun.state.step), "steps": plan.steps, "parameters": plan.config().n_params,
+             "training_tokens": len(begun.training.tokens), "flops_per_token": flops, "peak_flops": peak}
+    return supervise(folder, begun.state, taken, first=first, step_record=record_of, evaluation=evaluation,
+                     samples=samples_of, steps=plan.steps, every=every, about=begun.about, seconds=begun.seconds,
+                     kept=begun.kept, keep=keep, report=report)
 
 
-def _convert(folder: Path, save_state: Callable[[], None], saver: Saver) -> None:
+def _convert(folder: Path, begun: Begun, keep: int) -> None:
     """Write the snapshot of an earlier version again in today's format, and remove the old file."""
-    if (folder / OLD_SNAPSHOT).is_file():
-        save_state()
+    if not (folder / OLD_SNAPSHOT).is_file():
+        return
+    about = {**begun.about, "step": int(begun.state.step), "seconds": begun.seconds}
+    with contextlib.closing(MetricsFile(folder / METRICS, begun.kept)) as metrics, Saver(folder, keep) as saver:
+        saver.save(begun.state, about, metrics)
         saver.wait()
         if saver.error is None:
             (folder / OLD_SNAPSHOT).unlink()

@@ -25,6 +25,7 @@ class Tuning:
     epochs: float = 3.0
     """How often each example is learned, where the number of steps is not given."""
     steps: int | None = None
+    """The number of steps; by default as many as the epochs take."""
     context: int | None = None
     """The most tokens that a row predicts; by default the context of the model."""
     batch: int = 8
@@ -32,15 +33,17 @@ class Tuning:
     micro_batches: int = 1
     """Micro-batches in each step. They are computed one after another to save memory."""
     learning_rate: float | None = None
-    """The highest learning rate, which is reached after the warmup. By default 2e-4 for an adapter, 2e-5 for all
-    weights, and a tenth of that with --dpo."""
+    """The highest one, after the warmup; by default 2e-4 for an adapter, 2e-5 for all weights, a tenth with --dpo."""
     final_learning_rate: float = 0.0
+    """The learning rate after the last step."""
     warmup: int | None = None
     """Steps until the highest learning rate; by default a tenth of all steps."""
     weight_decay: float = 0.0
+    """AdamW's weight decay, which only matrices have."""
     clip: float = 1.0
     """The largest norm of the gradient; a larger one is scaled down to it."""
     seed: int = 0
+    """The seed of a new adapter and of the order of the examples."""
 
     def filled(self, examples: int, context: int, adapter: bool) -> "Tuning":
         """The numbers with every None replaced by its default, except those of the adapter.

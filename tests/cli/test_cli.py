@@ -1,5 +1,6 @@
 """The command line: what it prints where, its exit status, and one line for every error."""
 
+import itertools
 import os
 import re
 import signal
@@ -131,6 +132,21 @@ def test_arguments_that_are_none_are_one_line_and_status_2(monkeypatch, capsys, 
 def test_help_goes_to_standard_output(monkeypatch, capsys, command):
     status, out, err = cli(monkeypatch, capsys, *command, "--help")
     assert (status, err) == (0, "") and out.startswith(f"usage: {' '.join(['llama-fn', *command])} ")
+
+
+@pytest.mark.parametrize("command", ["train", "finetune"])
+def test_each_option_has_a_text_and_no_line_of_it_ends_before_it_is_full(monkeypatch, capsys, command):
+    monkeypatch.setenv("COLUMNS", "100")
+    _, out, _ = cli(monkeypatch, capsys, command, "--help")
+    lines = [line for row in out.splitlines() if (line := row.replace("│", " ").rstrip()).startswith("  ")]
+    _, *options = re.split(r"\n  (?=--?[a-z])", "\n".join(lines))
+    assert len(options) > 20
+    for option in options:
+        name, *words = re.sub(r"\(default:[^)]*\)", "", option).split()
+        assert any(word.islower() and word[0].isalpha() for word in words), name
+    for line, after in itertools.pairwise(lines):
+        if line.startswith(" " * 16) and after.startswith(" " * 16):
+            assert len(line) + 1 + len(after.split()[0]) > 97, line
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried\nto"),

@@ -1,6 +1,8 @@
 """The progress bar while texts become tokens."""
 
+import itertools
 import json
+from contextlib import contextmanager
 
 from program import cli
 
@@ -39,3 +41,24 @@ def test_chats_and_prompts_train_from_the_command_line(tmp_path, monkeypatch, ca
     texts, out = str(tmp_path / "a.jsonl"), str(tmp_path / "run")
     status, _, err = cli(monkeypatch, capsys, "train", texts, "--out", out, *SIZES)
     assert status == 0 and "step 1: validation loss" in err
+
+
+def test_the_bar_goes_before_that_of_the_training_comes(tmp_path, monkeypatch, capsys):
+    events = []
+
+    @contextmanager
+    def preparing():
+        yield lambda *_: events.append("prepares")
+        events.append("is prepared")
+
+    @contextmanager
+    def training(first_line):
+        yield lambda record: events.append("trains")
+
+    monkeypatch.setattr("llama_fn.training.loop.jit_step", make_step)
+    monkeypatch.setattr("llama_fn.cli.train.preparing_bar", preparing)
+    monkeypatch.setattr("llama_fn.cli.train.training_bar", training)
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 40 + "\n\n" + "a dog ran. " * 40)
+    status, _, err = cli(monkeypatch, capsys, "train", str(tmp_path / "a.txt"), "--out", str(tmp_path / "run"), *SIZES)
+    assert status == 0, err
+    assert [event for event, _ in itertools.groupby(events)] == ["prepares", "is prepared", "trains"]

@@ -1,7 +1,9 @@
 """Fine-tuning as pure functions: steps of all weights, of one adapter and of many, and runs that are resumed."""
 
+import itertools
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from strategies import keys, models, random_params, token_rows
 
 import llama_fn as lf
 from llama_fn import lora, tree
-from llama_fn.training import finetune, tune
+from llama_fn.training import finetune, supervise, tune
 from llama_fn.training.examples import Examples
 from llama_fn.training.snapshots import snapshot_steps
 from llama_fn.training.tuning import Tuning
@@ -174,14 +176,28 @@ def test_what_stays_as_it_is_is_an_argument_of_the_step(beta):
 
 
 @pytest.mark.slow
-def test_compiled_steps_are_the_eager_ones():
-    params = random_params(CONFIG, lf.random.key(0))
-    start, optimizer = trained(lf.random.key(1), params), lf.optim.adamw(1e-2)
-    task, (tokens, mask) = finetune.adapter(params, start), rows(CONFIG, 2, 3, 7)
-    state, eager = finetune.begin(task, optimizer), finetune.step_of(task, optimizer)
-    compiled = lf.jit(eager, donate=("params", "opt_state"))
-    expected = eager(state.params, state.opt_state, tokens, mask, task.frozen)
-    assert all_close(compiled(state.params, state.opt_state, tokens, mask, task.frozen), expected)
+@pytest.mark.parametrize("kind", ["full", "adapter", "many", "int8", "int4", "preferences", "preferences by adapter"])
+def test_compiled_steps_are_the_eager_ones(kind):
+    """For several adapters the step is one graph, and for all others it is compiled by its parts."""
+    params = random_params(CONFIG, lf.random.key(0), torch.float32 if "int" in kind else torch.float64)
+    params = lf.quantize(params, kind) if "int" in kind else params
+    optimizer = lf.optim.sgd(0.1) if "int" in kind else lf.optim.adamw(1e-2)
+    targets = ("wq",) if kind == "many" else ("wq", "w_down", "output")
+    start, other = (trained(lf.random.key(i), params, names=targets) for i in (1, 2))
+    beta = 0.3 if "preferences" in kind else None
+    tokens, mask = rows(CONFIG, *[2] * (kind == "many"), 2, 3, *[2] * (beta is not None), 7)
+    if kind in ("full", "preferences"):
+        task = finetune.full(params, beta)
+    elif kind == "many":
+        task = finetune.adapters(params, lora.stack([start, other]))
+    else:
+        task = finetune.adapter(params, start, beta)
+    state = finetune.begin(task, optimizer)
+    eager = tune.step_for(task, optimizer)(state.params, state.opt_state, tokens, mask)
+    assert all(map(torch.equal, *map(tree.leaves, (state.params, finetune.begin(task, optimizer).params))))
+    compiled = tune.step_for(task, optimizer, compiled=True)(state.params, state.opt_state, tokens, mask)
+    assert all(map(torch.equal, *map(tree.leaves, (state.params, compiled[0]))))  # its memory was donated
+    assert all_close(compiled, eager, 1e-3 if "int" in kind else 1e-9)
 
 
 # --- runs in a folder
@@ -193,14 +209,17 @@ def records(folder) -> list[dict]:
             for line in lines if "parameters" not in line]
 
 
-@pytest.mark.parametrize("kind", ["full", "adapter", "many", "given", "preferences"])
+@pytest.mark.parametrize("kind", [
+    "full", "adapter", "many", "given", "preferences", pytest.param("compiled", marks=pytest.mark.slow),
+    pytest.param("compiled preferences", marks=pytest.mark.slow)])
 def test_a_run_that_is_resumed_is_one_that_was_not_stopped(tmp_path, kind):
     params = random_params(CONFIG, lf.random.key(0), torch.float32)
-    tuning = TUNING if kind in ("adapter", "many") else Tuning(**{**vars(TUNING), "rank": None})
-    tuning = Tuning(**{**vars(tuning), "dpo": kind == "preferences"})
+    tuning = TUNING if kind in ("adapter", "many", "compiled") else Tuning(**{**vars(TUNING), "rank": None})
+    tuning = Tuning(**{**vars(tuning), "dpo": "preferences" in kind})
     start = trained(lf.random.key(3), params) if kind == "given" else None
-    data = [examples(CONFIG, 7 + i, kind == "preferences", i) for i in range(1 + 2 * (kind == "many"))]
-    how = {"valid": [one._replace(tokens=one.tokens.flip(0)) for one in data], "start": start, "evaluate_every": 2}
+    data = [examples(CONFIG, 7 + i, "preferences" in kind, i) for i in range(1 + 2 * (kind == "many"))]
+    how = {"valid": [one._replace(tokens=one.tokens.flip(0)) for one in data], "start": start, "evaluate_every": 2,
+           "compiled": "compiled" in kind}
     whole = tune.tune(tmp_path / "whole", params, data, tuning, **how)
 
     def stop_after_three(record: dict) -> None:
@@ -231,6 +250,22 @@ def test_a_run_that_is_resumed_is_one_that_was_not_stopped(tmp_path, kind):
         with pytest.raises(ValueError, match="holds a run with another start"):
             tune.tune(tmp_path / "two", params, data, tuning, **{**how, "start": trained(lf.random.key(4), params)},
                       resume=True)
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_steps(tmp_path, monkeypatch):
+    """Each step takes a second by this clock, and the steps before the run was resumed count."""
+    monkeypatch.setattr(supervise, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    params = random_params(CONFIG, lf.random.key(0), torch.float32)
+
+    def stop_after_three(record: dict) -> None:
+        if record["step"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        tune.tune(tmp_path / "run", params, [examples(CONFIG)], TUNING, report=stop_after_three)
+    tune.tune(tmp_path / "run", params, [examples(CONFIG)], TUNING, resume=True)
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [line["seconds"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_closed_terminal_loses_no_step(tmp_path):

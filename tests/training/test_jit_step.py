@@ -10,7 +10,7 @@ from strategies import random_params, token_rows
 import llama_fn as lf
 from llama_fn.compiled.differentiable import differentiable
 from llama_fn.compiled.leafwise import leafwise
-from llama_fn.training import chunked_loss, jit_step
+from llama_fn.training import chunked_loss, finetune, jit_step
 from llama_fn.training.loss import loss_sum
 from llama_fn.training.step import make_step
 
@@ -93,6 +93,25 @@ def test_what_was_stopped_goes_on_bit_for_bit_and_takes_the_memory_of_what_was_d
     for _ in range(2):
         *kept, _ = again(*kept, tokens, mask)
     assert all(map(torch.equal, lf.tree.leaves(tuple(kept)), lf.tree.leaves(state)))
+
+
+@pytest.mark.slow
+def test_layers_that_need_no_gradient_are_compiled_too():
+    """Of preferences, the reference: once everything is compiled, no layer runs as it is."""
+    calls, params = [], random_params(CONFIG, lf.random.key(0), torch.float32)
+
+    @functools.wraps(lf.block)
+    def layer(*args):
+        calls.append(args)
+        return lf.block(*args)
+
+    task, tokens = finetune.full(params, 0.1), token_rows(CONFIG, 1, 3, 2, 9)
+    step, state = finetune.step_of(task, OPTIMIZERS["sgd"], layer=layer, make=jit_step.jit_step), copied(params)
+    opt_state = OPTIMIZERS["sgd"].init(state)
+    for _ in range(2):
+        before = len(calls)
+        state, opt_state, _ = step(state, opt_state, tokens, tokens >= 0, task.frozen)
+    assert len(calls) == before > 0
 
 
 def test_master_weights_keep_their_dtype_and_what_is_small_is_not_lost():

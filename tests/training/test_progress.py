@@ -142,6 +142,7 @@ def test_a_prompt_that_cannot_be_continued_does_not_stop_the_training(model):
 def test_the_bar_names_what_is_known():
     record = {"step": 1, "loss": 2.0, "tokens_per_second": 1234}
     assert step_line(record, None) == "loss 2.0000, 1,234 tokens/s"
+    assert step_line({"loss": [2.0, 1.5], "learned_per_second": 33.5}, None) == "loss 2.0000 1.5000, 34 learned/s"
     assert step_line({**record, "tflops": 0.5}, 61.4) == "1:01 left, loss 2.0000, 1,234 tokens/s, 0.5 TFLOP/s"
     known = {**record, "loss": None, "tflops": 0.5, "mfu": 0.123, "memory": 2**30, "gpu_memory": 3 * 2**30}
     assert step_line(known, 3723) == ("1:02:03 left, loss not finite, 1,234 tokens/s, MFU 12.3%, 1.0 GiB, GPU 3.0 GiB")

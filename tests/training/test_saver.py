@@ -1,13 +1,12 @@
 """Snapshots are written in the background: of a copy, one at a time, and a disk that fails does not stop the run."""
 
-import errno
 import threading
 import time
 from contextlib import closing, contextmanager
 
 import pytest
 import torch
-from runs import SMALL, eager, metrics, result, signal_after, write_texts
+from runs import SMALL, disk_that_fails, eager, metrics, result, signal_after, write_texts
 
 from llama_fn.checkpoint.snapshot import load_snapshot, save_snapshot
 from llama_fn.training import saving
@@ -27,15 +26,6 @@ def saver(folder, keep: int = 9):
     folder.mkdir(exist_ok=True)
     with closing(MetricsFile(folder / "metrics.jsonl", b"")) as metrics, Saver(folder, keep) as saver:
         yield lambda state, step: saver.save(state, {"step": step}, metrics), saver
-
-
-def disk_that_fails(monkeypatch, steps: set[int], error=lambda: OSError(errno.ENOSPC, "No space left on device", "x")):
-    def failing(state, folder, about, before_write):
-        if about["step"] in steps:
-            raise error()
-        save_snapshot(state, folder, about, before_write)
-
-    monkeypatch.setattr(saving, "save_snapshot", failing)
 
 
 def test_the_state_may_be_overwritten_as_soon_as_save_returns(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from runs import SMALL, copied, eager, edit_manifest, metrics, result, stopped_r
 
 from llama_fn.checkpoint.sealed import sealed, unsealed
 from llama_fn.checkpoint.snapshot import load_snapshot, read_about, save_snapshot
-from llama_fn.training import begin, loop, prepare
+from llama_fn.training import begin, loop, prepare, supervise
 from llama_fn.training import run as module
 from llama_fn.training.guarded import guarded
 from llama_fn.training.run import run
@@ -177,7 +177,7 @@ def test_the_numbers_in_the_metrics_mean_what_they_say(root, tmp_path, monkeypat
         return 1.0
 
     monkeypatch.setattr(module, "evaluate", evaluate)
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(supervise, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(module, "train", train)
     folder = stopped_run(tmp_path, step=5)
     run(folder, SMALL, resume=True)
