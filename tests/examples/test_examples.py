@@ -4,6 +4,7 @@ import re
 import runpy
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import llama_fn as lf
 from llama_fn.training import loop
+from llama_fn.training.data import rows
 from llama_fn.training.plan import Plan
 from llama_fn.training.run import run as run_plan
 from llama_fn.training.step import make_step
@@ -85,11 +87,12 @@ def test_train_is_the_run_of_the_command_line_bit_for_bit(tmp_path, monkeypatch,
     # Uncompiled, in this process: what compiles is tested elsewhere, and takes a minute each time.
     monkeypatch.setattr(loop, "jit_step", make_step)
     monkeypatch.setattr(sys.modules["llama_fn.training.jit_step"], "jit_step", make_step)
-    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "page"), "3", "1000"])
+    monkeypatch.setattr(loop, "rows", lambda corpus, size: islice(rows(corpus, size), 1))  # evaluated on 32 rows
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "page"), "2", "400"])
     runpy.run_path(str(ROOT / "examples" / "train.py"), run_name="__main__")
     out = capsys.readouterr().out
     assert "the grammar's entropy is 0.288" in out and "Once upon a time" in out
-    command = run_plan(tmp_path / "command", Plan(steps=3, warmup=0, stories=1000))
+    command = run_plan(tmp_path / "command", Plan(steps=2, warmup=0, stories=400))
     page = lf.load(tmp_path / "page")
     assert page.tokenizer == command.tokenizer
     assert all(map(torch.equal, lf.tree.leaves(page.params), lf.tree.leaves(command.params)))
