@@ -211,7 +211,7 @@ def test_ctrl_c_stops_cleanly():
 @pytest.mark.slow
 def test_train_shows_progress_and_its_model_tells_a_story(monkeypatch, capsys, tmp_path):
     sizes = ["--dim", "48", "--n-layers", "1", "--hidden-dim", "70", "--vocab-size", "330", "--context", "40",
-             "--steps", "4", "--batch", "5", "--warmup", "1", "--stories", "60"]
+             "--steps", "4", "--batch", "5", "--warmup", "1", "--stories", "60", "--evaluate-every", "4"]
     done = subprocess.run([*COMMAND, "train", "--out", "teller", *sizes], capture_output=True, text=True, check=True,
                           cwd=tmp_path)
     assert "tokens to learn from; the first step compiles" in done.stderr and "step 4: validation loss" in done.stderr
