@@ -58,6 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 torch.set_printoptions(threshold=4, edgeitems=1)
 room.PAGE = 2  # or no cache in the tests would be read in part
 torch.set_num_threads(1)  # tensors of a few hundred numbers: a second thread costs more than it gives
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too: they find what is compiled
 
 
 @pytest.fixture(autouse=True)
