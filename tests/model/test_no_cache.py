@@ -105,11 +105,8 @@ def test_a_conversation_begins_without_a_cache(model):
 def test_traced_as_one_graph_it_comes_out_too(dynamic):
     expected, _ = lf.forward(PARAMS, ROWS)
     mapped = torch.vmap(lf.forward, (None, 0))
-
-    def each(params: lf.Params, rows: torch.Tensor) -> list:
-        return [lf.forward(params, rows), mapped(params, rows), torch.vmap(mapped, (None, 0))(params, rows[None])]
-
-    for x, none in torch.compile(each, fullgraph=True, dynamic=dynamic, backend="aot_eager")(PARAMS, ROWS):
+    for f, rows in ((lf.forward, ROWS), (mapped, ROWS), (torch.vmap(mapped, (None, 0)), ROWS[None])):
+        x, none = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")(PARAMS, rows)
         assert close(x.reshape(expected.shape), expected) and type(none) is lf.NoCache
 
 
