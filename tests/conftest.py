@@ -1,7 +1,9 @@
 """What every test shares: hypothesis's profiles, and a small tokenizer and model made once a session."""
 
+import gc
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ if hasattr(signal, "SIGHUP"):  # and one under nohup ignores the end of its term
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # a GPU's kernels run on the CPU; triton looks when it is imported
+    os.environ["TORCH_WARM_POOL"] = "0"  # or torch.compile starts processes for Triton, each of which imports torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # or transformers asks the network for what a folder does not have
 
 # No deadline and no complaint about slow draws: a test machine may be busy, and time is no law.
@@ -34,10 +37,28 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile(chosen or ("quick" if config.option.markexpr == "not slow" else "ci"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Python looks for no garbage among what is imported, neither meanwhile (a third of the time) nor ever after."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files with slow tests come first, and many short tests last, so that both processes end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 # A failing example shows its config, not its weights (inductor formats numbers, and wants a threshold of 4 at least).
 torch.set_printoptions(threshold=4, edgeitems=1)
 room.PAGE = 2  # or no cache in the tests would be read in part
 torch.set_num_threads(1)  # tensors of a few hundred numbers: a second thread costs more than it gives
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too: they find what is compiled
 
 
 @pytest.fixture(autouse=True)

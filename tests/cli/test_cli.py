@@ -225,9 +225,9 @@ def test_ctrl_c_stops_cleanly():
 
 
 @pytest.mark.slow
-def test_train_shows_progress_and_its_model_tells_a_story(tmp_path):
+def test_train_shows_progress_and_its_model_tells_a_story(monkeypatch, capsys, tmp_path):
     sizes = ["--dim", "48", "--n-layers", "1", "--hidden-dim", "70", "--vocab-size", "330", "--context", "40",
-             "--steps", "4", "--batch", "5", "--warmup", "1", "--stories", "60"]
+             "--steps", "4", "--batch", "5", "--warmup", "1", "--stories", "60", "--evaluate-every", "4"]
     done = subprocess.run([*COMMAND, "train", "--out", "teller", *sizes], capture_output=True, text=True, check=True,
                           cwd=tmp_path)
     assert "tokens to learn from; the first step compiles" in done.stderr and "step 4: validation loss" in done.stderr
@@ -235,9 +235,9 @@ def test_train_shows_progress_and_its_model_tells_a_story(tmp_path):
     assert done.stdout.strip()
     assert {"params.json", "consolidated.00.pth", "tokenizer.model", "metrics.jsonl", "curves.png", "snapshots",
             "run.json", "data"} == {p.name for p in (tmp_path / "teller").iterdir()}
-    story = subprocess.run([*COMMAND, "generate", "--model", "teller", "--seed", "1"], capture_output=True, text=True,
-                           check=True, cwd=tmp_path)
-    assert story.stdout.startswith("Once upon a time")
+    monkeypatch.chdir(tmp_path)
+    status, story, _ = cli(monkeypatch, capsys, "generate", "--model", "teller", "--seed", "1")
+    assert status == 0 and story.startswith("Once upon a time")
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def test_a_paste_is_one_message_and_so_are_lines_between_fences(folders, tmp_pat
     assert asked(tmp_path / "a.json") == [THREE_LINES, THREE_LINES, "four"]
 
 
-LONG = "the " * 1300 + "end"  # longer than a terminal keeps of a line by itself
+LONG = "the " * 1050 + "end"  # longer than a terminal keeps of a line by itself
 
 
 @pytest.mark.slow

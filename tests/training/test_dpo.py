@@ -229,7 +229,7 @@ def test_many_adapters_are_a_loop_over_them(params, key):
 def test_compiled_equals_eager():
     config = lf.Config(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70)
     policy, reference = (random_params(config, lf.random.key(i)) for i in range(2))
-    chosen, rejected = pairs(config)
+    chosen, rejected = pairs(config, lengths=(7, 7))  # of another length, every loop is compiled once more
     both = torch.func.grad_and_value(lf.dpo_loss)
     compiled = torch.compile(lambda p, r, c, j: both(p, r, c, j, beta=0.1), fullgraph=True)
     for a, b in zip(*map(tree.leaves, (compiled(policy, reference, chosen, rejected),

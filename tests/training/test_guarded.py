@@ -57,11 +57,12 @@ def test_a_compiled_step_with_donation_keeps_what_it_took():
     for step in (lf.jit(guarded(make_step(OPTIMIZER)), donate=("params", "opt_state")),
                  jit_step(OPTIMIZER, update=lambda optimizer: guarded(make_update(optimizer)))):
         params, opt_state, tokens, mask = arguments(lf.random.key(0), math.nan)
+        tokens, mask = tokens[:1], mask[:1]  # in one graph, another micro-batch takes as long again to compile
         before = lf.tree.map(torch.clone, (params, opt_state))
         for _ in range(2):
             params, opt_state, metrics = step(params, opt_state, tokens, mask)
             assert metrics.loss.isnan() and same((params, opt_state), before)
-        params, opt_state, tokens, mask = arguments(lf.random.key(0), None)
+        params, opt_state, *_ = arguments(lf.random.key(0), None)
         before = lf.tree.map(torch.clone, (params, opt_state))
         assert not same(tuple(step(params, opt_state, tokens, mask)[:2]), before)
 

@@ -15,9 +15,13 @@ from llama_fn.training.step import make_step
 
 TINY = Plan(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, hidden_dim=70, vocab_size=330, context=40, steps=6, batch=5,
             warmup=2, stories=60)
-
-
 TIMES = ("seconds", "tokens_per_second", "tflops", "mfu", "memory")
+
+
+@pytest.fixture(autouse=True)
+def few_held_out(monkeypatch) -> None:
+    """50 stories instead of 1000, on which each evaluation takes 3 s."""
+    monkeypatch.setattr(prepare, "VALIDATION_STORIES", 50)
 
 
 def records(folder) -> list[dict]:
