@@ -96,6 +96,15 @@ def test_train_is_the_run_of_the_command_line_bit_for_bit(tmp_path, monkeypatch,
     assert all(map(torch.equal, lf.tree.leaves(page.params), lf.tree.leaves(command.params)))
 
 
+def test_characters_learns_the_letters_of_a_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["llama_fn.training.jit_step"], "jit_step", make_step)
+    monkeypatch.setattr(lf, "keep_memory", lambda: True)  # it would change this process to its end
+    (tmp_path / "text").write_text("the cat sat on the mat, and the dog ran to the cat. " * 200)
+    (loss, size), = re.findall(r"validation loss ([\d.]+) \(([\d,]+) parameters\)",
+                               run("characters", capsys, str(tmp_path / "text"), "1", "9"))
+    assert float(loss) < 2 and size == "795,520"  # uniform, it would be 2.8
+
+
 @pytest.mark.parametrize("shards", ["1", "2"])
 def test_seven_billion_makes_opens_and_decodes(tmp_path, monkeypatch, capsys, shards):
     small = lf.Config(dim=48, n_layers=3, n_heads=8, n_kv_heads=4, vocab_size=90, hidden_dim=70)
