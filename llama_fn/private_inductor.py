@@ -10,20 +10,34 @@ from typing import Any
 
 import torch
 
+KNOWN = ("2.13.",)  # the versions of torch that are known to have all names in this file
+
 
 def lacking() -> str | None:
-    """Which of the names in `inductor` this torch does not have, or None."""
+    """Which of the names in this file this torch does not have, or None.
+
+    A known version is not asked: the import takes 0.6 s, and a short decode step may never need it.
+    """
+    if torch.__version__.startswith(KNOWN):
+        return None
     try:
+        tensor_guards()
         inductor()
     except (ImportError, AttributeError) as error:
         return f"torch {torch.__version__} is one that this package was not written for ({error})"
     return None
 
 
+def tensor_guards() -> Any:
+    """The class that compares tensors with those of a trace. Its import takes no time."""
+    from torch._C._dynamo.guards import TensorGuards
+
+    return TensorGuards
+
+
 def inductor() -> SimpleNamespace:
     """The parts of `torch.compile` beneath dynamo, which turn a graph into code. Their import takes two seconds."""
     import torch._inductor.codecache as code
-    from torch._C._dynamo.guards import TensorGuards
     from torch._functorch import config as partitioning
     from torch._functorch.compile_utils import fx_graph_cse
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -36,7 +50,7 @@ def inductor() -> SimpleNamespace:
     from torch._subclasses import FakeTensorMode
 
     return SimpleNamespace(
-        TensorGuards=TensorGuards, same_once=fx_graph_cse, partition=min_cut_rematerialization_partition,
+        same_once=fx_graph_cse, partition=min_cut_rematerialization_partition,
         partitioning=partitioning, config=config, compile=compile_fx_inner,
         decompositions=select_decomp_table, set_fakes=V.set_fake_mode, FakeTensorMode=FakeTensorMode,
         tracing=lambda fakes: tracing(TracingContext(fakes)),

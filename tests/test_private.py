@@ -11,6 +11,7 @@ from strategies import random_params, token_rows
 
 import llama_fn as lf
 from llama_fn import modes, private, private_inductor
+from llama_fn.ops.cpu import build
 
 PACKAGE = Path(lf.__file__).parent
 CONFIG = lf.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=70, max_seq_len=64)
@@ -57,8 +58,19 @@ def test_to_import_the_package_imports_no_compiler():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not build.vector_instructions(), reason="needs a processor that our C++ kernels run on")
+def test_a_step_that_runs_in_one_kernel_waits_for_no_import_of_the_compiler():
+    code = ("import sys, torch, llama_fn as lf; params = lf.load('stories').params; "
+            "lf.jit_layers()(params, torch.zeros(1, dtype=int), lf.init_cache(params.config, max_len=40)); "
+            "print('torch._inductor.compile_fx' in sys.modules, 'torch._inductor.codecache' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False True\n", done.stderr
+
+
+@pytest.mark.slow
 def test_this_torch_has_all_of_these_names():
-    assert private.MISSING == [] and private_inductor.lacking() is None
+    assert private.MISSING == []
+    assert all(vars(private_inductor.inductor()).values())
 
 
 def test_a_torch_without_these_names_computes_the_same(monkeypatch):
@@ -85,5 +97,7 @@ def test_without_the_compilers_names_all_runs_as_it_is(monkeypatch):
         raise ImportError("cannot import name 'x'")
 
     monkeypatch.setattr(private_inductor, "inductor", gone)
+    assert private_inductor.lacking() is None or not torch.__version__.startswith(private_inductor.KNOWN)
+    monkeypatch.setattr(private_inductor, "KNOWN", ())
     with pytest.warns(UserWarning, match=r"torch .* was not written for .*forward runs as it is"):
         assert lf.jit_layers() is lf.forward

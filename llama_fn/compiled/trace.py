@@ -99,7 +99,7 @@ def alike(tensors: list[Tensor], dynamic: Mapping[int, int] = MappingProxyType({
     sizes = [[None if axis == dynamic.get(i) else n for axis, n in enumerate(x.shape)] for i, x in enumerate(tensors)]
     strides = [[None if axis < dynamic.get(i, 0) else n for axis, n in enumerate(x.stride())]
                for i, x in enumerate(tensors)]
-    guards = private_inductor.inductor().TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    guards = private_inductor.tensor_guards()(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     return guards.check
 
 
