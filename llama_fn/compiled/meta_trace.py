@@ -22,28 +22,30 @@ def meta_trace(f: Callable[..., list[Tensor]], tensors: list[Tensor]) -> Graph:
     layers.
     """
     graph = Graph()
-    nodes: dict[int, Node] = {}  # of each tensor, by its id: the nodes keep the tensors, so no id is used again
+    nodes: dict[int, Node] = {}  # of each meta tensor, by its id: the nodes keep the tensors, so no id is used again
+    constants: dict[int, Node] = {}  # of each tensor that is not an argument, by its id
     arguments = [_meta(x) for x in tensors]
 
-    def name(node: Node, x: Any) -> None:
+    def name(node: Node, x: Any) -> Any:
+        """Remember that x is the value of a node. What was made on another device is a meta tensor from now on."""
+        if isinstance(x, tuple | list):
+            node.meta["val"] = x
+            return type(x)(name(graph.call_function(operator.getitem, (node, i)), one) for i, one in enumerate(x))
+        x = _meta(x) if isinstance(x, Tensor) and not x.is_meta else x
         node.meta["val"] = x
-        if isinstance(x, Tensor):
-            nodes[id(x)] = node
-        elif isinstance(x, tuple | list):
-            for i, one in enumerate(x):
-                name(graph.call_function(operator.getitem, (node, i)), one)
+        nodes[id(x)] = node
+        return x
 
     def known(x: Any) -> Any:
-        """A meta tensor for a tensor that is not one yet, and x itself for all else."""
-        if not isinstance(x, Tensor) or id(x) in nodes:
+        """The meta tensor of a tensor that is not an argument, and x itself for all else."""
+        if not isinstance(x, Tensor) or x.is_meta:
             return x
-        with graph.inserting_before(next(iter(graph.nodes))):
-            node = graph.placeholder(f"constant{len(graph.nodes)}")
-        node.meta["constant"] = x
-        nodes[id(x)] = node
-        node.meta["val"] = _meta(x)
-        nodes[id(node.meta["val"])] = node
-        return node.meta["val"]
+        if id(x) not in constants:
+            with graph.inserting_before(next(iter(graph.nodes))):
+                constants[id(x)] = graph.placeholder(f"constant{len(constants)}")
+            constants[id(x)].meta["constant"] = x
+            name(constants[id(x)], x)
+        return constants[id(x)].meta["val"]
 
     def node_of(x: Any) -> Any:
         if isinstance(x, torch.device) and x.type == "meta":
@@ -53,9 +55,8 @@ def meta_trace(f: Callable[..., list[Tensor]], tensors: list[Tensor]) -> Graph:
     class Recorder(DispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
             args, kwargs = map_aggregate((args, kwargs or {}), known)
-            result = func(*args, **kwargs)
-            name(graph.call_function(func, *map_aggregate((args, kwargs), node_of)), result)
-            return result
+            node = graph.call_function(func, *map_aggregate((args, kwargs), node_of))
+            return name(node, func(*args, **kwargs))
 
     for i, x in enumerate(arguments):
         name(graph.placeholder(f"x{i}"), x)

@@ -21,6 +21,14 @@ def times_axes(grads):
     return lf.tree.map(lambda g: g * g.ndim, grads)
 
 
+WEIGHTS = torch.linspace(0.5, 1.5, 80)
+
+
+def weighted(grads):
+    """Each leaf times numbers that are no argument, are read for every leaf, and are added to some that are made."""
+    return lf.tree.map(lambda g: g * (WEIGHTS[:g.shape[-1]] + torch.arange(g.shape[-1])), grads)
+
+
 OPTIMIZERS = {
     "adamw": lf.optim.chain(lf.optim.clip_by_global_norm(0.5),
                             lf.optim.adamw(lf.optim.warmup_cosine(1e-2, 2, 9), mask=lf.optim.matrices)),
@@ -29,7 +37,8 @@ OPTIMIZERS = {
     "by-axes": lf.optim.chain(
         lf.optim.Optimizer(lambda params: (), lambda grads, state, params: (times_axes(grads), state)),
         lf.optim.sgd(1e-2)),
-    "with-tensors": lf.optim.chain(lf.optim.sgd(torch.tensor(0.5)), lf.optim.adamw(
+    "with-tensors": lf.optim.chain(lf.optim.sgd(torch.tensor(0.5)), lf.optim.Optimizer(
+        lambda params: (), lambda grads, state, params: (weighted(grads), state)), lf.optim.adamw(
         lambda count: torch.where(count < 1, torch.tensor(1e-2), 3e-2))),
 }
 
