@@ -2,16 +2,13 @@
 
 import errno
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from folders import contents
+from folders import contents, limited
 from writers import FILES, FOLDERS, WRITERS, Writer, all_writers, calls, readable
 
 from llama_fn.checkpoint.atomic import replacing
@@ -79,16 +76,6 @@ def test_a_disk_that_fills_up_is_an_error_of_the_system(writers, tmp_path, name)
             writer(place, 0)
         assert error.value.errno == errno.EFBIG and str(error.value.filename).startswith(str(place))
         assert not place.parent.exists()
-
-
-@contextmanager
-def limited(size: int) -> Iterator[None]:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -5,25 +5,14 @@ import hashlib
 import json
 import math
 import os
-import resource
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 import pytest
+from folders import limited
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_fn.training.record import MetricsFile, kept_metrics, lines_until
-
-
-@contextmanager
-def limited(size: int):
-    """No file may become larger; the system says so by itself."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.booleans()), max_size=9), st.integers(0, 9))
