@@ -1,6 +1,6 @@
 """LLaMA 2 as stateless pure functions in PyTorch."""
 
-from llama_fn import lora, quiet, random, stories, tree  # noqa: F401  quiet: torch's warnings about itself stay unsaid
+from llama_fn import lora, mesh, quiet, random, stories, tree  # noqa: F401  quiet: torch's warnings about itself stay unsaid
 from llama_fn.checkpoint.huggingface import from_hf, to_hf
 from llama_fn.checkpoint.load import Model, load, save
 from llama_fn.compiled.jit import jit
@@ -38,7 +38,7 @@ __all__ = [
     "DialogTokens", "Generation", "Message", "Model", "NoCache", "Params", "Perplexity", "RopeScaling", "Score",
     "Speculation", "Tokenizer", "abstract_params", "answer", "ask", "block", "chat_completion", "clipped_sum",
     "dequantize", "dialog_tokens", "dpo_loss", "fork", "forward", "from_hf", "generate", "head", "init_cache",
-    "init_params", "jit", "jit_layers", "keep_memory", "load", "load_tokenizer", "lora", "loss", "loss_sum",
+    "init_params", "jit", "jit_layers", "keep_memory", "load", "load_tokenizer", "lora", "loss", "loss_sum", "mesh",
     "narrowing", "optim", "per_sample_grads", "per_sample_norms", "perplexity", "private_grads", "quantize", "random",
     "remat", "sampler", "save", "score", "score_options", "select", "speculate", "speculate_stream", "stories",
     "stream", "text_completion", "to_hf", "train_tokenizer", "tree", "trunk", "typed",

@@ -187,3 +187,8 @@ def allow_shapes(count: int) -> None:
 
     if hasattr(config, "recompile_limit"):
         config.recompile_limit = max(config.recompile_limit, count)
+
+
+# --- Collectives that a graph may contain: functions of a tensor and a group's name, each with a result to wait for.
+
+collective: Any = _found("torch.ops", "_c10d_functional", None)

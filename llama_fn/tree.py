@@ -17,24 +17,24 @@ __all__ = ["constant", "flatten", "is_constant", "leaves", "map", "map_with_path
 T = TypeVar("T")
 
 
-def map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map(f: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """Apply a function to every leaf of a tree, or to the corresponding leaves of several trees.
 
     This is JAX's ``jax.tree.map``. The result has the structure of the first tree. The others may have a whole tree
     where the first has a leaf: ``f`` then takes that tree. Raises `ValueError` for trees whose structures differ
-    otherwise.
+    otherwise. ``is_leaf`` says of a tree whether ``f`` takes it whole.
 
     >>> halves = lf.tree.map(lambda x: x.half(), params)
     """
-    return _pytree.tree_map(lambda x, *xs: None if x is None else f(x, *xs), tree, *rest)
+    return _pytree.tree_map(lambda x, *xs: None if x is None else f(x, *xs), tree, *rest, is_leaf=is_leaf)
 
 
-def leaves(tree: Any) -> list:
-    """The leaves of a tree, from left to right.
+def leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list:
+    """The leaves of a tree, from left to right; ``is_leaf`` is that of `lf.tree.map`.
 
     >>> count = sum(x.numel() for x in lf.tree.leaves(params))
     """
-    return [x for x in _pytree.tree_leaves(tree) if x is not None]
+    return [x for x in _pytree.tree_leaves(tree, is_leaf) if x is not None]
 
 
 def flatten(tree: Any) -> tuple[list, Any]:

@@ -59,7 +59,8 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int, adap
         check("token", min(prompt), max(prompt), 0, params.config.vocab_size)
     device, slots = params.embedding.device, slots_for(max_len)
     padded = torch.tensor([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts], device=device)
-    cache = init_cache(params.config, (len(prompts),), max_len=slots, dtype=params.embedding.dtype, device=device)
+    cache = init_cache(params.config, (len(prompts),), max_len=slots, dtype=params.embedding.dtype, device=device,
+                       heads=params.blocks[0].attention.wk.shape[0])
     pieces = []
     for chunk in padded.split(CHUNK, 1):
         piece, cache = _forward(params, adapters, chunk, cache, run)
@@ -83,7 +84,8 @@ def resume(params: Params, tokens: Sequence[int], cache: Cache | NoCache | None,
     check("token", min(tokens), max(tokens), 0, params.config.vocab_size)
     device, dtype, slots = params.embedding.device, params.embedding.dtype, slots_for(max_len)
     if not isinstance(cache, Cache):
-        cache = init_cache(params.config, (1,), max_len=slots, dtype=dtype, device=device)
+        heads = params.blocks[0].attention.wk.shape[0]
+        cache = init_cache(params.config, (1,), max_len=slots, dtype=dtype, device=device, heads=heads)
     known = min(int(cache.length), len(tokens) - 1)
     slots = max(slots, cache.k[0].shape[-2])
     longer: Cache = tree.map(lambda x: x if x.ndim == 1 else F.pad(x, (0, 0, 0, slots - x.shape[-2])),

@@ -52,12 +52,12 @@ AnyKeysValues = TypeVar("AnyKeysValues", bound=KeysValues | NoCache, default=NoC
 
 @typed
 def init_cache(config: Config, batch: tuple[int, ...] = (), *, max_len: int, dtype: torch.dtype = torch.float32,
-               device: torch.device | str = "cpu") -> Cache:
+               device: torch.device | str = "cpu", heads: int | None = None) -> Cache:
     """An empty cache of ``max_len`` slots, one token each, for every row of ``batch``; by default for one sequence.
 
     Keys and values have the axes ``*b k s h``, where ``*b`` is ``batch`` and s is ``max_len``, which may exceed
-    ``config.max_seq_len`` (see `forward`). Raises `ValueError` for ``max_len`` below 1, for a negative size in
-    ``batch``, and for a dtype that is not floating.
+    ``config.max_seq_len`` (see `forward`). ``heads`` is k where a device has a part of the heads. Raises `ValueError`
+    for ``max_len`` below 1, for a negative size in ``batch``, and for a dtype that is not floating.
 
     >>> cache = lf.init_cache(config, (2,), max_len=256)
     """
@@ -65,7 +65,7 @@ def init_cache(config: Config, batch: tuple[int, ...] = (), *, max_len: int, dty
     batch = tuple(integer("init_cache: an axis of batch", n, 0) for n in batch)
     if not dtype.is_floating_point:
         raise ValueError(f"init_cache: keys and values are of a floating dtype, got {dtype}")
-    shape = (*batch, config.n_kv_heads, max_len, config.head_dim)
+    shape = (*batch, heads or config.n_kv_heads, max_len, config.head_dim)
     k, v = (tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)) for _ in "kv")
     return Cache(k, v, torch.zeros(batch, dtype=torch.int64, device=device))
 

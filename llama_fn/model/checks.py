@@ -6,6 +6,7 @@ from torch import Tensor
 
 from llama_fn.model.cache import Cache, NoCache
 from llama_fn.ops.inside import inside
+from llama_fn.ops.weight import whole_shape
 
 if TYPE_CHECKING:
     from llama_fn.model.transformer import Params
@@ -15,12 +16,12 @@ def check_sizes(params: "Params", cache: Cache | NoCache | None, segments: Tenso
     """Raise `ValueError` where config, weights, cache and segments do not fit together."""
     if isinstance(cache, Cache) and segments is not None:
         raise ValueError("segments divide whole rows, which begin at position 0; call without the cache")
-    v, d = params.embedding.shape
+    v, d = whole_shape(params.embedding)
     if (v, d) != (params.config.vocab_size, params.config.dim):
         raise ValueError(f"the config says {params.config.vocab_size} tokens and width {params.config.dim}, "
                          f"the weights {v} and {d}")
     for layer in params.blocks[:1]:
-        k, g, h, _ = layer.attention.wq.shape
+        k, g, h, _ = whole_shape(layer.attention.wq)
         if (k, g, h) != (params.config.n_kv_heads, params.config.group_size, params.config.head_dim):
             raise ValueError(f"the config says {params.config.n_heads} heads on {params.config.n_kv_heads} key/value "
                              f"heads of width {params.config.head_dim}, the weights {k * g} on {k} of width {h}")

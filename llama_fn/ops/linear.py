@@ -18,7 +18,7 @@ from llama_fn.ops.cpu.linear import by_cpp
 from llama_fn.ops.gpu import linear as gpu
 from llama_fn.ops.gpu.linear import by_triton
 from llama_fn.ops.quantized import Grouped, Quantized
-from llama_fn.ops.weight import Matrix
+from llama_fn.ops.weight import Divided, Matrix
 
 
 class Implementation(NamedTuple):
@@ -56,6 +56,8 @@ def several_linears(weights: Sequence[Matrix], x: Tensor) -> list[Tensor] | None
 
     A GPU finishes reading one small weight before it reaches full speed. On the CPU, each call has a fixed cost.
     """
+    if all(isinstance(weight, Divided) for weight in weights):
+        return weights[0].several(weights, x)
     if not compiling():
         return None
     for accepts, kernel in ((gpu.accepts, gpu.several_by_triton), (cpu.accepts, cpu.several_by_cpp)):

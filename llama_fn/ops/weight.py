@@ -5,7 +5,8 @@ by their numbers. A value in a weight's place has the `shape` and `dtype` of W, 
 the methods for what is asked of it there. LoRA, per-sample gradients and quantization each bring such values.
 """
 
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -52,6 +53,25 @@ class LooksUp(Shaped, Protocol):
     def look_up(self, numbers: Tensor) -> Tensor:
         """The rows of W with these numbers."""
         ...
+
+
+@runtime_checkable
+class Divided(Shaped, Protocol):
+    """A part of a weight whose other parts are on other devices, which run the same program."""
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The shape of the weight with all its parts."""
+        ...
+
+    def several(self, weights: Sequence[Any], x: Tensor) -> list[Tensor]:
+        """The linear map of each of these weights, which are divided as this one is, with the same x."""
+        ...
+
+
+def whole_shape(weight: Any) -> tuple[int, ...]:
+    """The shape of a weight with all its parts, on whatever devices they are."""
+    return tuple(getattr(weight, "whole", weight.shape))
 
 
 if TYPE_CHECKING:  # so that `params.output + 1` is right, which for nearly all parameters it is

@@ -99,7 +99,7 @@ def begin(folder: Path, plan: Plan, texts: Path | None, resume: bool, device: to
         training, validation = (open_corpus(folder / "data" / f"{part}.bin", tokenizer, plan.context)
                                 for part in ("train", "valid"))
         floor = {"floor": lowest_loss(folder, tokenizer, held_out_key, plan.context)} if of_stories else {}
-        fresh = init_state(init_params(init_key, plan.config(), device=device), plan.optimizer())
+        fresh = init_state(init_params(init_key, plan.config(), device=device), plan.make_optimizer())
         state, kept, seconds = _found(folder, fresh, previous)
         if previous is not None:
             _check_steps(folder, previous, plan, int(state.step))
@@ -121,7 +121,7 @@ def filled_plan(folder: Path, plan: Plan, resume: bool) -> Plan:
     previous = read_manifest(folder, resume)
     plan = (plan if previous is None else plan.continued(previous)).filled()
     plan.check()
-    plan.optimizer()
+    plan.make_optimizer()
     plan.config()
     return plan
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from llama_fn.mesh.sharded import total
 from llama_fn.model.block import block
 from llama_fn.model.transformer import Params, head, trunk
 from llama_fn.modes import compiling
@@ -70,7 +71,7 @@ def loss(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b t"]
     """
     nats, counts = _nats(params, tokens, mask, segments, z_loss, label_smoothing, layer, ENTROPY)
     # Divided after the sum, its compiled reverse-over-forward derivative would crash (torch 2.13, pytorch#197067).
-    return (nats / counts.sum().clamp(min=1)).sum()
+    return total(params.norm, (nats / total(params.norm, counts.sum()).clamp(min=1)).sum())
 
 
 @typed
@@ -85,7 +86,7 @@ def loss_sum(params: Params, tokens: Int[Tensor, "*b t"], mask: Bool[Tensor, "*b
     >>> total, count = lf.loss_sum(params, batch)
     """
     nats, counts = _nats(params, tokens, mask, segments, z_loss, label_smoothing, layer, entropy)
-    return nats.sum(), counts.sum()
+    return total(params.norm, nats.sum()), total(params.norm, counts.sum())
 
 
 @typed

@@ -128,15 +128,16 @@ def _check_numbers(file: Path, manifest: dict[str, Any]) -> None:
         plan = Plan(**numbers)
         plan.check()
         plan.config()
-        plan.optimizer()
+        plan.make_optimizer()
     except ValueError as error:
         raise ValueError(f"{file}: not what a training run writes there: {error}") from None
 
 
 def check_plan(folder: Path, previous: dict[str, Any], plan: Plan) -> None:
     """Raise `ValueError` if the plan differs from the manifest's in more than the number of steps."""
-    if changed := [f"{name} was {previous.get(name)!r}, is {value!r}" for name, value in vars(plan).items()
-                   if name != "steps" and previous.get(name) != value]:
+    before = {**vars(Plan()), **previous}  # what an earlier version could not choose was today's default
+    if changed := [f"{name} was {before[name]!r}, is {value!r}" for name, value in vars(plan).items()
+                   if name != "steps" and before[name] != value]:
         raise ValueError(f"{folder} holds a run of another plan: {'; '.join(changed)}")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llama_fn import tree
+from llama_fn.mesh.sharded import squared_norm
 from llama_fn.ranges import number
 from llama_fn.training.schedule import Schedule
 
@@ -173,7 +174,7 @@ def global_norm(grads: Any) -> Tensor:
 
     >>> norm = lf.optim.global_norm(grads)
     """
-    return torch.stack([g.to(_exact(g)).square().sum() for g in tree.leaves(grads)]).sum().sqrt()
+    return squared_norm(grads).sqrt()
 
 
 def matrices(params: Any) -> Any:

@@ -2,13 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from llama_fn.config import Config
 from llama_fn.ranges import integer, number
 from llama_fn.tokenizer_training import VOCABULARY
 from llama_fn.training import optim
-from llama_fn.training.schedule import warmup_cosine
+from llama_fn.training.schedule import warmup_cosine, warmup_linear
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,18 @@ class Plan:
     """Rows in each micro-batch."""
     micro_batches: int = 1
     """Micro-batches in each step. They are computed one after another to save memory."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all parameters, or Muon for the matrices in the layers and AdamW for the rest."""
     learning_rate: float = 2e-3
     """The highest learning rate, which is reached after the warmup."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """The curve along which the learning rate falls after the warmup."""
     final_learning_rate: float = 0.0
     """The learning rate after the last step."""
     warmup: int | None = None
     """Steps until the highest learning rate; by default 100, or a quarter of all steps if that is less."""
     weight_decay: float = 0.01
-    """AdamW's weight decay, which only matrices have."""
+    """The weight decay of matrices; norms have none."""
     clip: float = 1.0
     """The largest norm of the gradient; a larger one is scaled down to it."""
     stories: int = 200_000
@@ -71,8 +75,11 @@ class Plan:
         """Raise `ValueError` that names the first number out of its range."""
         least: dict[str, int] = dict.fromkeys(("dim", "context", "steps", "batch", "micro_batches", "stories"), 1)
         for field in dataclasses.fields(self):
-            if (value := getattr(self, field.name)) is not None and field.type is not float:
+            value = getattr(self, field.name)
+            if field.type in (int, int | None) and value is not None:
                 integer(field.name, value, least.get(field.name))
+            elif (words := get_args(field.type)) and isinstance(words[0], str) and value not in words:
+                raise ValueError(f"{field.name} must be one of {', '.join(words)}; got {value!r}")
         for name in ("learning_rate", "clip"):
             number(name, getattr(self, name), above=True)
         for name in ("final_learning_rate", "weight_decay"):
@@ -86,12 +93,14 @@ class Plan:
                       max_seq_len=plan.context)
 
     def schedule(self) -> optim.Schedule:
-        """A learning rate with warmup and cosine decay."""
+        """A learning rate with warmup and a decay."""
         plan = self.filled()
         assert plan.warmup is not None and plan.steps is not None
-        return warmup_cosine(plan.learning_rate, plan.warmup, plan.steps, plan.final_learning_rate)
+        curve = warmup_linear if plan.decay == "linear" else warmup_cosine
+        return curve(plan.learning_rate, plan.warmup, plan.steps, plan.final_learning_rate)
 
-    def optimizer(self) -> optim.Optimizer:
-        """AdamW with weight decay on matrices, gradient clipping, and the learning rate of `schedule`."""
+    def make_optimizer(self) -> optim.Optimizer:
+        """The optimizer, with weight decay on matrices, gradient clipping, and the learning rate of `schedule`."""
+        make = optim.muon if self.optimizer == "muon" else optim.adamw
         return optim.chain(optim.clip_by_global_norm(self.clip),
-                           optim.adamw(self.schedule(), 0.9, 0.99, weight_decay=self.weight_decay, mask=optim.matrices))
+                           make(self.schedule(), b1=0.9, b2=0.99, weight_decay=self.weight_decay, mask=optim.matrices))

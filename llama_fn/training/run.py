@@ -112,7 +112,7 @@ def _supervised(folder: Path, begun: Begun, every: int, keep: int, samples: Samp
     def evaluation(state: TrainState) -> dict[str, Any]:
         return {"valid_loss": evaluate(state.params, begun.validation), **begun.floor}
 
-    taken = train(begun.state, plan.optimizer(), begun.training, begun.batch_key, plan.steps,
+    taken = train(begun.state, plan.make_optimizer(), begun.training, begun.batch_key, plan.steps,
                   (plan.micro_batches, plan.batch))
     first = {"step": int(begun.state.step), "steps": plan.steps, "parameters": plan.config().n_params,
              "training_tokens": len(begun.training.tokens), "flops_per_token": flops, "peak_flops": peak}

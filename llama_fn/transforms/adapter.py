@@ -12,7 +12,7 @@ from llama_fn.config import Config
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.linear import linear
 from llama_fn.model.transformer import Params
-from llama_fn.ops.weight import Matrix
+from llama_fn.ops.weight import Matrix, whole_shape
 
 LINEAR = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")  # all matrices of a layer; PEFT's "all-linear"
 
@@ -63,6 +63,11 @@ class Adapted(NamedTuple):
         return self.weight.shape if fits else (*self.b.shape, 0, *self.a.shape)
 
     @property
+    def whole(self) -> tuple[int, ...]:
+        """The shape of W with the parts that are on other devices."""
+        return whole_shape(self.weight)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of W."""
         return self.weight.dtype
@@ -86,9 +91,10 @@ def check_fit(params: Params, adapter: Lora) -> None:
             wrong.append(f"{path}: the model has no such weight, or none that can be adapted")
             continue
         inner, outer = weights[path].inner, weights[path].outer
-        if a.shape[1:] != inner or b.shape[:-1] != outer or a.shape[0] != b.shape[-1]:
-            stacked = a.shape[2:] == inner and b.shape[1:-1] == outer
-            wrong.append(f"{path}: A {list(a.shape)} and B {list(b.shape)} should be {_listed('r', *inner)} and "
+        of_a, of_b = whole_shape(a), whole_shape(b)
+        if of_a[1:] != inner or of_b[:-1] != outer or of_a[0] != of_b[-1]:
+            stacked = of_a[2:] == inner and of_b[1:-1] == outer
+            wrong.append(f"{path}: A {list(of_a)} and B {list(of_b)} should be {_listed('r', *inner)} and "
                          f"{_listed(*outer, 'r')}" + "; `vmap` over a stack, or `unstack` it" * stacked)
     if wrong:
         raise ValueError("the adapter does not fit the parameters:\n  " + "\n  ".join(wrong))

@@ -61,7 +61,8 @@ def apply(params: Params, adapter: Lora) -> Params:
         if path not in adapter.matrices:
             return weight
         a, b = adapter.matrices[path]
-        return Adapted(weight, a.to(dtype), (b * _factor(adapter, b)).to(dtype))
+        factor = _factor(adapter, b)
+        return Adapted(weight, tree.map(lambda x: x.to(dtype), a), tree.map(lambda x: (x * factor).to(dtype), b))
 
     dtype = params.embedding.dtype
     check_fit(params, adapter)

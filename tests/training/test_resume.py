@@ -177,9 +177,9 @@ def test_a_run_goes_on_for_more_steps_along_the_longer_plans_schedule(root):
     plan = dataclasses.replace(SMALL, vocab_size=again.tokenizer.vocab_size)
     corpus = open_corpus(root / "run" / "data" / "train.bin", again.tokenizer, 24)
     init, order, _, _ = lf.random.split(lf.random.key(0), 4)
-    state = loop.init_state(lf.init_params(init, plan.config()), plan.optimizer())
+    state = loop.init_state(lf.init_params(init, plan.config()), plan.make_optimizer())
     for steps, warmup in ((4, 1), (7, 1)):  # the warmup is as it was: a quarter of 4
-        optimizer = dataclasses.replace(plan, steps=steps, warmup=warmup).optimizer()
+        optimizer = dataclasses.replace(plan, steps=steps, warmup=warmup).make_optimizer()
         *_, (state, _) = loop.train(state, optimizer, corpus, order, steps, (1, 2))
     assert all(map(torch.equal, lf.tree.leaves(state.params), lf.tree.leaves(again.params)))
 
@@ -189,7 +189,7 @@ def test_a_run_goes_on_for_more_steps_along_the_longer_plans_schedule(root):
 @given(st.integers(1, 10**6))
 def test_any_number_of_steps_has_a_warmup_that_fits(steps):
     plan = Plan(steps=steps).filled()
-    plan.optimizer()
+    plan.make_optimizer()
     assert plan.warmup == (100 if steps >= 400 else steps // 4)
 
 

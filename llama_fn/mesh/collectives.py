@@ -1,0 +1,119 @@
+"""What crosses between devices: five linear maps, each with its transpose as its derivative.
+
+Every device of a mesh runs the same program on its own part of the numbers. A tensor is either the *same* on all
+devices of a mesh axis, or each device has its own *part*. So has its cotangent, and a transpose turns one into the
+other (Shoeybi et al. 2019, "Megatron-LM", section 3, call `copied` and `summed` f and g):
+
+    map         from             to              what is sent       its transpose
+    copied      the same         parts' input    nothing            summed
+    summed      parts of a sum   the same        all-reduce         copied
+    gathered    slices           the same        all-gather         sliced
+    sliced      the same         slices          nothing            gathered
+    collected   slices           parts' input    all-gather         scattered
+    scattered   parts of a sum   slices of it    reduce-scatter     collected
+
+PyTorch's own differentiable collectives have no rule for `vmap`, and none for a second derivative. These have both.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_fn import tree
+from llama_fn.private import collective
+
+
+@tree.constant
+@dataclass(frozen=True)
+class MeshAxis:
+    """One axis of a mesh as one device sees it: the axis's name and size, the device's index, and its group's name.
+
+    >>> axis = params.norm.sharding.batch[0]
+    """
+
+    name: str
+    size: int
+    index: int
+    group: str
+
+
+def copied(x: Tensor, axis: MeshAxis) -> Tensor:
+    """x itself, of which each device computes a part of the result: the gradient is the sum of their gradients."""
+    return _Copied.apply(x, axis)
+
+
+def summed(x: Tensor, axis: MeshAxis) -> Tensor:
+    """The sum of the devices' tensors, on each of them."""
+    return _Summed.apply(x, axis)
+
+
+def gathered(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
+    """The devices' slices, one after another along `dim`; all devices then compute the same from the result."""
+    return _Gathered.apply(x, dim % x.ndim, axis)
+
+
+def sliced(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
+    """This device's slice along `dim` of what is the same on all devices."""
+    return _Sliced.apply(x, dim % x.ndim, axis)
+
+
+def collected(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
+    """The devices' slices, one after another along `dim`; each device then computes from it with rows of its own."""
+    return _Collected.apply(x, dim % x.ndim, axis)
+
+
+def scattered(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
+    """This device's slice along `dim` of the sum of the devices' tensors."""
+    return _Scattered.apply(x, dim % x.ndim, axis)
+
+
+def _all_reduce(x: Tensor, axis: MeshAxis) -> Tensor:
+    return collective.wait_tensor(collective.all_reduce(x.contiguous(), "sum", axis.group))
+
+
+def _all_gather(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
+    parts = collective.all_gather_into_tensor(x.movedim(dim, 0).contiguous(), axis.size, axis.group)
+    return collective.wait_tensor(parts).movedim(0, dim)
+
+
+def _reduce_scatter(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
+    part = collective.reduce_scatter_tensor(x.movedim(dim, 0).contiguous(), "sum", axis.size, axis.group)
+    return collective.wait_tensor(part).movedim(0, dim)
+
+
+def _slice(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
+    size = x.shape[dim] // axis.size
+    return x.narrow(dim, axis.index * size, size).clone()
+
+
+def _linear_map(name: str, compute: Callable[..., Tensor], transpose: Callable[..., Tensor]) -> type:
+    """The map `compute(x, *rest)` as an `autograd.Function`, whose derivative is `transpose(cotangent, *rest)`."""
+    def forward(x: Tensor, *rest: Any) -> Tensor:
+        return compute(x, *rest)
+
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.rest = inputs[1:]
+
+    def backward(ctx: Any, cotangent: Tensor) -> tuple:
+        return transpose(cotangent, *ctx.rest), *(None for _ in ctx.rest)
+
+    def vmap(info: Any, in_dims: tuple, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        x = x.movedim(in_dims[0], 0)
+        of_all = _FUNCTIONS[name].apply
+        return (of_all(x, *rest) if len(rest) == 1 else of_all(x, rest[0] + 1, rest[1])), 0
+
+    members = (forward, setup_context, backward, vmap)
+    return type(name, (torch.autograd.Function,), {f.__name__: staticmethod(f) for f in members})
+
+
+_Copied = _linear_map("copied", lambda x, axis: x.view_as(x), summed)
+_Summed = _linear_map("summed", _all_reduce, copied)
+_Gathered = _linear_map("gathered", _all_gather, sliced)
+_Sliced = _linear_map("sliced", _slice, gathered)
+_Collected = _linear_map("collected", _all_gather, scattered)
+_Scattered = _linear_map("scattered", _reduce_scatter, collected)
+_FUNCTIONS = {"copied": _Copied, "summed": _Summed, "gathered": _Gathered, "sliced": _Sliced,
+              "collected": _Collected, "scattered": _Scattered}

@@ -1,0 +1,145 @@
+"""`shard` and `unshard`: from whole trees to each device's parts, and back."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from llama_fn import tree
+from llama_fn.config import LLAMA2_7B, Config
+from llama_fn.mesh.collectives import MeshAxis, gathered, sliced
+from llama_fn.mesh.plan import Plan, check_mesh, check_plan, plan_of, rows_over
+from llama_fn.mesh.sharded import Sharded, Sharding, is_sharded
+from llama_fn.model.cache import Cache
+from llama_fn.model.init import abstract_params
+from llama_fn.model.transformer import Params
+from llama_fn.transforms.adapter import Lora, LowRank
+
+T = TypeVar("T")
+# The axes of each matrix by its field, whatever the sizes of the model.
+AXES_OF = {path.rpartition(".")[2]: weight.axes for path, weight in tree.paths(abstract_params(LLAMA2_7B)).items()}
+
+
+def make_mesh(sizes: Mapping[str, int], device: str = "cpu") -> DeviceMesh:
+    """A mesh of the processes that `torchrun` started, with these axes (torch's ``init_device_mesh``).
+
+    The first call in a process joins the others. Raises `ValueError` unless the product of the sizes is their number.
+
+    >>> mesh = lf.mesh.make_mesh({"dp": 2, "tp": 2})
+    """
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    check_mesh(sizes, dist.get_world_size())
+    return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def sizes_of(mesh: DeviceMesh) -> dict[str, int]:
+    """The axes of a mesh and their sizes."""
+    return {name: mesh.size(i) for i, name in enumerate(mesh.mesh_dim_names or ())}
+
+
+def sharding(axes: str, mesh: DeviceMesh, plan: str | Plan) -> Sharding:
+    """How a plan divides a leaf with these axes, as this device of the mesh sees it."""
+    plan, known = plan_of(plan), _axes(mesh)
+    names = tuple(axes.split())
+    over = tuple(known[str(plan[axis])] if axis in plan else None for axis in names)
+    return Sharding(names, over, tuple(known[name] for name in rows_over(plan)))
+
+
+def shardings(config: Config, mesh: DeviceMesh, plan: str | Plan) -> Params:
+    """A tree like `Params` that has the `Sharding` of each leaf. Raises `ValueError` where the plan does not fit.
+
+    >>> wq = lf.mesh.shardings(params.config, mesh, "tensor").blocks[0].attention.wq
+    """
+    check_plan(config, sizes_of(mesh), plan)
+    return tree.map(lambda weight: sharding(weight.axes, mesh, plan), abstract_params(config))
+
+
+def shard(whole: T, mesh: DeviceMesh, plan: str | Plan) -> T:
+    """This device's part of a tree that is the same on all devices.
+
+    The tree holds parameters, adapters, caches or rows of tokens, each divided by its own axes: a leaf of `Params` and
+    `Lora` becomes a `Sharded`; the rows of a tensor and a cache's rows and heads are cut. ``plan`` is the name of a
+    preset or a dict, see `plan.py`. Raises `ValueError` for a plan that does not fit, before anything is allocated.
+
+    >>> params = lf.mesh.shard(params, mesh, "fsdp")
+    >>> rows = lf.mesh.shard(batch, mesh, "fsdp")
+    """
+    plan = plan_of(plan)
+
+    def of(part: Any) -> Any:
+        if isinstance(part, Params):
+            return tree.map(shard_leaf, part, shardings(part.config, mesh, plan))
+        if isinstance(part, Lora):
+            return _adapter(part, mesh, plan)
+        if isinstance(part, Cache):
+            own = sharding("k s h", mesh, plan)
+            k, v = (tuple(_cut(rows_of(x, mesh, plan), own) for x in leaves) for leaves in (part.k, part.v))
+            return Cache(k, v, rows_of(part.length, mesh, plan))
+        return rows_of(part, mesh, plan)
+
+    return tree.map(of, whole, is_leaf=lambda x: isinstance(x, Params | Lora | Cache))
+
+
+def shard_leaf(x: Tensor, sharding: Sharding) -> Sharded:
+    """This device's part of one leaf."""
+    for i, axis in enumerate(sharding.over):
+        if axis is not None:
+            x = sliced(x, i, axis)
+    return Sharded(x, sharding)
+
+
+def rows_of(x: Tensor, mesh: DeviceMesh, plan: str | Plan) -> Tensor:
+    """This device's rows of a tensor, whose first axis the plan's ``*b`` divides.
+
+    Raises `ValueError` for rows that cannot be divided evenly.
+    """
+    known = _axes(mesh)
+    for name in rows_over(plan_of(plan)):
+        if x.ndim == 0 or x.shape[0] % known[name].size:
+            raise ValueError(f"{x.shape[0] if x.ndim else 'no'} rows cannot be divided over {known[name].size} devices "
+                             f"({name}); choose a multiple of {known[name].size}")
+        x = sliced(x, 0, known[name])
+    return x
+
+
+def unshard(parts: T) -> T:
+    """The whole tree of a tree of parts, on every device. All devices must call it.
+
+    >>> whole = lf.mesh.unshard(params)
+    """
+    return tree.map(lambda x: unshard_leaf(x) if is_sharded(x) else x, parts, is_leaf=is_sharded)
+
+
+def unshard_leaf(part: Sharded) -> Tensor:
+    """The whole of one leaf, on every device."""
+    x = part.local
+    for i, axis in enumerate(part.sharding.over):
+        if axis is not None:
+            x = gathered(x, i, axis)
+    return x
+
+
+def _cut(x: Tensor, own: Sharding) -> Tensor:
+    """This device's heads of a cache's keys or values."""
+    return sliced(x, -3, own.local([0])[0]) if own.is_local(0) else x
+
+
+def _axes(mesh: DeviceMesh) -> dict[str, MeshAxis]:
+    """The axes of a mesh by their names, as this device sees them."""
+    return {name: MeshAxis(name, mesh.size(i), mesh.get_local_rank(i), mesh.get_group(i).group_name)
+            for i, name in enumerate(mesh.mesh_dim_names or ())}
+
+
+def _adapter(adapter: Lora, mesh: DeviceMesh, plan: Plan) -> Lora:
+    """This device's part of an adapter: A is divided as the inputs of its weight are, and B as the outputs."""
+    def of(path: str, matrices: LowRank) -> LowRank:
+        *_, field = path.split(".")
+        axes = AXES_OF[field].split()
+        outer = len(axes) - (matrices.a.ndim - 1)
+        a, b = (sharding(" ".join(names), mesh, plan) for names in (["r", *axes[outer:]], [*axes[:outer], "r"]))
+        return LowRank(shard_leaf(matrices.a, a), shard_leaf(matrices.b, b))
+
+    return adapter._replace(matrices={path: of(path, matrices) for path, matrices in adapter.matrices.items()})

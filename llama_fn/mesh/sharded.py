@@ -1,0 +1,164 @@
+"""A sharded weight: this device's part of it, and how the whole is divided. It stands in a weight's place.
+
+The mathematics of the model stays as it is: each device runs it on its own parts, as under JAX's ``shard_map``, and a
+sharded weight says how it multiplies. An axis is divided in one of two ways.
+
+- The axes k, f and v over a mesh axis that does not divide the rows (tensor parallelism, Shoeybi et al. 2019): each
+  device computes with its heads, its hidden numbers or its part of the vocabulary alone. A matrix whose *outputs* are
+  divided (``wq``, ``w_gate``) sends nothing. One whose *inputs* are divided (``wo``, ``w_down``) adds up the devices'
+  results: one all-reduce for attention and one for the feed-forward, forward and backward.
+- Any other axis, and any axis over the mesh axis that divides the rows (Rajbhandari et al. 2020, "ZeRO", stage 3;
+  FSDP): each device keeps its part, and the whole weight is gathered where it is used. The gradient is added up over
+  the rows' devices, and each keeps its part of the sum.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama_fn import tree
+from llama_fn.mesh.collectives import MeshAxis, collected, copied, gathered, summed
+from llama_fn.model.linear import linear
+from llama_fn.model.transformer import embed
+
+LOCAL = ("k", "f")  # the axes that stay divided from one matrix to the next
+VOCABULARY = "v"  # divided within the embedding and the head; tokens and logits are whole
+
+
+@tree.constant
+@dataclass(frozen=True)
+class Sharding:
+    """How one leaf is divided: its axes' names, the mesh axis that divides each or None, and those that divide rows.
+
+    >>> axes = params.blocks[0].attention.wq.sharding.axes
+    """
+
+    axes: tuple[str, ...]
+    over: tuple[MeshAxis | None, ...]
+    batch: tuple[MeshAxis, ...]
+
+    def is_local(self, i: int) -> bool:
+        """Whether devices compute with their own part of axis i alone."""
+        return self.over[i] is not None and self.axes[i] in (*LOCAL, VOCABULARY) and self.over[i] not in self.batch
+
+    def local(self, axes: Sequence[int]) -> list[MeshAxis]:
+        """The mesh axes over which devices compute with their own part of one of these axes."""
+        return [axis for i in axes if (axis := self.over[i]) is not None and self.is_local(i)]
+
+
+class Sharded(NamedTuple):
+    """A weight of which this device has the part `local`; a value in a weight's place.
+
+    >>> norm: lf.mesh.Sharded = params.norm
+    """
+
+    local: Any  # a tensor, or another value in a weight's place
+    sharding: Sharding
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape with which this device computes: its own part of heads and hidden numbers, and all of the rest."""
+        own = self.sharding
+        return tuple(size if (axis := own.over[i]) is None or (own.is_local(i) and own.axes[i] in LOCAL)
+                     else size * axis.size for i, size in enumerate(self.local.shape))
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The shape of the weight with all its parts."""
+        return tuple(n if axis is None else n * axis.size
+                     for n, axis in zip(self.local.shape, self.sharding.over, strict=True))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of W."""
+        return self.local.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where this device's part lies."""
+        return self.local.device
+
+    def gathered(self) -> Any:
+        """The weight with which this device computes: whole but for heads, hidden numbers and vocabulary."""
+        own, weight = self.sharding, self.local
+        for i, axis in enumerate(own.over):
+            if axis is not None and not own.is_local(i):
+                weight = collected(weight, i, axis) if axis in own.batch else gathered(weight, i, axis)
+        for axis in own.batch:
+            if axis not in own.over:
+                weight = copied(weight, axis)
+        return weight
+
+    def linear(self, x: Tensor, inputs: int) -> Tensor:
+        """The linear map y = W x. Divided outputs stay divided, but logits are gathered."""
+        own, outer = self.sharding, len(self.sharding.axes) - inputs
+        for axis in own.local(range(outer)):
+            x = copied(x, axis)
+        return self.of_copied(x, inputs)
+
+    def of_copied(self, x: Tensor, inputs: int) -> Tensor:
+        """`linear` of an x whose gradient is added up elsewhere."""
+        own, outer = self.sharding, len(self.sharding.axes) - inputs
+        y = linear(self.gathered(), x, inputs)
+        for axis in own.local(range(outer, len(own.axes))):
+            y = summed(y, axis)
+        for i in range(outer):
+            if own.axes[i] == VOCABULARY and own.is_local(i):
+                y = gathered(y, i - outer, own.local([i])[0])
+        return y
+
+    def scale(self, x: Tensor) -> Tensor:
+        """W * x, number by number."""
+        return self.gathered() * x
+
+    def look_up(self, numbers: Tensor) -> Tensor:
+        """The rows of W with these numbers. Of a divided table, each device adds the rows that it has."""
+        weight, axes = self.gathered(), self.sharding.local([0])
+        if not axes:
+            return embed(weight, numbers)
+        (axis,), size = axes, weight.shape[0]
+        own = numbers - axis.index * size
+        here = (own >= 0) & (own < size)
+        rows = embed(weight, own.where(here, 0)).masked_fill(~here[..., None], 0)
+        outside = (numbers < 0) | (numbers >= size * axis.size)
+        return summed(rows, axis).masked_fill(outside[..., None], torch.nan)
+
+    def several(self, weights: Sequence["Sharded"], x: Tensor) -> list[Tensor]:
+        """The linear maps of weights with the same divided outputs; the gradient of x is added up in one all-reduce."""
+        for axis in self.sharding.local(range(len(self.sharding.axes) - 1)):
+            x = copied(x, axis)
+        return [weight.of_copied(x, 1) for weight in weights]
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether a tree is a sharded weight."""
+    return isinstance(x, Sharded)
+
+
+def total(weight: Any, x: Tensor) -> Tensor:
+    """The sum of x over the devices that have other rows of the batch than this one; x, if the weight is whole."""
+    for axis in weight.sharding.batch if is_sharded(weight) else ():
+        x = summed(x, axis)
+    return x
+
+
+def squared_norm(tree_of_weights: Any) -> Tensor:
+    """The sum of the squares of all numbers in a tree, in float32 at least; a number on many devices counts once."""
+    apart: dict[tuple[MeshAxis, ...], list[Tensor]] = {}  # by the mesh axes over which leaves are divided
+    for x in tree.leaves(tree_of_weights, is_sharded):
+        over = tuple(axis for axis in x.sharding.over if axis is not None) if is_sharded(x) else ()
+        apart.setdefault(over, []).append(_square(x.local if is_sharded(x) else x))
+    sums = []
+    for over, squares in apart.items():
+        square = torch.stack(squares).sum()
+        for axis in over:
+            square = summed(square, axis)
+        sums.append(square)
+    return torch.stack(sums).sum()
+
+
+def _square(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum()
