@@ -15,20 +15,20 @@ Each use of a weight, and each product with a divided weight, has its collective
 runs, and the tests compare.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from llama_fn import tree
 from llama_fn.config import Config
 from llama_fn.mesh.collectives import MeshAxis
 from llama_fn.mesh.plan import Plan, plan_of, rows_over
-from llama_fn.mesh.sharded import VOCABULARY, Sharded, Sharding
+from llama_fn.mesh.sharded import VOCABULARY, Sharded, Sharding, is_sharded
 from llama_fn.mesh.traffic import Traffic, sent
 from llama_fn.model.init import Weight, abstract_params
-
-GATHERS = 1  # how often a training step gathers a divided weight that it uses once
 
 
 class Collective(NamedTuple):
@@ -40,13 +40,10 @@ class Collective(NamedTuple):
 
 
 class Sends(NamedTuple):
-    """The collectives of the forward, and those of the backward."""
+    """The collectives of the forward, and those of the backward, each with how often it runs."""
 
-    forward: list[Collective]
-    backward: list[Collective]
-
-    def __add__(self, other: Any) -> "Sends":  # pyright: ignore[reportIncompatibleMethodOverride]  not a tuple's
-        return Sends(self.forward + other.forward, self.backward + other.backward)
+    forward: Counter[Collective]
+    backward: Counter[Collective]
 
 
 class Work(NamedTuple):
@@ -73,67 +70,63 @@ def abstract_shard(weight: Weight, mesh: Mapping[str, int], plan: str | Plan) ->
 
 def of_weight(part: Sharded, itemsize: int) -> Sends:
     """What one use of a weight sends."""
-    sends, size, own = Sends([], []), part.local.numel() * itemsize, part.sharding
+    forward, backward, own, size = [], [], part.sharding, part.local.numel() * itemsize
     for i, axis in enumerate(own.over):
         if axis is not None and not own.is_local(i):
             size *= axis.size
-            sends.forward.append(Collective("all-gather", axis, size))
+            forward.append(Collective("all-gather", axis, size))
             if axis in own.batch:
-                sends.backward.append(Collective("reduce-scatter", axis, size))
-    sends.backward.extend(Collective("all-reduce", axis, size) for axis in own.batch if axis not in own.over)
-    return sends
+                backward.append(Collective("reduce-scatter", axis, size))
+    backward += [Collective("all-reduce", axis, size) for axis in own.batch if axis not in own.over]
+    return Sends(Counter(forward), Counter(backward))
 
 
 def of_products(parts: Sequence[Sharded], inputs: int, x_size: int, logits_size: int = 0) -> Sends:
     """What the products of several weights with one x send beside the weights: x and the result have `x_size` bytes."""
     own = parts[0].sharding
     outer = len(own.axes) - inputs
-    back = [Collective("all-reduce", axis, x_size) for axis in own.local(range(outer))]
-    forth = [Collective("all-reduce", axis, x_size) for axis in own.local(range(outer, len(own.axes)))]
-    logits = [Collective("all-gather", axis, logits_size) for i in range(outer) if own.axes[i] == VOCABULARY
-              for axis in own.local([i])]
-    return Sends(forth + logits, back)
+    backward = [Collective("all-reduce", axis, x_size) for axis in own.local(range(outer))]
+    forward = [Collective("all-reduce", axis, x_size) for axis in own.local(range(outer, len(own.axes)))]
+    forward += [Collective("all-gather", axis, logits_size) for i in range(outer) if own.axes[i] == VOCABULARY
+                for axis in own.local([i])]
+    return Sends(Counter(forward), Counter(backward))
 
 
 def of_layer(config: Config, mesh: Mapping[str, int], plan: str | Plan, work: Work) -> Sends:
     """What one layer sends."""
-    layer, size, x_size = abstract_params(config).blocks[0], work.dtype.itemsize, _x_size(config, mesh, plan, work)
-    sends = Sends([], [])
-    for tree_of_weights in (layer.attention, layer.feed_forward, (layer.attention_norm, layer.ffn_norm)):
-        for weight in tree_of_weights:
-            sends += of_weight(abstract_shard(weight, mesh, plan), size)
-    attention, feed_forward = layer.attention, layer.feed_forward
-    for weights, inputs in (((attention.wq, attention.wk, attention.wv), 1), ((attention.wo,), 3),
-                            ((feed_forward.w_gate, feed_forward.w_up), 1), ((feed_forward.w_down,), 1)):
-        sends += of_products([abstract_shard(weight, mesh, plan) for weight in weights], inputs, x_size)
-    return sends
+    layer, x_size = abstract_params(config).blocks[0], _x_size(config, mesh, plan, work)
+    parts = tree.map(lambda weight: abstract_shard(weight, mesh, plan), layer)
+    attention, feed_forward = parts.attention, parts.feed_forward
+    return added([of_weight(part, work.dtype.itemsize) for part in tree.leaves(parts, is_sharded)] + [
+        of_products([attention.wq, attention.wk, attention.wv], 1, x_size),
+        of_products([attention.wo], 3, x_size),
+        of_products([feed_forward.w_gate, feed_forward.w_up], 1, x_size),
+        of_products([feed_forward.w_down], 1, x_size)])
 
 
 def of_embedding(config: Config, mesh: Mapping[str, int], plan: str | Plan, work: Work) -> Sends:
     """What looking up the tokens sends."""
     table = abstract_shard(abstract_params(config).embedding, mesh, plan)
     rows = [Collective("all-reduce", axis, _x_size(config, mesh, plan, work)) for axis in table.sharding.local([0])]
-    return of_weight(table, work.dtype.itemsize) + Sends(rows, [])
+    return added([of_weight(table, work.dtype.itemsize), Sends(Counter(rows), Counter())])
 
 
 def of_head(config: Config, mesh: Mapping[str, int], plan: str | Plan, work: Work, uses: int = 1) -> Sends:
     """What the last norm and the head send, if the logits are computed in so many chunks."""
-    params, size, x_size = abstract_params(config), work.dtype.itemsize, _x_size(config, mesh, plan, work)
+    params, x_size = abstract_params(config), _x_size(config, mesh, plan, work)
     norm, output = (abstract_shard(weight, mesh, plan) for weight in (params.norm, params.output))
-    weights = of_weight(norm, size) + of_weight(output, size)
-    products = of_products([output], 1, x_size, x_size // config.dim * config.vocab_size)
-    return Sends(uses * weights.forward, uses * weights.backward) + products
+    return added([of_weight(part, work.dtype.itemsize) for part in (norm, output)] * uses
+                 + [of_products([output], 1, x_size, x_size // config.dim * config.vocab_size)])
 
 
-def of_forward(config: Config, mesh: Mapping[str, int], plan: str | Plan, work: Work) -> list[Collective]:
-    """What `forward` sends. (A cache sends nothing: its rows and heads lie where they are used.)"""
-    layer = of_layer(config, mesh, plan, work).forward
-    return (of_embedding(config, mesh, plan, work).forward + config.n_layers * layer
-            + of_head(config, mesh, plan, work).forward)
+def of_forward(config: Config, mesh: Mapping[str, int], plan: str | Plan, work: Work) -> Counter[Collective]:
+    """What `forward` sends; a cache sends nothing, because its rows and heads lie where they are used."""
+    layer, embedding, head = (f(config, mesh, plan, work).forward for f in (of_layer, of_embedding, of_head))
+    return embedding + times(config.n_layers, layer) + head
 
 
 def of_gradient(config: Config, mesh: Mapping[str, int], plan: str | Plan, work: Work, *, recomputed: bool = False,
-                chunks: int = 1) -> list[Collective]:
+                chunks: int = 1) -> Counter[Collective]:
     """What the loss of rows of this many tokens and its gradient send.
 
     `recomputed` layers (`remat`) run twice. The loss of many tokens runs in `chunks`, each of which runs twice.
@@ -142,17 +135,31 @@ def of_gradient(config: Config, mesh: Mapping[str, int], plan: str | Plan, work:
     layer, embedding = of_layer(config, mesh, plan, work), of_embedding(config, mesh, plan, work)
     head, exact = of_head(config, mesh, plan, work, chunks), torch.promote_types(work.dtype, torch.float32)
     over = abstract_sharding("d", mesh, plan).batch
-    loss = [Collective("all-reduce", axis, size) for axis in over for size in (torch.int64.itemsize, exact.itemsize)]
-    return (embedding.forward + config.n_layers * (1 + recomputed) * layer.forward
-            + (2 if chunks > 1 else 1) * head.forward + loss
-            + head.backward + config.n_layers * layer.backward + embedding.backward)
+    loss = Counter(Collective("all-reduce", axis, dtype.itemsize) for axis in over for dtype in (torch.int64, exact))
+    forward = (embedding.forward + times(config.n_layers * (2 if recomputed else 1), layer.forward)
+               + times(2 if chunks > 1 else 1, head.forward) + loss)
+    return forward + head.backward + times(config.n_layers, layer.backward) + embedding.backward
 
 
-def total(collectives: Sequence[Collective]) -> Traffic:
+def added(sends: Iterable[Sends]) -> Sends:
+    """All of them, forward and backward."""
+    forward, backward = Counter(), Counter()
+    for some in sends:
+        forward.update(some.forward)
+        backward.update(some.backward)
+    return Sends(forward, backward)
+
+
+def times(count: int, collectives: Counter[Collective]) -> Counter[Collective]:
+    """The collectives, each so many times as often."""
+    return Counter({one: count * often for one, often in collectives.items()})
+
+
+def total(collectives: Counter[Collective]) -> Traffic:
     """The bytes that a device sends, by kind and mesh axis."""
     traffic: Traffic = {}
-    for kind, axis, size in collectives:
-        traffic[kind, axis.name] = traffic.get((kind, axis.name), 0.0) + sent(kind, size, axis.size)
+    for (kind, axis, size), often in collectives.items():
+        traffic[kind, axis.name] = traffic.get((kind, axis.name), 0.0) + often * sent(kind, size, axis.size)
     return traffic
 
 

@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from worlds import world
 
 import llama_fn as lf
 from llama_fn.mesh.plan import rows_over
-from llama_fn.mesh.predict import Collective, Work, of_forward, of_gradient, total
-from llama_fn.mesh.traffic import sent
+from llama_fn.mesh.predict import Work, of_forward, of_gradient, total
 from llama_fn.training import chunked_loss
-from llama_fn.training.jit_step import jit_step
 
 PLANS = {
     2: [("replicated", {"dp": 2}), ("fsdp", {"dp": 2}), ("tensor", {"tp": 2}), ({"*b": "dp", "f": "dp"}, {"dp": 2}),
