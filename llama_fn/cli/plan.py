@@ -45,15 +45,15 @@ def plan(*, model: str = "7b", devices: int = 8, gpu: Literal["h100", "h200", "a
     machine = _machine(gpu, tflops, memory, bandwidth, link, network, host)
     devices = integer("--devices", devices, 1)
     context = config.max_seq_len if context is None else integer("--context", context, 2)
-    print(f"{model}, {config.n_params:,} parameters, on {devices} x {gpu}: {machine.flops / 1e12:.0f} TFLOP/s, "
-          f"{machine.memory / 1e9:.0f} GB, {machine.bandwidth / 1e9:,.0f} GB/s; links of {machine.link / 1e9:.0f} GB/s "
-          f"and {machine.network / 1e9:.0f} GB/s between hosts of {machine.host}")
-    computed = getattr(torch, dtype)
+    batch, rows, computed = integer("--batch", batch, 1), integer("--rows", rows, 1), getattr(torch, dtype)
+    print(f"{model}, {config.n_params:,} parameters, on {devices} x {gpu}: {machine.flops / 1e12:.4g} TFLOP/s, "
+          f"{machine.memory / 1e9:.4g} GB, {machine.bandwidth / 1e9:.4g} GB/s; links of {machine.link / 1e9:.4g} GB/s "
+          f"and {machine.network / 1e9:.4g} GB/s between hosts of {machine.host}")
     for title, job in (
             (f"train: {batch} rows of {context} tokens; parameters in {param_dtype}, products in {dtype}",
-             Training(integer("--batch", batch, 1), context, getattr(torch, param_dtype), computed)),
+             Training(batch, context, getattr(torch, param_dtype), computed)),
             (f"decode: a token for each of {rows} rows, with {context} in the cache; {dtype}",
-             Decoding(integer("--rows", rows, 1), context, computed))):
+             Decoding(rows, context, computed))):
         found = estimates(config, machine, devices, job)
         chosen = best(found, machine)
         print(f"\n{title}")

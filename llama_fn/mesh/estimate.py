@@ -83,8 +83,8 @@ def estimates(config: Config, machine: Machine, devices: int, job: Training | De
         except ValueError:
             continue
         if job.rows % prod(mesh[name] for name in rows_over(plan_of(plan))) == 0:
-            f = training if isinstance(job, Training) else decoding
-            found.append(f(config, machine, mesh, plan, job))
+            found.append(training(config, machine, mesh, plan, job) if isinstance(job, Training)
+                         else decoding(config, machine, mesh, plan, job))
     return found
 
 
@@ -121,13 +121,13 @@ def _training(config: Config, machine: Machine, mesh: Mapping[str, int], plan: s
     tokens, item, stored = rows * job.context, job.computed.itemsize, job.stored.itemsize
     own = config.n_layers * _numbers(layer) + _numbers(ends)
     layers, logits = 1 if recomputed else config.n_layers, tokens * config.vocab_size
-    inputs = config.n_layers * config.dim if recomputed else 0  # of the layers, from which they are computed again
-    memory = {
+    inputs = config.n_layers * config.dim * item if recomputed else 0  # from which layers are computed again
+    memory: dict[str, float] = {
         "parameters": own * (stored + (item if job.computed != job.stored else 0)),
         "gradients": own * stored * (3 if count > 1 else 1),  # two, while their sum is made
         "moments": own * 2 * max(4, stored),
         "gathered": item * (layers * _gathered(layer) + _gathered(ends[-1]) + _gathered(layer.feed_forward.w_up)),
-        "activations": item * tokens * (layers * _saved(config, layer) + inputs)
+        "activations": tokens * (layers * _saved(config, layer, item) + inputs)
                        + min(logits, LOGITS) * (item + 3 * 4),  # in float32: logits, log p, gradient
     }
     chunks = -(-tokens // max(1, LOGITS // config.vocab_size)) if logits > LOGITS else 1
@@ -146,8 +146,8 @@ def decoding(config: Config, machine: Machine, mesh: Mapping[str, int], plan: st
     layer, ends = _parts(config, mesh, plan)
     rows, item = job.rows // prod(mesh[name] for name in rows_over(plan_of(plan))), job.dtype.itemsize
     cache = 2 * config.n_layers * rows * job.context * layer.attention.wk.shape[0] * config.head_dim * item
-    memory = {"parameters": item * (config.n_layers * _numbers(layer) + _numbers(ends)),
-              "gathered": item * max(_gathered(layer), _gathered(ends[-1])), "cache": cache}
+    memory: dict[str, float] = {"parameters": item * (config.n_layers * _numbers(layer) + _numbers(ends)),
+                                "gathered": item * max(_gathered(layer), _gathered(ends[-1])), "cache": cache}
     used = config.n_layers * _used(layer) + _used(ends[1:])  # of the embedding, a row a token is
     collectives = of_forward(config, mesh, plan, Work(job.rows, 1, job.dtype))
     seconds = {"reading": max((item * used + cache) / (MEMORY * machine.bandwidth),
@@ -192,13 +192,13 @@ def _rows(count: int) -> str:
     return f"{count} row{'s' * (count > 1)}"
 
 
-def _saved(config: Config, layer: Any) -> int:
-    """The numbers a token that the forward of a layer saves for its backward.
+def _saved(config: Config, layer: Any, itemsize: int) -> int:
+    """The bytes a token that the forward of a layer saves for its backward.
 
-    Both norms save three vectors: input, quotient, result. Attention saves queries, keys, values and the heads'
-    results, and the feed-forward four hidden vectors: gate, its silu, up and their product. A device has its own heads
-    and hidden numbers only.
+    Both norms save their input in float32, their quotient and their result. Attention saves queries, keys, values and
+    the heads' results, and the feed-forward four hidden vectors: gate, its silu, up and their product. A device has its
+    own heads and hidden numbers only.
     """
-    heads = layer.attention.wq.shape  # k g h d
+    k, g, h, _ = layer.attention.wq.shape
     hidden = layer.feed_forward.w_up.shape[0]
-    return 6 * config.dim + 2 * prod(heads[:3]) + 2 * heads[0] * heads[2] + 4 * hidden
+    return 2 * config.dim * max(4, itemsize) + itemsize * (4 * config.dim + 2 * k * g * h + 2 * k * h + 4 * hidden)

@@ -18,7 +18,7 @@ runs, and the tests compare.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,7 +28,7 @@ from llama_fn.mesh.collectives import MeshAxis
 from llama_fn.mesh.plan import Plan, plan_of, rows_over
 from llama_fn.mesh.sharded import VOCABULARY, Sharded, Sharding, is_sharded
 from llama_fn.mesh.traffic import Traffic, sent
-from llama_fn.model.init import Weight, abstract_params
+from llama_fn.model.init import abstract_params
 
 
 class Collective(NamedTuple):
@@ -61,8 +61,8 @@ def abstract_sharding(axes: str, mesh: Mapping[str, int], plan: str | Plan) -> S
     return Sharding(tuple(axes.split()), over, tuple(known[name] for name in rows_over(plan)))
 
 
-def abstract_shard(weight: Weight, mesh: Mapping[str, int], plan: str | Plan) -> Sharded:
-    """One device's part of a leaf, as a tensor without numbers."""
+def abstract_shard(weight: Any, mesh: Mapping[str, int], plan: str | Plan) -> Sharded:
+    """One device's part of a leaf of `abstract_params`, as a tensor without numbers."""
     own = abstract_sharding(weight.axes, mesh, plan)
     shape = (n if axis is None else n // axis.size for n, axis in zip(weight.shape, own.over, strict=True))
     return Sharded(torch.empty(tuple(shape), device="meta"), own)
