@@ -70,8 +70,13 @@ def scattered(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
     return _scattered(x, dim % x.ndim, axis)
 
 
-def _all_reduce(x: Tensor, axis: MeshAxis) -> Tensor:
-    return collective.wait_tensor(collective.all_reduce(x.contiguous(), "sum", axis.group))
+def largest(x: Tensor, axis: MeshAxis) -> Tensor:
+    """The largest of the devices' numbers, place by place; its derivative is taken as 0."""
+    return _largest(x, axis)
+
+
+def _all_reduce(x: Tensor, axis: MeshAxis, of: str = "sum") -> Tensor:
+    return collective.wait_tensor(collective.all_reduce(x.contiguous(), of, axis.group))
 
 
 def _all_gather(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
@@ -118,3 +123,4 @@ _gathered = _linear_map(_all_gather, sliced)
 _sliced = _linear_map(_slice, gathered)
 _collected = _linear_map(_all_gather, scattered)
 _scattered = _linear_map(_reduce_scatter, collected)
+_largest = _linear_map(lambda x, axis: _all_reduce(x, axis, "max"), lambda cotangent, axis: cotangent * 0)
