@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.modes import under_dynamo
-from llama_fn.private import collective
+from llama_fn.private import collective, untraced
 
 
 @tree.constant
@@ -43,32 +42,32 @@ class MeshAxis:
 
 def copied(x: Tensor, axis: MeshAxis) -> Tensor:
     """The same x, of which each device computes a part of the result: the gradient is the sum of their gradients."""
-    return _map("copied").apply(x, axis)
+    return _of_axis(x, "copied", None, axis)
 
 
 def summed(x: Tensor, axis: MeshAxis) -> Tensor:
     """The sum of the devices' tensors, on each of them."""
-    return _map("summed").apply(x, axis)
+    return _of_axis(x, "summed", None, axis)
 
 
 def gathered(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
     """The devices' slices, one after another along `dim`; all devices then compute the same from the result."""
-    return _map("gathered").apply(x, dim % x.ndim, axis)
+    return _of_axis(x, "gathered", dim % x.ndim, axis)
 
 
 def sliced(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
     """This device's slice along `dim` of what is the same on all devices."""
-    return _map("sliced").apply(x, dim % x.ndim, axis)
+    return _of_axis(x, "sliced", dim % x.ndim, axis)
 
 
 def collected(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
     """The devices' slices, one after another along `dim`; each device then computes from it with rows of its own."""
-    return _map("collected").apply(x, dim % x.ndim, axis)
+    return _of_axis(x, "collected", dim % x.ndim, axis)
 
 
 def scattered(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
     """This device's slice along `dim` of the sum of the devices' tensors."""
-    return _map("scattered").apply(x, dim % x.ndim, axis)
+    return _of_axis(x, "scattered", dim % x.ndim, axis)
 
 
 def _all_reduce(x: Tensor, axis: MeshAxis) -> Tensor:
@@ -90,11 +89,8 @@ def _slice(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
     return x.narrow(dim, axis.index * size, size).clone()
 
 
-def _linear_map(name: str, compute: Callable[..., Tensor], transpose: Callable[..., Tensor], *, jvp: bool) -> type:
-    """The map `compute(x, *rest)` as an `autograd.Function`, whose derivative is `transpose(cotangent, *rest)`.
-
-    With `jvp`, it has a rule for forward mode, too.
-    """
+def _linear_map(name: str, compute: Callable[..., Tensor], transpose: Callable[..., Tensor]) -> type:
+    """The map `compute(x, *rest)` as an `autograd.Function`, whose derivative is `transpose(cotangent, *rest)`."""
     def forward(x: Tensor, *rest: Any) -> Tensor:
         return compute(x, *rest)
 
@@ -104,30 +100,34 @@ def _linear_map(name: str, compute: Callable[..., Tensor], transpose: Callable[.
     def backward(ctx: Any, cotangent: Tensor) -> tuple:
         return transpose(cotangent, *ctx.rest), *(None for _ in ctx.rest)
 
-    def of_tangent(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _map(name).apply(tangent, *ctx.rest)
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _FUNCTIONS[name].apply(tangent, *ctx.rest)
 
     def vmap(info: Any, in_dims: tuple, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
         x = x.movedim(in_dims[0], 0)
-        of_all = _map(name).apply
+        of_all = _FUNCTIONS[name].apply
         return (of_all(x, *rest) if len(rest) == 1 else of_all(x, rest[0] + 1, rest[1])), 0
 
-    members = {f.__name__: staticmethod(f) for f in (forward, setup_context, backward, vmap)}
-    return type(name, (torch.autograd.Function,), members | ({"jvp": staticmethod(of_tangent)} if jvp else {}))
+    members = (forward, setup_context, backward, jvp, vmap)
+    return type(name, (torch.autograd.Function,), {f.__name__: staticmethod(f) for f in members})
 
 
-_RULES = {
-    "copied": (lambda x, axis: x.view_as(x), summed),
-    "summed": (_all_reduce, copied),
-    "gathered": (_all_gather, sliced),
-    "sliced": (_slice, gathered),
-    "collected": (_all_gather, scattered),
-    "scattered": (_reduce_scatter, collected),
+_FUNCTIONS = {
+    "copied": _linear_map("copied", lambda x, axis: x.view_as(x), summed),
+    "summed": _linear_map("summed", _all_reduce, copied),
+    "gathered": _linear_map("gathered", _all_gather, sliced),
+    "sliced": _linear_map("sliced", _slice, gathered),
+    "collected": _linear_map("collected", _all_gather, scattered),
+    "scattered": _linear_map("scattered", _reduce_scatter, collected),
 }
-_EAGER = {name: _linear_map(name, *rules, jvp=True) for name, rules in _RULES.items()}
-_TRACED = {name: _linear_map(name, *rules, jvp=False) for name, rules in _RULES.items()}
 
 
-def _map(name: str) -> Any:
-    """The function of a map. Dynamo refuses one with a rule for forward mode (torch 2.13), so it gets one without."""
-    return (_TRACED if under_dynamo() else _EAGER)[name]
+@untraced
+def _applied(x: Tensor, name: str, dim: int | None, *axis: Any) -> Tensor:
+    """A map of x. A graph of dynamo can hold its arguments: tensors, numbers and text."""
+    rest = (MeshAxis(*axis),) if dim is None else (dim, MeshAxis(*axis))
+    return _FUNCTIONS[name].apply(x, *rest)
+
+
+def _of_axis(x: Tensor, name: str, dim: int | None, axis: MeshAxis) -> Tensor:
+    return _applied(x, name, dim, axis.name, axis.size, axis.index, axis.group)

@@ -177,4 +177,4 @@ def traced(*arguments):
 
 
 def test_traced_and_compiled_maps_are_the_maps():
-    world(2)(traced, {"dp": 2}, "dp", (3, 5), 1, 7)
+    world(2)(traced, {"dp": 2}, "dp", (3, 4), 1, 7)
