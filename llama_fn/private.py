@@ -4,6 +4,7 @@ They change without notice, so look here first when a new torch comes out (`pypr
 tried). Each name comes with its reason, and with what replaces it in a torch that lacks it.
 """
 
+import functools
 import importlib
 import operator
 from collections.abc import Callable
@@ -179,6 +180,25 @@ def outside_of_dynamo(make: Callable, f: Callable, *args: Any, **kwargs: Any) ->
     Dynamo would drop the backward of an `autograd.Function`. In a torch without this name, `f` is traced as it is.
     """
     return f(*args, **kwargs) if _bypass is None else _bypass(make, f, *args, **kwargs)
+
+
+def untraced(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` of tensors and plain values, which dynamo calls as it is: the backend traces it, with all its derivatives.
+
+    Under `torch.func`, dynamo drops the backward and the `vmap` of an `autograd.Function` without a word (torch 2.13).
+    """
+    @known_while_tracing
+    def allow() -> bool:  # when dynamo runs, because its import takes a second
+        torch.compiler.allow_in_graph(f)
+        return True
+
+    @functools.wraps(f)
+    def called(*args: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            allow()
+        return f(*args)
+
+    return called
 
 
 def allow_shapes(count: int) -> None:

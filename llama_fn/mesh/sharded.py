@@ -122,6 +122,19 @@ class Sharded(NamedTuple):
         outside = (numbers < 0) | (numbers >= size * axis.size)
         return summed(rows, axis).masked_fill(outside[..., None], torch.nan)
 
+    def vdot(self, other: "Sharded") -> Tensor:
+        """The dot product of two weights that are divided alike; a number on many devices counts once.
+
+        Raises `ValueError` for one that is not divided like this one.
+        """
+        if not is_sharded(other) or other.sharding != self.sharding:
+            raise ValueError("tree.vdot: corresponding leaves must be divided alike; lf.mesh.shard both by one plan")
+        dot = tree.vdot(self.local, other.local)
+        for axis in self.sharding.over:
+            if axis is not None:
+                dot = summed(dot, axis)
+        return dot
+
     def several(self, weights: Sequence["Sharded"], x: Tensor) -> list[Tensor]:
         """The linear maps of weights with the same divided outputs; the gradient of x is added up in one all-reduce."""
         for axis in self.sharding.local(range(len(self.sharding.axes) - 1)):
