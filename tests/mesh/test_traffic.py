@@ -1,5 +1,7 @@
 """Bytes: what the collectives of a step send is what `predict` says, to the byte."""
 
+from math import prod
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,13 +9,15 @@ from hypothesis import strategies as st
 from worlds import world
 
 import llama_fn as lf
-from llama_fn.mesh.plan import rows_over
-from llama_fn.mesh.predict import Work, of_forward, of_gradient, total
+from llama_fn.mesh.plan import plan_of, rows_over
+from llama_fn.mesh.predict import Work, of_forward, of_gradient, of_norm, total
+from llama_fn.mesh.traffic import sent
 from llama_fn.training import chunked_loss
+from llama_fn.training.jit_step import jit_step
 
 PLANS = {
     2: [("replicated", {"dp": 2}), ("fsdp", {"dp": 2}), ("tensor", {"tp": 2}), ({"*b": "dp", "f": "dp"}, {"dp": 2}),
-        ({"d": "x", "v": "x"}, {"x": 2})],
+        ({"d": "x"}, {"x": 2}), ({"*b": "x", "v": "x"}, {"x": 2})],
     4: [("fsdp+tensor", {"dp": 2, "tp": 2}), ("tensor", {"tp": 4}), ("fsdp", {"dp": 4}),
         ({"*b": ("dp", "tp"), "d": "dp", "f": "tp"}, {"dp": 2, "tp": 2}),
         ({"*b": "dp", "k": "tp", "f": "dp", "v": "tp"}, {"dp": 2, "tp": 2})],
@@ -57,13 +61,36 @@ def counted(sizes, plan, config, work, logits, recomputed):
 @given(cases(), st.booleans(), st.booleans())
 def test_a_step_sends_what_was_predicted(case, recomputed, in_chunks):
     size, plan, mesh, config, work = case
-    own = work.rows
-    for name in rows_over(lf.mesh.PRESETS[plan] if isinstance(plan, str) else plan):
-        own //= mesh[name]
-    tokens = own * (work.tokens - 1)
-    logits, chunks = 2**24, 1
-    if in_chunks and tokens > 2:
-        logits, chunks = 2 * config.vocab_size, -(-tokens // 2)
+    own = work.rows // prod(mesh[name] for name in rows_over(plan_of(plan)))
+    in_chunks = in_chunks and own * (work.tokens - 1) > 2
+    logits = 2 * config.vocab_size if in_chunks else 2**24
     seen = world(size)(counted, mesh, plan, config, work, logits, recomputed)
-    gradient = total(of_gradient(config, mesh, plan, work, recomputed=recomputed, chunks=chunks))
+    gradient = total(of_gradient(config, mesh, plan, work, recomputed=recomputed, in_chunks=in_chunks))
     assert seen == [(gradient, {}, total(of_forward(config, mesh, plan, work)))] * size
+
+
+def compiled(sizes, plan, config, work, computed, recomputed):
+    """What a compiled training step sends, after it was compiled."""
+    mesh = lf.mesh.make_mesh(sizes)
+    params, rows = parts_of(config, mesh, plan, work)
+    optimizer, mask = lf.optim.adamw(1e-3), torch.ones_like(rows, dtype=torch.bool)[None]
+    step = jit_step(optimizer, lf.remat(lf.block) if recomputed else lf.block, compute_dtype=computed)
+    params, state, _ = step(params, optimizer.init(params), rows[None], mask)
+    with lf.mesh.counted(mesh) as traffic:
+        step(params, state, rows[None], mask)
+    return traffic
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("plan", "mesh", "recomputed"), [("fsdp", {"dp": 2}, False), ("tensor", {"tp": 2}, True)])
+def test_a_compiled_step_sends_what_was_predicted(plan, mesh, recomputed):
+    config = lf.Config(dim=48, n_layers=3, n_heads=12, n_kv_heads=4, vocab_size=40, hidden_dim=68)
+    work = Work(4, 9, torch.bfloat16)
+    seen = world(2)(compiled, mesh, plan, config, work._replace(dtype=torch.float32), work.dtype, recomputed)
+    gradient = of_gradient(config, mesh, plan, work, compiled=True, recomputed=recomputed)
+    assert seen == [total(gradient + of_norm(config, mesh, plan))] * 2
+
+
+def test_a_ring_passes_on_all_pieces_but_one():
+    assert [sent(kind, 12, 4) for kind in ("all-reduce", "all-gather", "reduce-scatter")] == [18, 9, 9]
+    assert sent("all-gather", 12, 1) == 0
