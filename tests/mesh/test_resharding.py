@@ -1,22 +1,17 @@
 """The laws of a mesh's snapshots: whole or not at all, bit for bit, on every other mesh and by every other plan."""
 
 import os
-from pathlib import Path
 
-import pytest
 import torch
-from folders import bits, same
+from folders import same
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.checkpoint import HuggingFaceStorageReader, load
-from torch.distributed.tensor import DTensor, Replicate, Shard
 from worlds import world
 
 import llama_fn as lf
 from llama_fn import tree
 from llama_fn.checkpoint.snapshot import load_snapshot, read_about, save_snapshot
 from llama_fn.training.loop import TrainState, init_state
-from llama_fn.training.muon import MuonState
 
 CONFIG = lf.Config(dim=24, n_layers=2, n_heads=12, n_kv_heads=4, vocab_size=40, hidden_dim=64, max_seq_len=32)
 MESHES = [("replicated", {"dp": 2}), ("fsdp", {"dp": 2}), ("tensor", {"tp": 2}), ("fsdp+tensor", {"dp": 2, "tp": 2}),
