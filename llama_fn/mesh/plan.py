@@ -19,6 +19,7 @@ PRESETS: Mapping[str, Plan] = {
     "replicated": {"*b": "dp"},
     "fsdp": {"*b": "dp", "d": "dp"},
     "tensor": {"k": "tp", "f": "tp", "v": "tp"},
+    "replicated+tensor": {"*b": "dp", "k": "tp", "f": "tp", "v": "tp"},
     "fsdp+tensor": {"*b": "dp", "d": "dp", "k": "tp", "f": "tp", "v": "tp"},
 }
 AXES = ("k", "g", "h", "d", "f", "v")  # the axes of weights
