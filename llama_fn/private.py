@@ -212,3 +212,4 @@ def allow_shapes(count: int) -> None:
 # --- Collectives that a graph may contain: functions of a tensor and a group's name, each with a result to wait for.
 
 collective: Any = _found("torch.ops", "_c10d_functional", None)
+all_gather: Any = _found("torch.ops", "_c10d_functional.all_gather_into_tensor.default", None)

@@ -1,4 +1,4 @@
-"""What the laws of sharded leaves are tried on: meshes, plans and configs that fit them, and their numbers on a rank."""
+"""What the laws of sharded leaves are tried on: meshes, plans, configs that fit them, and the numbers of a rank."""
 
 import functools
 import math
@@ -30,8 +30,7 @@ class Case(NamedTuple):
 
     @property
     def whole_weights(self) -> bool:
-        """Whether each rank has all weights. Where they are gathered, they lie otherwise in memory, and rounding differs.
-        """
+        """Whether each rank has all weights. Gathered ones lie otherwise in memory, and rounding differs."""
         return not set(self.plan) - {"*b"}
 
 

@@ -1,6 +1,5 @@
 """The laws of what crosses between devices: each map is its definition, linear, and its derivative its transpose."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -146,7 +145,7 @@ def forward_mode(*arguments):
             return run(x).square().sum()
 
         def hessian(x):
-            return torch.func.grad(energy)(x)  # noqa: B023
+            return torch.func.grad(energy)(x)
 
         # Forward over reverse equals reverse over reverse.
         equal(torch.func.jvp(hessian, (x[0],), (tangent[0],))[1],
