@@ -19,6 +19,7 @@ from llama_fn.checkpoint import quantized
 from llama_fn.config import Config
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.transformer import Params
+from llama_fn.ops.weight import on_one_device
 
 HEAD_AXES = ("k", "g", "h")  # key/value heads, query heads of each, the width of a head
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -81,6 +82,7 @@ def weights_of(params: Params, dtype: torch.dtype | None = None) -> Weights:
     Quantized weights are never cast. Raises `ValueError` for wrong shapes, and for adapters that are not merged.
     """
     check_dtype(dtype)
+    on_one_device("save", params)
     leaves, abstract = quantized.joined(tree.paths(params)), tree.paths(abstract_params(params.config))
     for path in [path for path in leaves if path not in abstract]:
         if other := next((name for name in abstract if path.startswith(f"{name}.")), None):
