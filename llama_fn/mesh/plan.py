@@ -86,8 +86,8 @@ def check_mesh(mesh: Mapping[str, int], world: int | None = None) -> None:
     """Raise `ValueError` for a size below 1, and if there are not as many processes as the mesh has devices."""
     devices = math.prod(integer(f"mesh: {name}", size, 1) for name, size in mesh.items())
     if world is not None and devices != world:
-        raise ValueError(f"a mesh of {_written(mesh)} has {devices} devices, and {world} processes run; make the sizes' "
-                         "product the number of processes (torchrun --nproc-per-node)")
+        raise ValueError(f"a mesh of {_written(mesh)} has {devices} devices, and {world} processes run; choose sizes "
+                         "whose product is the number of processes (torchrun --nproc-per-node)")
 
 
 def _check_leaf(path: str, weight: Weight, mesh: Mapping[str, int], plan: Plan) -> None:
@@ -102,8 +102,8 @@ def _check_leaf(path: str, weight: Weight, mesh: Mapping[str, int], plan: Plan) 
             raise ValueError(f"plan: {path} has the axes {taken[name]} and {axis}, and {name!r} can divide one of them")
         taken[name] = axis
         if size % mesh[name]:
-            raise ValueError(f"plan: {path} has {size} numbers along {axis}, which {mesh[name]} devices ({name}) cannot "
-                             f"divide evenly; choose a size of {name} that divides {size}")
+            raise ValueError(f"plan: {path} has {size} numbers along {axis}, and {mesh[name]} devices ({name}) cannot "
+                             f"divide them evenly; choose a size of {name} that divides {size}")
 
 
 def _pairs(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -58,7 +58,7 @@ def shardings(config: Config, mesh: DeviceMesh, plan: str | Plan) -> Params:
 
 
 def shard(whole: T, mesh: DeviceMesh, plan: str | Plan) -> T:
-    """This device's part of a tree that is the same on all devices.
+    """The device's own part of a tree that is the same on all devices.
 
     The tree holds parameters, adapters, caches or rows of tokens, each divided by its own axes: a leaf of `Params` and
     `Lora` becomes a `Sharded`; the rows of a tensor and a cache's rows and heads are cut. ``plan`` is the name of a
@@ -76,7 +76,7 @@ def shard(whole: T, mesh: DeviceMesh, plan: str | Plan) -> T:
             return _adapter(part, mesh, plan)
         if isinstance(part, Cache):
             own = sharding("k s h", mesh, plan)
-            k, v = (tuple(_cut(rows_of(x, mesh, plan), own) for x in leaves) for leaves in (part.k, part.v))
+            k, v = tree.map(lambda x: _cut(rows_of(x, mesh, plan), own), (part.k, part.v))
             return Cache(k, v, rows_of(part.length, mesh, plan))
         return rows_of(part, mesh, plan)
 
@@ -84,7 +84,7 @@ def shard(whole: T, mesh: DeviceMesh, plan: str | Plan) -> T:
 
 
 def shard_leaf(x: Tensor, sharding: Sharding) -> Sharded:
-    """This device's part of one leaf."""
+    """The device's own part of one leaf."""
     for i, axis in enumerate(sharding.over):
         if axis is not None:
             x = sliced(x, i, axis)
@@ -92,7 +92,7 @@ def shard_leaf(x: Tensor, sharding: Sharding) -> Sharded:
 
 
 def rows_of(x: Tensor, mesh: DeviceMesh, plan: str | Plan) -> Tensor:
-    """This device's rows of a tensor, whose first axis the plan's ``*b`` divides.
+    """The device's own rows of a tensor, whose first axis the plan's ``*b`` divides.
 
     Raises `ValueError` for rows that cannot be divided evenly.
     """
@@ -123,7 +123,7 @@ def unshard_leaf(part: Sharded) -> Tensor:
 
 
 def _cut(x: Tensor, own: Sharding) -> Tensor:
-    """This device's heads of a cache's keys or values."""
+    """The device's own heads of a cache's keys or values."""
     return sliced(x, -3, own.local([0])[0]) if own.is_local(0) else x
 
 
@@ -134,12 +134,11 @@ def _axes(mesh: DeviceMesh) -> dict[str, MeshAxis]:
 
 
 def _adapter(adapter: Lora, mesh: DeviceMesh, plan: Plan) -> Lora:
-    """This device's part of an adapter: A is divided as the inputs of its weight are, and B as the outputs."""
-    def of(path: str, matrices: LowRank) -> LowRank:
-        *_, field = path.split(".")
-        axes = AXES_OF[field].split()
+    """The device's own part of an adapter: A is divided as the inputs of its weight are, and B as the outputs."""
+    def of(path: str, matrices: LowRank) -> Any:  # a `LowRank` of sharded leaves
+        axes = AXES_OF[path.rpartition(".")[2]].split()
         outer = len(axes) - (matrices.a.ndim - 1)
         a, b = (sharding(" ".join(names), mesh, plan) for names in (["r", *axes[outer:]], [*axes[:outer], "r"]))
-        return LowRank(shard_leaf(matrices.a, a), shard_leaf(matrices.b, b))
+        return matrices._replace(a=shard_leaf(matrices.a, a), b=shard_leaf(matrices.b, b))
 
     return adapter._replace(matrices={path: of(path, matrices) for path, matrices in adapter.matrices.items()})
