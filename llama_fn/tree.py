@@ -103,6 +103,8 @@ def vdot(tree: Any, other: Any) -> Tensor:
     def dot(x: Any, y: Any) -> Tensor:
         if not isinstance(x, Tensor):
             return x.vdot(y)
+        if not isinstance(y, Tensor):
+            raise ValueError(f"tree.vdot: a leaf is a tensor in one tree and {type(y).__name__} in the other")
         if x.shape != y.shape:  # or the smaller one would be broadcast
             raise ValueError(f"tree.vdot: corresponding leaves must have one shape, got {[*x.shape]} and {[*y.shape]}")
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)

@@ -46,7 +46,7 @@ class Sharding:
 
     def local(self, axes: Sequence[int]) -> list[MeshAxis]:
         """The mesh axes over which devices compute with their own part of one of these axes."""
-        return [axis for i in axes if (axis := self.over[i]) is not None and self.is_local(i)]
+        return [axis for i, axis in enumerate(self.over) if axis is not None and i in axes and self.is_local(i)]
 
 
 class Sharded(NamedTuple):
@@ -62,8 +62,8 @@ class Sharded(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """The shape with which this device computes: its own part of heads and hidden numbers, and all of the rest."""
         own = self.sharding
-        return tuple(size if (axis := own.over[i]) is None or (own.is_local(i) and own.axes[i] in LOCAL)
-                     else size * axis.size for i, size in enumerate(self.local.shape))
+        return tuple(size if axis is None or (own.is_local(i) and own.axes[i] in LOCAL) else size * axis.size
+                     for i, (size, axis) in enumerate(zip(self.local.shape, own.over, strict=True)))
 
     @property
     def whole(self) -> tuple[int, ...]:

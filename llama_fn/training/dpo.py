@@ -6,10 +6,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from llama_fn.mesh.sharded import total
 from llama_fn.model.block import block
 from llama_fn.model.transformer import Params
 from llama_fn.ranges import number
@@ -38,7 +40,8 @@ def dpo_loss(params: Params, reference: Params, chosen: tuple[Int[Tensor, "*b t"
     >>> loss = lf.dpo_loss(policy, params, chosen, rejected, beta=0.1)
     """
     better, worse = (_log_ratio(params, reference, *rows, layer, ENTROPY) for rows in (chosen, rejected))
-    return _losses(better, worse, number("dpo_loss: beta", beta)).mean()
+    losses = _losses(better, worse, number("dpo_loss: beta", beta))
+    return total(params.norm, losses.sum() / total(params.norm, torch.ones_like(losses).sum()))
 
 
 @typed
@@ -52,7 +55,8 @@ def dpo_loss_sum(params: Params, reference: Params, tokens: Int[Tensor, "*b 2 t"
     """
     chosen, rejected = _log_ratio(params, reference, tokens, mask, layer, entropy).unbind(-1)
     counts = mask[..., 1:].any(-1).all(-1)
-    return _losses(chosen, rejected, number("dpo_loss_sum: beta", beta)).masked_fill(~counts, 0).sum(), counts.sum()
+    losses = _losses(chosen, rejected, number("dpo_loss_sum: beta", beta)).masked_fill(~counts, 0)
+    return total(params.norm, losses.sum()), total(params.norm, counts.sum())
 
 
 def _losses(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
