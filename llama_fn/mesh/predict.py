@@ -180,6 +180,8 @@ def total(collectives: Counter[Collective]) -> Traffic:
     """The bytes that a device sends, by kind and mesh axis."""
     traffic: Traffic = {}
     for (kind, axis, size), often in collectives.items():
+        if axis.size == 1:
+            continue
         traffic[kind, axis.name] = traffic.get((kind, axis.name), 0.0) + often * sent(kind, size, axis.size)
     return traffic
 
