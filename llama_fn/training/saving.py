@@ -7,12 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
-from llama_fn import tree
 from llama_fn.checkpoint.atomic import sync
 from llama_fn.checkpoint.snapshot import save_snapshot
-from llama_fn.training.record import METRICS, MetricsFile
+from llama_fn.mesh.world import ALONE, World
+from llama_fn.training.record import METRICS, MetricsFile, Unwritten
 from llama_fn.training.snapshots import prune, snapshot_folder
 
 
@@ -23,25 +21,28 @@ class Saver:
     next snapshot is tried again. Any other error of the thread is raised in the run, by the next call. Use it in a
     ``with`` statement, at whose end the thread has ended. If the block is left because of Ctrl-C or `SystemExit`, a
     write that is still at work is given up; the snapshots before it are whole.
+
+    All processes of a mesh call it. The first one collects the state and writes.
     """
 
-    def __init__(self, run: Path, keep: int) -> None:
-        self.run, self.keep, self.step = run, keep, -1
+    def __init__(self, run: Path, keep: int, world: World = ALONE) -> None:
+        self.run, self.keep, self.world, self.step = run, keep, world, -1
         self.pool = ThreadPoolExecutor(1, "snapshot")
         self.writing: Future | None = None
         self.given_up = threading.Event()
         self.error: OSError | None = None
 
-    def save(self, state: Any, about: dict[str, Any], metrics: MetricsFile) -> None:
+    def save(self, state: Any, about: dict[str, Any], metrics: MetricsFile | Unwritten) -> None:
         """Copy the state and begin to write it; first wait for the write before, if it is still at work.
 
         ``about["step"]`` names the snapshot. A step that is saved already is not saved again.
         """
-        self.wait()
-        if about["step"] == self.step:
+        if self.world.from_first(lambda: self._is_saved(about["step"])):
             return
         # The next step overwrites the memory of the state, so the copy is made before this returns.
-        copy = tree.map(lambda x: torch.empty_like(x, device="cpu").copy_(x), state)
+        copy = self.world.on_first(state)
+        if not self.world.is_first:
+            return
         about = {**about, METRICS: metrics.extent()}
         self.step = about["step"]
         try:
@@ -70,9 +71,17 @@ class Saver:
 
     def finish(self) -> None:
         """Wait until no write is at work, and raise the `OSError` of the last one, if it failed."""
+        self.world.from_first(self._finish)
+
+    def _finish(self) -> None:
         self.wait()
         if self.error is not None:
             raise self.error
+
+    def _is_saved(self, step: int) -> bool:
+        """Whether the snapshot of a step is written; no write is at work then."""
+        self.wait()
+        return step == self.step
 
     def _failed(self, error: OSError) -> None:
         if self.error is None:

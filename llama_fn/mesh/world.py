@@ -1,0 +1,189 @@
+"""A world: the processes that `torchrun` started, which run one program together, and what each of them does in it.
+
+All processes call the same functions in the same order. The first one alone reads and writes the files of a run; the
+others wait for what it found (`World.from_first`).
+"""
+
+import math
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from llama_fn import tree
+from llama_fn.config import Config
+from llama_fn.mesh.init import init_parts
+from llama_fn.mesh.lost import Process, is_of_collective, leave_word, lost
+from llama_fn.mesh.plan import Plan, check_plan, plan_of, rows_over
+from llama_fn.mesh.shard import make_mesh, rows_of, shard, shard_leaf, sizes_of, unshard_leaf
+from llama_fn.mesh.sharded import is_sharded
+from llama_fn.model.init import init_params
+from llama_fn.model.transformer import Params
+from llama_fn.random import Key
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)  # of a collective: the first one waits for the slowest process to compile
+PATIENCE = timedelta(days=30)  # while the first process prepares the texts of a run, or writes its last files
+
+
+class World(NamedTuple):
+    """The processes of a mesh, as one of them sees them. Without a mesh, there is this process alone."""
+
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+    plan: str | Plan = "replicated"
+    patient: Any = None  # a group of all processes that waits as long as it takes
+    processes: tuple[Process, ...] = ()
+    store: Any = None  # where processes leave words for each other
+    job: str | None = None  # the call of `torchrun` that started them
+    restarts: int = 0  # how often it has started them again
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes files and speaks to the user."""
+        return self.rank == 0
+
+    @property
+    def row_parts(self) -> int:
+        """Into how many parts the rows of a batch are divided."""
+        if self.mesh is None:
+            return 1
+        sizes = sizes_of(self.mesh)
+        return math.prod(sizes[name] for name in rows_over(plan_of(self.plan)))
+
+    def check(self, config: Config, rows: int | None = None) -> None:
+        """Raise `ValueError` unless the plan can divide such a model and a batch of so many rows over the mesh."""
+        if self.mesh is None:
+            return
+        check_plan(config, sizes_of(self.mesh), self.plan, self.size)
+        if rows is not None and rows % self.row_parts:
+            raise ValueError(f"a batch of {rows} rows cannot be divided over {self.row_parts} devices; choose a "
+                             f"multiple of {self.row_parts}")
+
+    def init_params(self, key: Key, config: Config, device: torch.device | str | None = None) -> Params:
+        """This process's part of random parameters; all parts together are the same on every mesh."""
+        if self.mesh is None:
+            return init_params(key, config, device=device)
+        return init_parts(key, config, self.mesh, self.plan, device=device)
+
+    def part(self, whole: T) -> T:
+        """This process's part of a tree that is the same on all of them (`shard`)."""
+        return whole if self.mesh is None else shard(whole, self.mesh, self.plan)
+
+    def like_whole(self, parts: T) -> T:
+        """A tree with the whole shapes and the dtypes of a tree of parts, on the CPU, and with any numbers."""
+        return tree.map(lambda x: x.local.new_empty(x.whole, device="cpu") if is_sharded(x) else x, parts,
+                        is_leaf=is_sharded)
+
+    def part_like(self, whole: T, like: T) -> T:
+        """This process's part of a tree, whose leaves are divided as those of another tree of parts are."""
+        def of(part: Any, x: Tensor) -> Any:
+            return tree.map(lambda own: own.to(part.device), shard_leaf(x, part.sharding)) if is_sharded(part) else x
+
+        return tree.map(of, like, whole, is_leaf=is_sharded)
+
+    def rows(self, batch: T, axis: int = 0) -> T:
+        """This process's rows of the tensors of a batch, which have the rows of all processes along an axis."""
+        if self.mesh is None:
+            return batch
+        mesh = self.mesh
+        return tree.map(lambda x: rows_of(x.movedim(axis, 0), mesh, self.plan).movedim(0, axis).contiguous(), batch)
+
+    def on_first(self, parts: T) -> T:
+        """The whole tree on the CPU of the first process, one leaf at a time; the others get an empty tensor a leaf."""
+        def of(x: Any) -> Tensor:
+            whole = unshard_leaf(x) if is_sharded(x) else x
+            return torch.empty_like(whole, device="cpu").copy_(whole) if self.is_first else torch.empty(0)
+
+        return tree.map(of, parts, is_leaf=is_sharded)
+
+    def from_first(self, f: Callable[[], T]) -> T:
+        """The result of `f()` in the first process, on all of them, which wait for it.
+
+        If it raises an error there, then the others raise a `ValueError` with the same words.
+        """
+        if self.mesh is None:
+            return f()
+        if self.is_first:
+            try:
+                outcome = [f(), None]
+            except Exception as error:
+                dist.broadcast_object_list([None, f"{type(error).__name__}: {error}"], 0, self.patient)
+                raise
+            dist.broadcast_object_list(outcome, 0, self.patient)
+            return outcome[0]
+        outcome = [None, None]
+        dist.broadcast_object_list(outcome, 0, self.patient)
+        if outcome[1] is not None:
+            raise ValueError(f"rank 0: {outcome[1]}")
+        return outcome[0]  # pyright: ignore[reportReturnType]  the first process's result
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.mesh is None:
+            return number
+        x = torch.tensor(number)
+        dist.all_reduce(x, dist.ReduceOp.MAX, self.patient)
+        return int(x)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A context manager that turns the error of a collective into a `ConnectionError` that names the dead process.
+
+        Only one process says it. Where a process ended with words of its own, or where another one says it, this one
+        ends with the status 1.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.mesh is None or not is_of_collective(error):
+                self.leave_word()
+                raise
+            raise lost(error, self.rank, self.processes, self.store) from error
+        except BaseException:
+            self.leave_word()
+            raise
+
+    def leave_word(self) -> None:
+        """Let the other processes know that this one ends, and says itself why."""
+        if self.store is not None:
+            leave_word(self.store, self.rank)
+
+
+ALONE = World()
+
+
+def join(sizes: Mapping[str, int], plan: str | Plan, device: str = "cpu") -> World:
+    """Join the other processes in a mesh of these sizes.
+
+    Raises `ValueError` unless there are as many as the mesh has devices.
+    """
+    store = None
+    if not dist.is_initialized():
+        if "MASTER_ADDR" in os.environ:
+            store, rank, count = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+        else:
+            store, rank, count = dist.HashStore(), 0, 1
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+    mesh = make_mesh(sizes, device)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    processes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(processes, Process(socket.gethostname(), os.getpid()), patient)
+    return World(dist.get_rank(), dist.get_world_size(), mesh, plan, patient, tuple(processes), store, _job(),
+                 int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+
+
+def _job() -> str | None:
+    """What tells one call of `torchrun` from another: the name that it was given, or its process's number."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"process {os.getppid()}" if name == "none" else name
