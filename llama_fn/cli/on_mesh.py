@@ -40,13 +40,15 @@ def on_mesh(mesh: str | None, plan: str | None, device: torch.device) -> Iterato
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     world = join(sizes, chosen, device.type)
-    with world.watched(), contextlib.ExitStack() as quiet:
-        if not world.is_first:
-            nowhere = quiet.enter_context(open(os.devnull, "w"))
-            quiet.enter_context(contextlib.redirect_stdout(nowhere))
-            quiet.enter_context(contextlib.redirect_stderr(nowhere))
-        yield world
-    torch.distributed.destroy_process_group()
+    try:
+        with world.watched(), contextlib.ExitStack() as quiet:
+            if not world.is_first:
+                nowhere = quiet.enter_context(open(os.devnull, "w"))
+                quiet.enter_context(contextlib.redirect_stdout(nowhere))
+                quiet.enter_context(contextlib.redirect_stderr(nowhere))
+            yield world
+    finally:  # otherwise gloo's threads may abort the process at its end
+        torch.distributed.destroy_process_group()
 
 
 def speaker(error: Exception) -> str:

@@ -80,7 +80,7 @@ def begin(folder: Path, plan: Plan, texts: Path | None, resume: bool, device: to
     try:
         tokenizer = load_tokenizer(file_of(folder, TOKENIZER))
         plan = dataclasses.replace(plan, vocab_size=tokenizer.vocab_size)
-        world.check(plan.config())
+        check_vocabulary(plan, world)
         training, validation = (open_corpus(folder / "data" / f"{part}.bin", tokenizer, plan.context,
                                             check=world.is_first) for part in ("train", "valid"))
         floor = {"floor": world.from_first(lambda: lowest_loss(folder, tokenizer, text_keys[1], plan.context))
@@ -136,6 +136,14 @@ def _prepared(folder: Path, plan: Plan, texts: Path | None, resume: bool, keys: 
             clear(folder)
         raise
     return previous, known, of_stories
+
+
+def check_vocabulary(plan: Plan, world: World) -> None:
+    """Raise `ValueError` if the vocabulary, whose size the texts have decided, cannot be divided over the mesh."""
+    try:
+        world.check(plan.config())
+    except ValueError as error:
+        raise ValueError(f"{error}; or choose another size of the vocabulary (--vocab-size)") from None
 
 
 def filled_plan(folder: Path, plan: Plan, resume: bool) -> Plan:
