@@ -67,24 +67,27 @@ def structure(tree: Any) -> Any:
     return _pytree.tree_structure(tree)
 
 
-def paths(tree: Any) -> dict[str, Any]:
+def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """A dict of the leaves by their paths: field names, keys and indices, joined by dots.
+
+    ``is_leaf`` is that of `lf.tree.map`.
 
     >>> wq = lf.tree.paths(params)["blocks.0.attention.wq"]
     """
-    pairs, _ = _pytree.tree_flatten_with_path(tree)
+    pairs, _ = _pytree.tree_flatten_with_path(tree, is_leaf)
     return {".".join(_step(entry) for entry in path): x for path, x in pairs if x is not None}
 
 
-def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """Apply a function as `lf.tree.map` does, where the function takes each leaf's path, then the leaf.
 
-    Paths are those of `lf.tree.paths`.
+    Paths are those of `lf.tree.paths`. ``is_leaf`` is that of `lf.tree.map`.
 
     >>> mixed = lf.tree.map_with_path(lambda path, x: x if "norm" in path else x.bfloat16(), params)
     """
     return _pytree.tree_map_with_path(
-        lambda path, x, *xs: None if x is None else f(".".join(_step(entry) for entry in path), x, *xs), tree, *rest)
+        lambda path, x, *xs: None if x is None else f(".".join(_step(entry) for entry in path), x, *xs), tree, *rest,
+        is_leaf=is_leaf)
 
 
 def vdot(tree: Any, other: Any) -> Tensor:

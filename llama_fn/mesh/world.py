@@ -22,7 +22,9 @@ from llama_fn.config import Config
 from llama_fn.mesh.init import init_parts
 from llama_fn.mesh.lost import Process, is_of_collective, leave_word, lost
 from llama_fn.mesh.plan import Plan, check_plan, plan_of, rows_over
-from llama_fn.mesh.shard import make_mesh, rows_of, shard, shard_leaf, sizes_of, unshard_leaf
+from llama_fn.mesh.ranks import ALONE as NO_OTHERS
+from llama_fn.mesh.ranks import Ranks, agreed
+from llama_fn.mesh.shard import make_mesh, rows_of, shard, sizes_of, unshard_leaf
 from llama_fn.mesh.sharded import is_sharded
 from llama_fn.model.init import init_params
 from llama_fn.model.transformer import Params
@@ -37,11 +39,9 @@ PATIENCE = timedelta(days=30)  # while the first process prepares the texts of a
 class World(NamedTuple):
     """The processes of a mesh, as one of them sees them. Without a mesh, there is this process alone."""
 
-    rank: int = 0
-    size: int = 1
     mesh: DeviceMesh | None = None
     plan: str | Plan = "replicated"
-    patient: Any = None  # a group of all processes that waits as long as it takes
+    ranks: Ranks = NO_OTHERS  # their group waits as long as it takes
     processes: tuple[Process, ...] = ()
     store: Any = None  # where processes leave words for each other
     job: str | None = None  # the call of `torchrun` that started them
@@ -50,7 +50,7 @@ class World(NamedTuple):
     @property
     def is_first(self) -> bool:
         """Whether this process is the one that writes files and speaks to the user."""
-        return self.rank == 0
+        return self.ranks.rank == 0
 
     @property
     def row_parts(self) -> int:
@@ -64,7 +64,7 @@ class World(NamedTuple):
         """Raise `ValueError` unless the plan can divide such a model and a batch of so many rows over the mesh."""
         if self.mesh is None:
             return
-        check_plan(config, sizes_of(self.mesh), self.plan, self.size)
+        check_plan(config, sizes_of(self.mesh), self.plan, self.ranks.size)
         if rows is not None and rows % self.row_parts:
             raise ValueError(f"a batch of {rows} rows cannot be divided over {self.row_parts} devices; choose a "
                              f"multiple of {self.row_parts}")
@@ -78,18 +78,6 @@ class World(NamedTuple):
     def part(self, whole: T) -> T:
         """This process's part of a tree that is the same on all of them (`shard`)."""
         return whole if self.mesh is None else shard(whole, self.mesh, self.plan)
-
-    def like_whole(self, parts: T) -> T:
-        """A tree with the whole shapes and the dtypes of a tree of parts, on the CPU, and with any numbers."""
-        return tree.map(lambda x: x.local.new_empty(x.whole, device="cpu") if is_sharded(x) else x, parts,
-                        is_leaf=is_sharded)
-
-    def part_like(self, whole: T, like: T) -> T:
-        """This process's part of a tree, whose leaves are divided as those of another tree of parts are."""
-        def of(part: Any, x: Tensor) -> Any:
-            return tree.map(lambda own: own.to(part.device), shard_leaf(x, part.sharding)) if is_sharded(part) else x
-
-        return tree.map(of, like, whole, is_leaf=is_sharded)
 
     def rows(self, batch: T, axis: int = 0) -> T:
         """This process's rows of the tensors of a batch, which have the rows of all processes along an axis."""
@@ -109,30 +97,20 @@ class World(NamedTuple):
     def from_first(self, f: Callable[[], T]) -> T:
         """The result of `f()` in the first process, on all of them, which wait for it.
 
-        If it raises an error there, then the others raise a `ValueError` with the same words.
+        If it raises a `ValueError` or an `OSError` there, all of them raise it.
         """
-        if self.mesh is None:
-            return f()
-        if self.is_first:
-            try:
-                outcome = [f(), None]
-            except Exception as error:
-                dist.broadcast_object_list([None, f"{type(error).__name__}: {error}"], 0, self.patient)
-                raise
-            dist.broadcast_object_list(outcome, 0, self.patient)
-            return outcome[0]
-        outcome = [None, None]
-        dist.broadcast_object_list(outcome, 0, self.patient)
-        if outcome[1] is not None:
-            raise ValueError(f"rank 0: {outcome[1]}")
-        return outcome[0]  # pyright: ignore[reportReturnType]  the first process's result
+        return agreed(lambda: f() if self.is_first else None, self.ranks)[0]  # pyright: ignore[reportReturnType]
+
+    def apart(self) -> Ranks:
+        """The processes, with a group of its own for another thread. All processes must call this."""
+        return self.ranks if self.mesh is None else self.ranks._replace(group=_patient_group())
 
     def largest(self, number: int) -> int:
         """The largest of the processes' numbers."""
         if self.mesh is None:
             return number
         x = torch.tensor(number)
-        dist.all_reduce(x, dist.ReduceOp.MAX, self.patient)
+        dist.all_reduce(x, dist.ReduceOp.MAX, self.ranks.group)
         return int(x)
 
     @contextmanager
@@ -148,7 +126,7 @@ class World(NamedTuple):
             if self.mesh is None or not is_of_collective(error):
                 self.leave_word()
                 raise
-            raise lost(error, self.rank, self.processes, self.store) from error
+            raise lost(error, self.ranks.rank, self.processes, self.store) from error
         except BaseException:
             self.leave_word()
             raise
@@ -156,7 +134,7 @@ class World(NamedTuple):
     def leave_word(self) -> None:
         """Let the other processes know that this one ends, and says itself why."""
         if self.store is not None:
-            leave_word(self.store, self.rank)
+            leave_word(self.store, self.ranks.rank)
 
 
 ALONE = World()
@@ -176,11 +154,15 @@ def join(sizes: Mapping[str, int], plan: str | Plan, device: str = "cpu") -> Wor
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     mesh = make_mesh(sizes, device)
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    processes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(processes, Process(socket.gethostname(), os.getpid()), patient)
-    return World(dist.get_rank(), dist.get_world_size(), mesh, plan, patient, tuple(processes), store, _job(),
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), _patient_group())
+    processes: list[Any] = [None] * ranks.size
+    dist.all_gather_object(processes, Process(socket.gethostname(), os.getpid()), ranks.group)
+    return World(mesh, plan, ranks, tuple(processes), store, _job(),
                  int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+
+
+def _patient_group() -> Any:
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def _job() -> str | None:

@@ -86,7 +86,7 @@ def begin(folder: Path, plan: Plan, texts: Path | None, resume: bool, device: to
         floor = {"floor": world.from_first(lambda: lowest_loss(folder, tokenizer, text_keys[1], plan.context))
                  } if of_stories else {}
         fresh = init_state(world.init_params(init_key, plan.config(), device), plan.make_optimizer())
-        state, kept, seconds = _found(folder, fresh, previous, world)
+        state, kept, seconds = _found(folder, fresh, previous)
         if previous is not None:
             _check_steps(folder, previous, plan, int(state.step))
         manifest = world.from_first(lambda: write_manifest(folder, plan, known, previous, facts=facts_of(world)))
@@ -160,13 +160,12 @@ def filled_plan(folder: Path, plan: Plan, resume: bool) -> Plan:
     return plan
 
 
-def _found(folder: Path, fresh: TrainState, previous: dict[str, Any] | None,
-           world: World) -> tuple[TrainState, bytes, float]:
+def _found(folder: Path, fresh: TrainState, previous: dict[str, Any] | None) -> tuple[TrainState, bytes, float]:
     """The state, the metrics and the seconds of the newest whole snapshot; those of a new run if there is none."""
-    found = newest_snapshot(folder, world.like_whole(fresh), lambda about: _check_about(about, previous or {}))
+    found = newest_snapshot(folder, fresh, lambda about: _check_about(about, previous or {}))
     if found is not None:
         state, about = found
-        return world.part_like(state, fresh), kept_metrics(folder / METRICS, about[METRICS]), about["seconds"]
+        return state, kept_metrics(folder / METRICS, about[METRICS]), about["seconds"]
     if (folder / OLD_SNAPSHOT).is_file():
         state = load_snapshot_pt(fresh, folder / OLD_SNAPSHOT)
         return state, lines_until(folder / METRICS, int(state.step)), 0.0

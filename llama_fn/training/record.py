@@ -71,23 +71,6 @@ class MetricsFile:
         os.close(self.handle)
 
 
-class Unwritten:
-    """In the place of a `MetricsFile`, for a process that writes none."""
-
-    def append(self, measurement: dict[str, Any]) -> None:
-        """Nothing is written."""
-
-    def flush(self) -> None:
-        """There is nothing to pass on."""
-
-    def extent(self) -> dict[str, Any]:
-        """No bytes."""
-        return {}
-
-    def close(self) -> None:
-        """There is nothing to close."""
-
-
 def _finite(x: Any) -> Any:
     """The value with None in the place of every number that is not finite."""
     if isinstance(x, dict):

@@ -111,7 +111,7 @@ def _supervised(folder: Path, begun: Begun, every: int, keep: int, samples: Samp
     plan, rate = begun.plan, begun.plan.schedule()
     assert plan.steps is not None
     flops, device = flops_per_token(plan.config(), plan.context), tree.leaves(begun.state.params)[0].device
-    peak = None if peak is None else peak * world.size
+    peak = None if peak is None else peak * world.ranks.size
 
     def record_of(state: TrainState, metrics: Metrics, interval: float, seconds: float) -> dict[str, Any]:
         before = updates_taken(state.opt_state) - int(is_finite(metrics))  # a step that is skipped counts as none

@@ -9,7 +9,7 @@ from typing import Any
 from llama_fn.mesh.world import ALONE, World
 from llama_fn.training.guarded import is_finite
 from llama_fn.training.loop import TrainState
-from llama_fn.training.record import METRICS, MetricsFile, Unwritten
+from llama_fn.training.record import METRICS, MetricsFile
 from llama_fn.training.saving import Saver
 from llama_fn.training.step import Metrics
 from llama_fn.training.stopping import signals_noted, stop, terminal_may_close
@@ -45,16 +45,16 @@ def supervise(folder: Path, state: TrainState, taken: Iterable[tuple[TrainState,
     The processes of a mesh stop after the same step, whichever of them got the signal. The first one writes the files.
     """
     evaluated: Record = {}
-    opened = MetricsFile(folder / METRICS, kept) if world.is_first else Unwritten()
-    with contextlib.closing(opened) as metrics, Saver(folder, keep, world) as saver, signals_noted() as signals, \
-            world.watched():
+    file = contextlib.closing(MetricsFile(folder / METRICS, kept)) if world.is_first else contextlib.nullcontext()
+    with file as metrics, Saver(folder, keep, world.apart()) as saver, signals_noted() as signals, world.watched():
         def tell(record: Record) -> None:
-            with terminal_may_close(signals):
-                if world.is_first:
+            if world.is_first:
+                with terminal_may_close(signals):
                     report(record)
 
         def log(record: Record) -> None:
-            metrics.append(record)
+            if metrics is not None:
+                metrics.append(record)
             tell(record)
 
         def save() -> None:
@@ -81,5 +81,5 @@ def supervise(folder: Path, state: TrainState, taken: Iterable[tuple[TrainState,
                 saver.finish()
                 stop(signal)
             since = time.perf_counter()  # leaves out the evaluation and the samples
-        world.from_first(saver.wait)
+        saver.wait()
     return state
