@@ -14,7 +14,7 @@ from llama_fn.random import Key
 
 def init_parts(key: Key, config: Config, mesh: DeviceMesh, plan: str | Plan, dtype: torch.dtype = torch.float32,
                device: torch.device | str | None = None) -> Params:
-    """This device's part of `init_params(key, config, dtype, device)`, bit for bit.
+    """The part of `init_params(key, config, dtype, device)` that this device has, bit for bit.
 
     One leaf at a time is drawn as a whole. Raises `ValueError` where the plan does not fit, before anything is drawn.
     """

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]  documented, and not in `__all__`
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 
 from llama_fn import tree
 from llama_fn.config import Config
@@ -70,17 +72,17 @@ class World(NamedTuple):
                              f"multiple of {self.row_parts}")
 
     def init_params(self, key: Key, config: Config, device: torch.device | str | None = None) -> Params:
-        """This process's part of random parameters; all parts together are the same on every mesh."""
+        """Random parameters, of which this process has its part; the whole is the same on every mesh."""
         if self.mesh is None:
             return init_params(key, config, device=device)
         return init_parts(key, config, self.mesh, self.plan, device=device)
 
     def part(self, whole: T) -> T:
-        """This process's part of a tree that is the same on all of them (`shard`)."""
+        """The part that this process has of a tree, which is the same on all of them (`shard`)."""
         return whole if self.mesh is None else shard(whole, self.mesh, self.plan)
 
     def rows(self, batch: T, axis: int = 0) -> T:
-        """This process's rows of the tensors of a batch, which have the rows of all processes along an axis."""
+        """The rows of this process, from the tensors of a batch that have those of all processes along an axis."""
         if self.mesh is None:
             return batch
         mesh = self.mesh
@@ -148,9 +150,9 @@ def join(sizes: Mapping[str, int], plan: str | Plan, device: str = "cpu") -> Wor
     store = None
     if not dist.is_initialized():
         if "MASTER_ADDR" in os.environ:
-            store, rank, count = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+            store, rank, count = next(iter(rendezvous("env://", timeout=TIMEOUT)))
         else:
-            store, rank, count = dist.HashStore(), 0, 1
+            store, rank, count = HashStore(), 0, 1
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     mesh = make_mesh(sizes, device)

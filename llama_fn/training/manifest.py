@@ -83,7 +83,7 @@ def write_manifest(folder: Path, plan: Plan, texts: Sequence[Text] | None, previ
 
 
 def facts_of(world: World) -> dict[str, Any]:
-    """Where a run takes its steps, which may be elsewhere when it is resumed: the mesh, its plan, and who started it."""
+    """Where a run takes its steps, which may be elsewhere when it is resumed: the mesh, its plan, and its job."""
     if world.mesh is None:
         return {}
     plan = world.plan if isinstance(world.plan, str) else dict(world.plan)
