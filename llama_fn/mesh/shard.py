@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from llama_fn import tree
 from llama_fn.config import LLAMA2_7B, Config
 from llama_fn.mesh.collectives import MeshAxis, gathered, sliced
+from llama_fn.mesh.connect import connect
 from llama_fn.mesh.plan import Plan, check_mesh, check_plan, plan_of, rows_over
 from llama_fn.mesh.sharded import Sharded, Sharding, is_sharded
 from llama_fn.model.cache import Cache
@@ -30,7 +31,7 @@ def make_mesh(sizes: Mapping[str, int], device: str = "cpu") -> DeviceMesh:
     >>> mesh = lf.mesh.make_mesh({"dp": 2, "tp": 2})
     """
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        connect(device)
     check_mesh(sizes, dist.get_world_size())
     return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]  documented, and not in `__all__`
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.rendezvous import rendezvous
 
 from llama_fn import tree
 from llama_fn.config import Config
+from llama_fn.mesh.connect import connect
 from llama_fn.mesh.init import init_parts
 from llama_fn.mesh.lost import Process, is_of_collective, leave_word, lost
 from llama_fn.mesh.plan import Plan, check_plan, plan_of, rows_over
@@ -34,7 +33,6 @@ from llama_fn.random import Key
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=10)  # of a collective: the first one waits for the slowest process to compile
 PATIENCE = timedelta(days=30)  # while the first process prepares the texts of a run, or writes its last files
 
 
@@ -147,14 +145,7 @@ def join(sizes: Mapping[str, int], plan: str | Plan, device: str = "cpu") -> Wor
 
     Raises `ValueError` unless there are as many as the mesh has devices.
     """
-    store = None
-    if not dist.is_initialized():
-        if "MASTER_ADDR" in os.environ:
-            store, rank, count = next(iter(rendezvous("env://", timeout=TIMEOUT)))
-        else:
-            store, rank, count = HashStore(), 0, 1
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+    store = None if dist.is_initialized() else connect(device)
     mesh = make_mesh(sizes, device)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), _patient_group())
     processes: list[Any] = [None] * ranks.size
