@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llama_fn.mesh.sharded import is_sharded
+from llama_fn.mesh.sharded import Sharding, is_sharded
 
 
 class Part(NamedTuple):
@@ -24,13 +24,22 @@ class Part(NamedTuple):
                      for start, zero, length in zip(self.start, outer.start, self.shape, strict=True))
 
 
+def whole_part(shape: Sequence[int]) -> Part:
+    """All of a tensor of this shape."""
+    return Part((0,) * len(shape), tuple(shape))
+
+
+def part_in(shape: Sequence[int], sharding: Sharding) -> Part:
+    """The part that this process has of a tensor of this shape."""
+    own = tuple(length if axis is None else length // axis.size
+                for axis, length in zip(sharding.over, shape, strict=True))
+    return Part(tuple(0 if axis is None else axis.index * length
+                      for axis, length in zip(sharding.over, own, strict=True)), own)
+
+
 def part_of(leaf: Any) -> Part:
     """The part of a leaf that this process has: its own of a sharded one, and all of a tensor."""
-    if not is_sharded(leaf):
-        return Part((0,) * leaf.ndim, tuple(leaf.shape))
-    shape = tuple(leaf.local.shape)
-    return Part(tuple(0 if axis is None else axis.index * length
-                      for axis, length in zip(leaf.sharding.over, shape, strict=True)), shape)
+    return part_in(leaf.whole, leaf.sharding) if is_sharded(leaf) else whole_part(leaf.shape)
 
 
 def common(a: Part, b: Part) -> Part:

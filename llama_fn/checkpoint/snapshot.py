@@ -176,7 +176,7 @@ def _stored(folder: Path, known: Mapping[str, Any]) -> dict[str, dict[str, tuple
 
 def _read_parts(folder: Path, known: Mapping[str, Any], wanted: Mapping[str, Part],
                 found: Mapping[str, Tensor]) -> list[str]:
-    """Fill the tensors ``found``, which hold the parts ``wanted``. The result is a line for each leaf that is damaged."""
+    """Fill the tensors ``found``, which hold the parts ``wanted``; the result is a line for each damaged leaf."""
     wrong, left = {}, {name: part.size for name, part in wanted.items()}
     for name, parts in _stored(folder, known).items():
         file = inside(folder, name)

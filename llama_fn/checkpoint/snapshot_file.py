@@ -67,8 +67,9 @@ def opened_parts(file: Path, kinds: Mapping[str, Any]) -> Iterator[Callable[[str
     check_header(file)
     try:
         with safe_open(file, "pt") as tensors:
-            found = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118, it is not a dict
-            if kinds != {name: {"dtype": str(x.get_dtype()), "shape": list(x.get_shape())} for name, x in found.items()}:
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118, it is not a dict
+            found = {name: {"dtype": str(x.get_dtype()), "shape": list(x.get_shape())} for name, x in parts.items()}
+            if found != kinds:
                 raise ValueError(f"{file}: damaged: it does not hold the leaves of its manifest")
             yield tensors.get_tensor
     except PermissionError:  # this says nothing about the file
