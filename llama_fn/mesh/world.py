@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from llama_fn import tree
@@ -25,8 +24,7 @@ from llama_fn.mesh.lost import Process, is_of_collective, leave_word, lost
 from llama_fn.mesh.plan import Plan, check_plan, plan_of, rows_over
 from llama_fn.mesh.ranks import ALONE as NO_OTHERS
 from llama_fn.mesh.ranks import Ranks, agreed
-from llama_fn.mesh.shard import make_mesh, rows_of, shard, sizes_of, unshard_leaf
-from llama_fn.mesh.sharded import is_sharded
+from llama_fn.mesh.shard import make_mesh, rows_of, shard, sizes_of
 from llama_fn.model.init import init_params
 from llama_fn.model.transformer import Params
 from llama_fn.random import Key
@@ -85,14 +83,6 @@ class World(NamedTuple):
             return batch
         mesh = self.mesh
         return tree.map(lambda x: rows_of(x.movedim(axis, 0), mesh, self.plan).movedim(0, axis).contiguous(), batch)
-
-    def on_first(self, parts: T) -> T:
-        """The whole tree on the CPU of the first process, one leaf at a time; the others get an empty tensor a leaf."""
-        def of(x: Any) -> Tensor:
-            whole = unshard_leaf(x) if is_sharded(x) else x
-            return torch.empty_like(whole, device="cpu").copy_(whole) if self.is_first else torch.empty(0)
-
-        return tree.map(of, parts, is_leaf=is_sharded)
 
     def from_first(self, f: Callable[[], T]) -> T:
         """The result of `f()` in the first process, on all of them, which wait for it.

@@ -100,9 +100,9 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
                       world)
         _convert(folder, begun, keep, world)
         state = _supervised(folder, begun, every, keep, samples, peak, report, world)
-        params = world.on_first(state.params)
-        world.from_first(lambda: save(Model(params, begun.tokenizer), folder))
-    return Model(state.params, begun.tokenizer)
+        model = Model(state.params, begun.tokenizer)
+        save(model, folder)
+    return model
 
 
 def _supervised(folder: Path, begun: Begun, every: int, keep: int, samples: Samples | None, peak: float | None,
