@@ -58,12 +58,14 @@ class World(NamedTuple):
         sizes = sizes_of(self.mesh)
         return math.prod(sizes[name] for name in rows_over(plan_of(self.plan)))
 
-    def check(self, config: Config, rows: int | None = None) -> None:
-        """Raise `ValueError` unless the plan can divide such a model and a batch of so many rows over the mesh."""
-        if self.mesh is None:
-            return
-        check_plan(config, sizes_of(self.mesh), self.plan, self.ranks.size)
-        if rows is not None and rows % self.row_parts:
+    def check(self, config: Config) -> None:
+        """Raise `ValueError` unless the plan can divide such a model over the mesh."""
+        if self.mesh is not None:
+            check_plan(config, sizes_of(self.mesh), self.plan, self.ranks.size)
+
+    def check_rows(self, rows: int) -> None:
+        """Raise `ValueError` unless a batch of so many rows can be divided over the mesh."""
+        if rows % self.row_parts:
             raise ValueError(f"a batch of {rows} rows cannot be divided over {self.row_parts} devices; choose a "
                              f"multiple of {self.row_parts}")
 

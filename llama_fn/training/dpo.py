@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from llama_fn.mesh.sharded import total
 from llama_fn.model.block import block
 from llama_fn.model.transformer import Params
 from llama_fn.ranges import number
@@ -52,7 +53,8 @@ def dpo_loss_sum(params: Params, reference: Params, tokens: Int[Tensor, "*b 2 t"
     """
     chosen, rejected = _log_ratio(params, reference, tokens, mask, layer, entropy).unbind(-1)
     counts = mask[..., 1:].any(-1).all(-1)
-    return _losses(chosen, rejected, number("dpo_loss_sum: beta", beta)).masked_fill(~counts, 0).sum(), counts.sum()
+    losses = _losses(chosen, rejected, number("dpo_loss_sum: beta", beta)).masked_fill(~counts, 0)
+    return total(params.norm, losses.sum()), total(params.norm, counts.sum())
 
 
 def _losses(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:

@@ -90,11 +90,11 @@ def facts_of(world: World) -> dict[str, Any]:
     return {ON: {"mesh": sizes_of(world.mesh), "plan": plan, "job": world.job}}
 
 
-def goes_on(folder: Path, world: World) -> bool:
+def goes_on(manifest_file: Path, world: World) -> bool:
     """Whether `torchrun` has started this run already, and starts it again after one of its processes ended."""
-    if not (world.restarts and world.job and (folder / MANIFEST).is_file()):
+    if not (world.restarts and world.job and manifest_file.is_file()):
         return False
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_json(manifest_file)
     on = manifest.get(ON) if isinstance(manifest, dict) else None
     return isinstance(on, dict) and on.get("job") == world.job
 

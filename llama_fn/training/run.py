@@ -26,7 +26,7 @@ from llama_fn.training.encode import DialogTokens
 from llama_fn.training.guarded import is_finite
 from llama_fn.training.lock import locked
 from llama_fn.training.loop import TrainState, evaluate, train, updates_taken
-from llama_fn.training.manifest import goes_on
+from llama_fn.training.manifest import MANIFEST, goes_on
 from llama_fn.training.plan import Plan
 from llama_fn.training.prepare import ReportPreparing
 from llama_fn.training.progress import Samples, flops_per_token, memory_in_use, step_record
@@ -87,9 +87,10 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
     folder = Path(folder)
 
     def request() -> tuple[Plan, bool]:
-        goes = resume or goes_on(folder, world)
+        goes = resume or goes_on(folder / MANIFEST, world)
         filled = filled_plan(folder, plan, goes)
-        world.check(filled.config(), filled.batch)
+        world.check(filled.config())
+        world.check_rows(filled.batch)
         return filled, goes
 
     plan, resume = world.from_first(request)  # before the lock, so that a wrong request touches nothing
