@@ -1,6 +1,6 @@
 """`shard` and `unshard`: from whole trees to each device's parts, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -124,6 +124,11 @@ def unshard(parts: T) -> T:
     >>> whole = lf.mesh.unshard(params)
     """
     return tree.map(lambda x: unshard_leaf(x) if is_sharded(x) else x, parts, is_leaf=is_sharded)
+
+
+def whole_leaves(parts: Any) -> Iterator[Tensor]:
+    """The leaves of `unshard(parts)`, one at a time. All devices must go through them."""
+    return (unshard_leaf(x) if is_sharded(x) else x for x in tree.leaves(parts, is_sharded))
 
 
 def unshard_leaf(part: Sharded) -> Tensor:
