@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from meshes import Case, cases
 from strategies import token_rows
@@ -40,6 +40,8 @@ def parts_of(case, work):
 
 
 @given(cases(), st.integers(2, 9), st.booleans(), st.booleans())
+@example(Case(lf.Config(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=40, hidden_dim=70), {"tp": 2},
+              PRESETS["tensor"]), 5, False, True)
 def test_a_step_sends_what_was_predicted(case, tokens, recomputed, in_chunks):
     work = Work(4, tokens, torch.float32)
     own = work.rows // prod(case.mesh[name] for name in rows_over(case.plan))
