@@ -26,7 +26,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 MODULES = ("tree", "random", "optim", "lora", "stories", "mesh")
 NAMES = [*(name for name in lf.__all__ if name not in MODULES),
          *(f"{module}.{name}" for module in MODULES for name in getattr(lf, module).__all__)]
-DATA = {"LLAMA2_7B", "LLAMA2_13B", "LLAMA2_70B", "lora.LINEAR", "mesh.PRESETS", "mesh.Plan"}  # no functions or types: Python gives them no docstring
+# Neither functions nor types: Python gives them no docstring.
+DATA = {"LLAMA2_7B", "LLAMA2_13B", "LLAMA2_70B", "lora.LINEAR", "mesh.PRESETS", "mesh.Plan"}
 
 
 def thing(name: str) -> Any:
