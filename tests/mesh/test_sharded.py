@@ -191,6 +191,7 @@ def jitted(optimizer, **options):
     return lf.jit(make_step(optimizer, **options), donate=("params", "opt_state"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [TENSOR, FSDP], ids=["tensor", "fsdp"])
 def test_steps_that_dynamo_traces_are_those_of_one_device(case):
     run(trained, case, "adamw", by_dynamo, 2, torch.float64, 1e-8, {})
