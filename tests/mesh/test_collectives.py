@@ -1,5 +1,6 @@
 """The laws of what crosses between devices: each map is its definition, linear, and its derivative its transpose."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

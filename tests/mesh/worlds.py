@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = 240  # seconds for one call; a rank that waits for a dead one would wait for ever
+TIMEOUT = 480  # seconds for one call; a rank that waits for a dead one would wait for ever
 
 
 def serve(rank: int, size: int, store: str, paths: list[str], pipe: Any) -> None:
