@@ -170,7 +170,7 @@ def trained(case, name, make, steps, dtype, atol, options):
         s.equal(own_metrics, metrics, atol=atol)
     s.equal(parts, whole, atol=atol)
     assert max(float((x - y).abs().max()) for x, y in zip(lf.tree.leaves(whole[0]), lf.tree.leaves(s.params),
-                                                           strict=True)) > 100 * atol
+                                                           strict=True)) > 4 * atol
 
 
 @given(cases(), st.sampled_from([*OPTIMIZERS]))
@@ -211,6 +211,5 @@ def test_ten_steps_under_jit_are_those_of_one_device(case, name):
 
 @pytest.mark.parametrize("case", [TENSOR, FSDP, BOTH], ids=["tensor", "fsdp", "both"])
 def test_a_bfloat16_model_with_float32_master_weights_trains_like_that_of_one_device(case):
-    # A sum in another order rounds otherwise to 8 bits. A gradient's norm is clipped to 0.1, so a step of 1e-3 moves
-    # each weight by as much at most.
-    run(trained, case, "sgd", make_step, 3, torch.float32, 2e-2, {"compute_dtype": torch.bfloat16})
+    # By 8 bits, another order of sums moves these weights by 0.002, and the rounding itself by 0.003, of 0.09 in all.
+    run(trained, case, "sgd", make_step, 3, torch.float32, 1e-2, {"compute_dtype": torch.bfloat16})
