@@ -24,7 +24,8 @@ import torch
 from runs import SMALL, eager, metrics, result, write_texts
 
 from llama_fn.checkpoint.files import read_json
-from llama_fn.checkpoint.snapshot import DTYPES, load_snapshot
+from llama_fn.checkpoint.snapshot import load_snapshot
+from llama_fn.checkpoint.snapshot_file import DTYPES
 from llama_fn.cli.errors import description, is_for_the_user
 from llama_fn.training import saving
 from llama_fn.training.run import run

@@ -37,10 +37,10 @@ def eager(patch: pytest.MonkeyPatch) -> None:
 def disk_that_fails(patch: pytest.MonkeyPatch, steps: set[int],
                     error=lambda: OSError(errno.ENOSPC, "No space left on device", "x")) -> None:
     """From now on, the snapshots of these steps cannot be written."""
-    def failing(state, folder, about, before_write):
+    def failing(state, folder, about, before_write, ranks):
         if about["step"] in steps:
             raise error()
-        save_snapshot(state, folder, about, before_write)
+        save_snapshot(state, folder, about, before_write, ranks)
 
     patch.setattr(saving, "save_snapshot", failing)
 

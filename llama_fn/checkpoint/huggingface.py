@@ -25,6 +25,7 @@ from llama_fn.checkpoint.files import (
 )
 from llama_fn.checkpoint.hf_config import read_config, write_config
 from llama_fn.checkpoint.hf_names import LM_HEAD, hf_name, rope_heads, to_halves, to_interleaved
+from llama_fn.checkpoint.parts import Part, whole_part
 from llama_fn.checkpoint.weights import (
     ReportBytes,
     Stored,
@@ -88,7 +89,7 @@ def to_hf(params: Params) -> dict[str, Tensor]:
     >>> state = lf.to_hf(params)  # for `LlamaForCausalLM.load_state_dict`
     """
     weights = weights_of(params).unquantized("the state of a LlamaForCausalLM")
-    return {hf_name(path): _to_hf_layout(weights, path) for path in tree.paths(params)}
+    return {hf_name(path): _to_hf_layout(weights, path) for path in tree.paths(abstract_params(params.config))}
 
 
 def open_hf(folder: Path, dtype: torch.dtype | None = None) -> Weights:
@@ -103,16 +104,14 @@ def open_hf(folder: Path, dtype: torch.dtype | None = None) -> Weights:
     files = [inside(folder, name) for name in (sorted(set(index.values())) if index else [single])]
     pickled = files[0].suffix == ".bin"
     found = [entry for file in files for entry in (torch_entries(file) if pickled else safetensors_entries(file))]
-    copied = dtype not in (None, usual_dtype(found))
     where = {entry.name: folder / entry.file for entry in found}
 
     @functools.lru_cache(maxsize=len(files))
     def opened(file: Path, layer: str | None) -> Any:
         return read_tensors(file).__getitem__ if pickled else safe_open(file, "pt").get_tensor
 
-    def read(name: str, layer: str) -> Tensor:
-        # If weights are copied, map the file anew for each layer, so that the pages of earlier layers are released.
-        return opened(where[name], layer if copied else None)(name)
+    def read(name: str, layer: str | None) -> Tensor:
+        return opened(where[name], layer)(name)
 
     weights = _weights(str(folder / SETTINGS), config, tied, found, read, dtype)
     strays = [f"{name}: the index says {file}, but it is {'in ' + where[name].name if name in where else 'nowhere'}"
@@ -152,12 +151,13 @@ def _weights(where: str, config: Config, tied: bool, found: list[Stored], tensor
              dtype: torch.dtype | None) -> Weights:
     """`Weights` for the entries ``found``, with all differences from the config as problems.
 
-    ``tensor(name, layer)`` returns the tensor of an entry; ``where`` names the config in errors.
+    ``tensor(name, layer)`` returns the tensor of an entry, newly mapped for each layer unless that is None; ``where``
+    names the config in errors.
     """
     found = [entry for entry in found if not entry.name.endswith(IGNORED)]
     if config.n_layers > len(found):
         raise ValueError(f"{where}: it says {config.n_layers} layers, but there are {len(found)} weights")
-    abstract = tree.paths(abstract_params(config))
+    abstract, copied = tree.paths(abstract_params(config)), dtype not in (None, usual_dtype(found))
     wanted = {hf_name(path): flat_shape(weight) for path, weight in abstract.items()}
     has_output = any(entry.name == LM_HEAD for entry in found)
     if tied and not has_output:
@@ -170,10 +170,19 @@ def _weights(where: str, config: Config, tied: bool, found: list[Stored], tensor
                         "it"]
         tied = tied or share_memory(output, embedding)
 
-    def read(path: str) -> Tensor:
-        x = tensor(hf_name("embedding" if tied and path == "output" else path), layer_of(path)).detach()
-        heads = rope_heads(path, config)
-        return (x if heads is None else to_interleaved(x, heads)).reshape(abstract[path].shape).to(dtype)
+    def read(path: str, part: Part | None = None) -> Tensor:
+        name = hf_name("embedding" if tied and path == "output" else path)
+        # If weights are copied, map the file anew for each layer, so that the pages of earlier layers are released.
+        x = tensor(name, layer_of(path) if copied or part is not None else None).detach()
+        shape, heads = abstract[path].shape, rope_heads(path, config)
+        if part is None:
+            return (x if heads is None else to_interleaved(x, heads)).reshape(shape).to(dtype)
+        slices = part.within(whole_part(shape))
+        if heads is None:
+            return x.reshape(shape)[slices].to(dtype)
+        *outer, rows, columns = slices
+        x = x.reshape(shape)[(*outer, slice(None), columns)]  # all rows of a head, because they are permuted
+        return to_interleaved(x.flatten(0, -2), math.prod(x.shape[:-2])).reshape(x.shape)[..., rows, :].to(dtype)
 
     return Weights(config, read, dtype or usual_dtype(found), found, problems, tied=tied)
 

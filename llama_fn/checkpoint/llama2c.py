@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.checkpoint.files import inside
+from llama_fn.checkpoint.parts import Part, whole_part
 from llama_fn.checkpoint.weights import ReportBytes, Stored, Weights, flat_shape
 from llama_fn.checkpoint.write_errors import explaining_errors
 from llama_fn.config import Config
@@ -63,11 +64,11 @@ def open_llama2c(file: Path, dtype: torch.dtype | None = None) -> Weights:
         offset += 4 * (max_seq_len * config.head_dim if path == "rope" else math.prod(abstract[path].shape))
     offsets.setdefault("output", offsets["embedding"])
 
-    def read(path: str) -> Tensor:
+    def read(path: str, part: Part | None = None) -> Tensor:
         shape = abstract[path].shape
         # The mode "c" is copy on write: what is written to the tensor does not reach the file.
-        numbers = np.memmap(file, "<f4", "c", offset=offsets[path], shape=shape)
-        return torch.from_numpy(numbers).to(dtype)
+        numbers = torch.from_numpy(np.memmap(file, "<f4", "c", offset=offsets[path], shape=shape))
+        return (numbers if part is None else numbers[part.within(whole_part(shape))]).to(dtype)
 
     entries = [Stored(file.name, path, torch.float32, flat_shape(abstract[path])) for path in offsets
                if path != "rope" and not (tied and path == "output")]

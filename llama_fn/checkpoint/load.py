@@ -8,15 +8,20 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from llama_fn import tree
 from llama_fn.checkpoint import chat_files, huggingface, llama2c, meta
 from llama_fn.checkpoint.atomic import current, replacing_folder
+from llama_fn.checkpoint.divided import sharded_params, write_together
 from llama_fn.checkpoint.files import is_torch_file
 from llama_fn.checkpoint.tokenizer_files import FILES as TOKENIZER_FILES
 from llama_fn.checkpoint.tokenizer_files import read_tokenizer, write_tokenizer
 from llama_fn.checkpoint.weights import ReportBytes, Weights, check_dtype, params_of, weights_of
 from llama_fn.checkpoint.write_errors import explaining_errors
+from llama_fn.mesh.plan import Plan, default_plan
+from llama_fn.mesh.ranks import ranks_of
+from llama_fn.mesh.shard import sizes_of
 from llama_fn.model.transformer import Params
 from llama_fn.ranges import integer
 from llama_fn.tokenizer import Tokenizer
@@ -52,7 +57,8 @@ def check_tokenizer(model: Model) -> None:
 
 
 def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = None,
-         device: torch.device | str | None = None, quantize: Bits | None = None) -> Model:
+         device: torch.device | str | None = None, quantize: Bits | None = None, mesh: DeviceMesh | None = None,
+         plan: str | Plan | None = None) -> Model:
     """Load a model from a folder, or load an embedded model by its name.
 
     ``path_or_name`` is the string "stories" (an embedded model), the string "stories-draft" (a smaller one, to draft
@@ -72,16 +78,28 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = No
     model's tokenizer is None. The weights may have more rows than the tokenizer has tokens. The additional rows are
     added tokens, or padding that decodes to an empty text.
 
+    With a ``mesh`` (of `lf.mesh.make_mesh`), each process reads its own parts of the weights alone, as ``plan`` divides
+    them: the name of a preset or a dict, see `lf.mesh.shard`; None is the preset for the mesh's axes. The parameters
+    are those that `lf.mesh.shard` makes of the whole model, bit for bit, and are copied, not mapped. They cannot be
+    quantized.
+
     Raises `FileNotFoundError` for a missing file. Raises one `ValueError` that names the file and everything that is
     wrong with it.
 
     >>> params, tokenizer = lf.load("stories", dtype=torch.bfloat16)
     """
+    if plan is not None and mesh is None:
+        raise ValueError("load: a plan divides the weights over a mesh; give the mesh, too (lf.mesh.make_mesh)")
+    if mesh is not None and quantize is not None:
+        raise ValueError("load: weights on a mesh cannot be quantized; leave quantize out")
     convert = [] if quantize is None else [quantized_leaf(quantize)]
     format, place = find(path_or_name)
     weights = open_weights(format, place, dtype).checked(place)
     check_not_quantized(weights, quantize, place)
     tokenizer = open_tokenizer(place, weights)
+    if mesh is not None:
+        plan = default_plan(sizes_of(mesh)) if plan is None else plan
+        return Model(sharded_params(weights, mesh, plan, device), tokenizer)
     return Model(params_of(weights, device, *convert), tokenizer)
 
 
@@ -103,13 +121,20 @@ def save(model: Model, path: str | os.PathLike[str], *, format: Format = "meta",
     `load` reads either the model that was there before or the new one. After a successful `save`, no file of the old
     model is left.
 
+    All processes of a mesh must save a sharded model together. Rank 0 writes it, and an error there is raised by all.
+    Every process has one whole weight in memory at a time, and rank 0 all weights of one file: choose ``shards``.
+
     Raises `ValueError` for a folder that holds a model in another format, and for a model that the format cannot hold.
     Raises `OSError` that names the file and a remedy if the disk is full or writing is not permitted.
 
     >>> lf.save(model, "my-copy", format="hf")
     """
     shards = None if shards is None else integer("save: shards", shards)
-    write(weights_of(model.params, dtype), model.tokenizer, path, format, shards)
+    weights, ranks = weights_of(model.params, dtype), ranks_of(model.params)
+    if ranks.size > 1:
+        write_together(weights, ranks, lambda parts: write(parts, model.tokenizer, path, format, shards))
+    else:
+        write(weights, model.tokenizer, path, format, shards)
 
 
 def find(path_or_name: str | os.PathLike[str]) -> tuple[Format, Path]:

@@ -10,6 +10,7 @@ Source: https://github.com/meta-llama/llama, ``llama/model.py`` and ``llama/gene
 
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from llama_fn import tree
 from llama_fn.checkpoint import quantized
 from llama_fn.checkpoint.files import inside, read_json, read_tensors, write_json, write_tensors
 from llama_fn.checkpoint.meta_config import KNOWN, SETTINGS, read_config, write_config
+from llama_fn.checkpoint.parts import Part, common, whole_part
 from llama_fn.checkpoint.weights import (
     ReportBytes,
     Weights,
@@ -76,22 +78,28 @@ def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
     copied = len(files) > 1 or dtype not in (None, usual)
 
     @functools.lru_cache(maxsize=1)
-    def opened(layer: str | None) -> list[dict[str, Tensor]]:
-        return states if layer is None else [read_tensors(file) for file in files]
+    def opened(layer: str | None) -> Callable[[int], dict[str, Tensor]]:
+        return states.__getitem__ if layer is None else functools.cache(lambda i: read_tensors(files[i]))
 
-    def read(path: str) -> Any:
+    def read(path: str, part: Part | None = None) -> Any:
+        name, axis, shape = meta_name(path), _axis(path), abstract[path].shape
         if path in integers:
-            values, scale = (states[0][meta_name(path) + end].detach() for end in ("", quantized.SCALE))
-            return quantized.leaf(abstract[path], values, scale)
+            return quantized.leaf(abstract[path], *(states[0][name + end].detach() for end in ("", quantized.SCALE)))
+        wanted = whole_part(shape) if part is None else part
         # If weights are copied, map the files anew for each layer, so that the pages of earlier layers are released.
-        pieces = [state[meta_name(path)].detach() for state in opened(layer_of(path) if copied else None)]
-        axis = _axis(path)
-        if len(pieces) == 1 or axis is None:  # copy, because a view would keep the layer's pages in memory
-            return pieces[0].reshape(abstract[path].shape).to(dtype or usual, copy=copied)
-        whole = torch.empty(flat_shape(abstract[path]), dtype=dtype or usual, device="cpu")
-        for place, piece in zip(whole.chunk(len(pieces), axis), pieces, strict=True):
-            place.copy_(piece)
-        return whole.reshape(abstract[path].shape)
+        state = opened(layer_of(path) if copied or part is not None else None)
+        if len(files) == 1 or axis is None:  # copy, because a view would keep the layer's pages in memory
+            x = state(0)[name].detach().reshape(shape)[wanted.within(whole_part(shape))]
+            return x.to(dtype or usual, copy=copied)
+        whole = torch.empty(wanted.shape, dtype=dtype or usual, device="cpu")
+        for i in range(len(files)):  # heads lie whole in a shard, so that it has a part of the axis k
+            length = shape[axis] // len(files)
+            stored = Part(tuple(i * length * (j == axis) for j in range(len(shape))),
+                          (*shape[:axis], length, *shape[axis + 1:]))
+            if (shared := common(wanted, stored)).size:
+                piece = state(i)[name].detach().reshape(stored.shape)
+                whole[shared.within(wanted)].copy_(piece[shared.within(stored)])
+        return whole
 
     unknown = sorted(set(settings) - KNOWN)
     notes = [f"{folder / SETTINGS}: unknown settings, left out of account: {', '.join(unknown)}"] if unknown else []

@@ -17,9 +17,11 @@ from torch import Tensor
 from llama_fn import tree
 from llama_fn.checkpoint import quantized
 from llama_fn.config import Config
+from llama_fn.mesh.shard import unshard_leaf
+from llama_fn.mesh.sharded import is_sharded
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.transformer import Params
-from llama_fn.ops.weight import on_one_device
+from llama_fn.ops.weight import whole_shape
 
 HEAD_AXES = ("k", "g", "h")  # key/value heads, query heads of each, the width of a head
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,14 +46,15 @@ class Stored(NamedTuple):
 class Weights(NamedTuple):
     """What is known about a model's weights before any number is read, and how to read them.
 
-    ``read(path)`` returns the weight at a path of the tree `Params`, for example "blocks.0.attention.wq". ``dtype`` is
-    the dtype of the tensors that ``read`` returns. ``stored`` lists the entries of the files. ``problems`` are reasons
+    ``read(path)`` returns the weight at a path of the tree `Params`, for example "blocks.0.attention.wq". Of weights in
+    files, ``read(path, part)`` returns a part (`Part`) of it, and reads no other. ``dtype`` is the dtype of the tensors
+    that ``read`` returns. ``stored`` lists the entries of the files. ``problems`` are reasons
     not to load the weights, and ``notes`` deserve a warning. If ``tied`` is true, the embedding and the output are one
     matrix. ``bits`` names what the matrices are quantized to ("int8" or "int4"); it is empty for plain tensors.
     """
 
     config: Config
-    read: Callable[[str], Any]
+    read: Callable[..., Any]
     dtype: torch.dtype
     stored: list[Stored]
     problems: list[str] = []  # noqa: RUF012, it is never changed
@@ -79,29 +82,31 @@ class Weights(NamedTuple):
 def weights_of(params: Params, dtype: torch.dtype | None = None) -> Weights:
     """The weights of a tree in memory. Each tensor is cast to ``dtype`` when it is read; None keeps its own dtype.
 
-    Quantized weights are never cast. Raises `ValueError` for wrong shapes, and for adapters that are not merged.
+    Quantized weights are never cast. A sharded weight is gathered when it is read, so that all processes must read the
+    same weights in the same order. Raises `ValueError` for wrong shapes, and for adapters that are not merged.
     """
     check_dtype(dtype)
-    on_one_device("save", params)
-    leaves, abstract = quantized.joined(tree.paths(params)), tree.paths(abstract_params(params.config))
+    leaves, abstract = quantized.joined(tree.paths(params, is_sharded)), tree.paths(abstract_params(params.config))
     for path in [path for path in leaves if path not in abstract]:
         if other := next((name for name in abstract if path.startswith(f"{name}.")), None):
             raise ValueError(f"{other} is not a plain tensor, and files hold plain tensors only; merge an adapter "
                              "first: use lora.merge in place of lora.apply (on lf.dequantize(params) if the weights "
                              "are quantized)")
-    shapes = [{path: list(x.shape) for path, x in weights.items()} for weights in (abstract, leaves)]
+    shapes = [{path: list(whole_shape(x)) for path, x in weights.items()} for weights in (abstract, leaves)]
     wrong = [f"{path}: should be {shapes[0].get(path)}, is {shapes[1].get(path)}"
              for path in abstract | leaves if shapes[0].get(path) != shapes[1].get(path)]
     if wrong:
         raise ValueError("the parameters do not fit their config:\n  " + "\n  ".join(wrong))
 
     def read(path: str) -> Any:
-        leaf = leaves[path]
+        leaf: Any = leaves[path]
+        leaf = unshard_leaf(leaf) if is_sharded(leaf) else leaf
         return leaf.detach().to(dtype) if isinstance(leaf, Tensor) else leaf
 
+    plain: dict[str, Any] = {path: getattr(x, "local", x) for path, x in leaves.items()}
     return Weights(params.config, read, dtype or params.embedding.dtype, [],
-                   tied=isinstance(params.output, Tensor) and share_memory(params.embedding, params.output),
-                   bits=quantized.bits(x.values.dtype for x in leaves.values() if not isinstance(x, Tensor)))
+                   tied=isinstance(plain["output"], Tensor) and share_memory(plain["embedding"], plain["output"]),
+                   bits=quantized.bits(x.values.dtype for x in plain.values() if not isinstance(x, Tensor)))
 
 
 def params_of(weights: Weights, device: torch.device | str | None = None,

@@ -10,10 +10,12 @@ import tyro
 
 from llama_fn import lora
 from llama_fn.checkpoint.load import Model, check_tokenizer, find, load, save
+from llama_fn.cli.on_mesh import Mesh, MeshPlan, on_mesh
 from llama_fn.cli.options import Dtype, device_of, dtype_of
 from llama_fn.cli.training_bar import training_bar
 from llama_fn.generation.dialog import dialog_tokens
 from llama_fn.memory import keep_memory
+from llama_fn.mesh.shard import unshard
 from llama_fn.training.examples import read_examples, split
 from llama_fn.training.run import has_snapshot
 from llama_fn.training.texts import text_files
@@ -27,7 +29,7 @@ def finetune(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="
              tuning: Tuning = Tuning(),  # noqa: B008, frozen
              adapter: Path | None = None, each: bool = False, resume: bool = False, evaluate_every: int | None = None,
              remat: bool = False, compile: bool = False, dtype: Dtype = "stored", quantize: Bits | None = None,
-             device: str = "auto") -> None:
+             device: str = "auto", mesh: Mesh = None, mesh_plan: MeshPlan = None) -> None:
     """Train the model in MODEL further on the examples in DATA: all its weights, or a LoRA adapter (--rank).
 
     OUT then holds the model in the format of MODEL, or the adapter in PEFT's format, with metrics.jsonl, which has a
@@ -49,6 +51,8 @@ def finetune(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="
         dtype: Compute in this dtype, or as the weights are stored. Trained weights are float32 meanwhile.
         quantize: Hold the matrices under an adapter in 8 or 4 bits ("int8", "int4").
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
+        mesh: The processes that torchrun started, such as "dp=2,tp=2", as in "llama-fn train".
+        mesh_plan: How the model and the adapter are divided: "replicated", "fsdp", "tensor" or "fsdp+tensor".
     """
     keep_memory()
     tuning.check()
@@ -59,32 +63,37 @@ def finetune(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="
     names = [out / file.stem for file in files] if each else [out]
     if len(set(names)) < len(names):
         raise ValueError(f"{data}: two files have one name but for their endings; --each needs different ones")
-    base = load(model, dtype=dtype_of(dtype), device=device_of(device), quantize=quantize)
-    check_tokenizer(base)
-    start = None if adapter is None else lora.load(adapter, base.params)
-    context = tuning.context or base.params.config.max_seq_len
-    parts = [split(read_examples(file, base.tokenizer, dialog_tokens, context, pairs=tuning.dpo)) for file in files]
-    examples, held_out = [part for part, _ in parts], [valid for _, valid in parts if valid is not None]
-    is_adapter = tuning.rank is not None or start is not None
-    tuning = tuning.filled(max(len(part.tokens) for part in examples), context, is_adapter)
+    place = device_of(device)
+    with on_mesh(mesh, mesh_plan, place) as world:
+        world.check_rows(tuning.batch)
+        base = load(model, dtype=dtype_of(dtype), device=place, quantize=quantize, mesh=world.mesh,
+                    plan=None if world.mesh is None else world.plan)
+        check_tokenizer(base)
+        start = None if adapter is None else lora.load(adapter, base.params)
+        context = tuning.context or base.params.config.max_seq_len
+        parts = [split(read_examples(file, base.tokenizer, dialog_tokens, context, pairs=tuning.dpo)) for file in files]
+        examples, held_out = [part for part, _ in parts], [valid for _, valid in parts if valid is not None]
+        is_adapter = tuning.rank is not None or start is not None
+        tuning = tuning.filled(max(len(part.tokens) for part in examples), context, is_adapter)
 
-    try:
-        with training_bar(functools.partial(_sizes, compile), "compiling" if compile else "training") as report:
-            result = tune(out, base.params, examples, tuning, valid=held_out if len(held_out) == len(files) else (),
-                          start=start, resume=resume, evaluate_every=evaluate_every, compiled=compile,
-                          recompute=remat, report=report)
-    except (KeyboardInterrupt, SystemExit):
-        if has_snapshot(out):
-            with contextlib.suppress(OSError):  # the terminal may be closed
-                print(f"stopped; go on with --resume and the same arguments ({out})", file=sys.stderr)
-        raise
-    if not is_adapter:
-        save(Model(result, base.tokenizer), out, format=format)
-        print(f"{out}: the model, {format}", file=sys.stderr)
-        return
-    for tuned, name in zip(result if len(files) > 1 else [result], names, strict=True):
-        lora.save(tuned, name, base.params, base=model if format == "hf" else None)
-        print(f"{name}: an adapter of {model} (--adapter {name})", file=sys.stderr)
+        try:
+            with training_bar(functools.partial(_sizes, compile), "compiling" if compile else "training") as report:
+                result = tune(out, base.params, examples, tuning, valid=held_out if len(held_out) == len(files) else (),
+                              start=start, resume=resume, evaluate_every=evaluate_every, compiled=compile,
+                              recompute=remat, report=report, world=world)
+        except (KeyboardInterrupt, SystemExit):
+            if has_snapshot(out):
+                with contextlib.suppress(OSError):  # the terminal may be closed
+                    print(f"stopped; go on with --resume and the same arguments ({out})", file=sys.stderr)
+            raise
+        if not is_adapter:
+            save(Model(result, base.tokenizer), out, format=format)
+            print(f"{out}: the model, {format}", file=sys.stderr)
+            return
+        for tuned, name in zip(result if len(files) > 1 else [result], names, strict=True):
+            whole, of = unshard(tuned), model if format == "hf" else None
+            world.from_first(functools.partial(lora.save, whole, name, base.params, base=of))
+            print(f"{name}: an adapter of {model} (--adapter {name})", file=sys.stderr)
 
 
 def _sizes(compiles: bool, record: dict) -> str:

@@ -22,14 +22,16 @@ from llama_fn.cli.evaluate import evaluate
 from llama_fn.cli.finetune import finetune
 from llama_fn.cli.generate import generate
 from llama_fn.cli.inspect import inspect as inspect_model
+from llama_fn.cli.on_mesh import speaker
 from llama_fn.cli.perplexity import choose, perplexity
+from llama_fn.cli.plan import plan
 from llama_fn.cli.report import report
 from llama_fn.cli.tokenizer import tokenizer
 from llama_fn.cli.train import train
 
 COMMANDS = {"generate": generate, "chat": chat, "perplexity": perplexity, "choose": choose, "inspect": inspect_model,
             "convert": convert, "train": train, "finetune": finetune, "report": report, "tokenizer": tokenizer,
-            "evaluate": evaluate, "bench": bench}
+            "evaluate": evaluate, "bench": bench, "plan": plan}
 
 
 def main() -> None:
@@ -50,13 +52,14 @@ def main() -> None:
     except BrokenPipeError:  # the program that reads our output has ended
         _give_up_output()
     except Exception as error:
+        name = speaker(error)
         if not is_for_the_user(error):
             raise
         try:
             sys.stdout.flush()
         except OSError:
             _give_up_output()
-        print(f"llama-fn: {description(error)}", file=sys.stderr)
+        print(f"llama-fn: {name}{description(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -10,6 +10,7 @@ import tyro
 from llama_fn import lora
 from llama_fn.bench.device import device_of
 from llama_fn.checkpoint.load import Model, load
+from llama_fn.mesh.world import ALONE, World
 from llama_fn.transforms.quantize import Bits, quantize
 
 Dtype = Literal["stored", "float32", "bfloat16", "float16"]
@@ -22,12 +23,19 @@ def dtype_of(name: Dtype) -> torch.dtype | None:
     return None if name == "stored" else getattr(torch, name)
 
 
-def model_of(name: str, adapter: Path | None, dtype: Dtype, device: str, bits: Bits | None = None) -> Model:
+def model_of(name: str, adapter: Path | None, dtype: Dtype, device: str, bits: Bits | None = None,
+             world: World = ALONE) -> Model:
     """The model of a name or folder.
 
     `adapter` is a folder with a LoRA adapter, which is merged into the weights. `bits` quantizes the matrices, after an
-    adapter was merged.
+    adapter was merged. On a mesh, each process loads its part, and the adapter stays beside the weights.
     """
+    if world.mesh is not None:
+        model = load(name, dtype=dtype_of(dtype), device=device_of(device), quantize=bits, mesh=world.mesh,
+                     plan=world.plan)
+        if adapter is None:
+            return model
+        return model._replace(params=lora.apply(model.params, world.part(lora.load(adapter, model.params))))
     if adapter is None:
         return load(name, dtype=dtype_of(dtype), device=device_of(device), quantize=bits)
     model = load(name, dtype=dtype_of(dtype), device=device_of(device))

@@ -9,6 +9,7 @@ import torch
 import tyro
 
 from llama_fn import random
+from llama_fn.cli.on_mesh import Mesh, MeshPlan, on_mesh
 from llama_fn.cli.options import device_of
 from llama_fn.cli.preparing_bar import preparing_bar
 from llama_fn.cli.samples import samples_of
@@ -32,7 +33,8 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
           plan: Plan = Plan(), out: Path = Path("run"),  # noqa: B008, frozen
           resume: bool = False, evaluate_every: int | None = None, keep: int = 3,
           sample_every: int | None = None, prompts: tuple[str, ...] = ("",), sample_tokens: int = 100,
-          tensorboard: bool = False, peak_tflops: float | None = None, device: str = "auto") -> None:
+          tensorboard: bool = False, peak_tflops: float | None = None, device: str = "auto", mesh: Mesh = None,
+          mesh_plan: MeshPlan = None) -> None:
     """Train a tokenizer and a model on the embedded stories or on your own texts, and print a sample.
 
     The output folder then holds the model in Meta's layout (for "llama-fn generate --model FOLDER"), metrics.jsonl with
@@ -59,43 +61,48 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
         peak_tflops: The machine's highest speed in TFLOP/s, by which MFU divides. By default the speed of a large
             matrix product, which is measured when the run begins; 0 gives TFLOP/s and no MFU.
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
+        mesh: The processes that torchrun started, such as "dp=2,tp=2": the batch is divided over 2, and so are heads,
+            hidden numbers and vocabulary. The run is the same as on one device, and may be resumed on another mesh.
+        mesh_plan: How the model is divided: "replicated" (each device has all of it), "fsdp" (over dp), "tensor" (over
+            tp) or "fsdp+tensor" (over both). By default over all axes of the mesh.
     """
     keep_memory()
     place = device_of(device)
     samples = samples_of(sample_every, prompts, sample_tokens, plan.seed)
     stated = None if peak_tflops is None else 1e12 * number("peak_tflops", peak_tflops)
-    stopped = ""
-    try:
-        with (tensorboard_events(out / EVENTS) if tensorboard else contextlib.nullcontext() as write_events,
-              contextlib.ExitStack() as until_begun, training_bar(_sizes) as show):
-            preparing = until_begun.enter_context(preparing_bar())
+    with on_mesh(mesh, mesh_plan, place) as world:
+        stopped = ""
+        try:
+            with (tensorboard_events(out / EVENTS) if tensorboard and world.is_first else contextlib.nullcontext()
+                  as write_events, contextlib.ExitStack() as until_begun, training_bar(_sizes) as show):
+                preparing = until_begun.enter_context(preparing_bar())
 
-            def report(record: dict) -> None:
-                until_begun.close()  # the first record comes when the texts are prepared
-                show(record)
-                if write_events is not None:
-                    write_events(record)
+                def report(record: dict) -> None:
+                    until_begun.close()  # the first record comes when the texts are prepared
+                    show(record)
+                    if write_events is not None:
+                        write_events(record)
 
-            peak = measured_flops(place, torch.float32) if stated is None else stated or None
-            model = run(out, plan, texts, resume=resume, evaluate_every=evaluate_every, keep=keep, device=place,
-                        report=report, samples=samples, peak=peak, dialog_tokens=dialog_tokens,
-                        preparing=preparing)
-    except (KeyboardInterrupt, SystemExit):
-        again = f"with --resume --out {out} and the same options"
-        if has_snapshot(out):
-            stopped = f"stopped; go on {again}"
-        elif (out / MANIFEST).is_file():
-            stopped = f"stopped before the first snapshot; begin again {again}"
-        else:
-            stopped = "stopped before the first step; nothing was kept"
-        raise
-    finally:
-        if stopped:
-            with contextlib.suppress(OSError):  # the terminal may be closed
-                print(stopped, file=sys.stderr)
-    if not plot_curves(out / METRICS, out / CURVES):
-        print(f"no {CURVES}: matplotlib is not installed ({INSTALL})", file=sys.stderr)
-    print(text_completion(model, [""], key=random.key(plan.seed))[0].text)
+                peak = measured_flops(place, torch.float32) if stated is None else stated or None
+                model = run(out, plan, texts, resume=resume, evaluate_every=evaluate_every, keep=keep, device=place,
+                            report=report, samples=samples, peak=peak, dialog_tokens=dialog_tokens,
+                            preparing=preparing, world=world)
+        except (KeyboardInterrupt, SystemExit):
+            again = f"with --resume --out {out} and the same options"
+            if has_snapshot(out):
+                stopped = f"stopped; go on {again}"
+            elif (out / MANIFEST).is_file():
+                stopped = f"stopped before the first snapshot; begin again {again}"
+            else:
+                stopped = "stopped before the first step; nothing was kept"
+            raise
+        finally:
+            if stopped:
+                with contextlib.suppress(OSError):  # the terminal may be closed
+                    print(stopped, file=sys.stderr)
+        if world.is_first and not plot_curves(out / METRICS, out / CURVES):
+            print(f"no {CURVES}: matplotlib is not installed ({INSTALL})", file=sys.stderr)
+        print(text_completion(model, [""], key=random.key(plan.seed))[0].text)
 
 
 def _sizes(record: dict) -> str:

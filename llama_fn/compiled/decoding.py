@@ -13,6 +13,7 @@ from llama_fn.model.transformer import Params, forward
 from llama_fn.modes import on_gpu
 from llama_fn.ops.aten.few_rows import FEW
 from llama_fn.ops.cpu.linear import max_rows
+from llama_fn.ops.weight import Divided
 
 LARGE = 2**28  # bytes of weights; a step that reads fewer is so short that compiling costs more time than it saves
 
@@ -46,8 +47,11 @@ def decoder(step: Callable, draw: Callable) -> Callable[[Params, int], Compiled 
 def pays(params: Params, rows: int) -> bool:
     """Whether a compiled decode step of so many rows gains more time than compiling takes.
 
-    On a CPU, the compiled kernels are faster than torch's for few rows alone.
+    On a CPU, the compiled kernels are faster than torch's for few rows alone. A model on several devices is not
+    compiled: neither the fused kernels nor a recorded step know what the devices send to each other.
     """
+    if isinstance(params.norm, Divided):
+        return False
     large = sum(x.nbytes for x in tree.leaves(params)) >= LARGE
     return large and (on_gpu(params.norm) or rows <= max(FEW, max_rows(params.output)))
 

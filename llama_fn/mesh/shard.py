@@ -1,6 +1,6 @@
 """`shard` and `unshard`: from whole trees to each device's parts, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from llama_fn import tree
 from llama_fn.config import LLAMA2_7B, Config
 from llama_fn.mesh.collectives import MeshAxis, gathered, sliced
+from llama_fn.mesh.connect import connect
 from llama_fn.mesh.plan import Plan, check_mesh, check_plan, check_words, plan_of, rows_over
 from llama_fn.mesh.sharded import Sharded, Sharding, is_sharded
 from llama_fn.model.cache import Cache
@@ -30,7 +31,7 @@ def make_mesh(sizes: Mapping[str, int], device: str = "cpu") -> DeviceMesh:
     >>> mesh = lf.mesh.make_mesh({"dp": 2, "tp": 2})
     """
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        connect(device)
     check_mesh(sizes, dist.get_world_size())
     return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
@@ -123,6 +124,11 @@ def unshard(parts: T) -> T:
     >>> whole = lf.mesh.unshard(params)
     """
     return tree.map(lambda x: unshard_leaf(x) if is_sharded(x) else x, parts, is_leaf=is_sharded)
+
+
+def whole_leaves(parts: Any) -> Iterator[Tensor]:
+    """The leaves of `unshard(parts)`, one at a time. All devices must go through them."""
+    return (unshard_leaf(x) if is_sharded(x) else x for x in tree.leaves(parts, is_sharded))
 
 
 def unshard_leaf(part: Sharded) -> Tensor:

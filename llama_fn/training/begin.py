@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,20 +10,23 @@ import torch
 
 from llama_fn import random
 from llama_fn.checkpoint.atomic import remove_leftovers
+from llama_fn.checkpoint.load import TOKENIZER
 from llama_fn.checkpoint.snapshot_pt import load_snapshot_pt
-from llama_fn.model.init import init_params
+from llama_fn.mesh.world import World
 from llama_fn.random import Key
-from llama_fn.tokenizer import Tokenizer
+from llama_fn.tokenizer import Tokenizer, load_tokenizer
 from llama_fn.training.data import Corpus, open_corpus
 from llama_fn.training.encode import DialogTokens
 from llama_fn.training.loop import TrainState, init_state
 from llama_fn.training.manifest import (
     FILES,
+    Text,
     check_files,
     check_plan,
     check_texts,
     convert_files,
     digest_texts,
+    facts_of,
     file_of,
     is_prepared,
     read_manifest,
@@ -64,10 +68,43 @@ class Begun(NamedTuple):
 
 
 def begin(folder: Path, plan: Plan, texts: Path | None, resume: bool, device: torch.device | str | None,
-          dialog_tokens: DialogTokens | None, preparing: ReportPreparing) -> Begun:
+          dialog_tokens: DialogTokens | None, preparing: ReportPreparing, world: World) -> Begun:
     """Begin a run in a folder, or find where it was stopped. The arguments and errors are those of `run`.
 
-    Only one process may be at work in the folder. The plan has been filled from the manifest (`filled_plan`).
+    Only one process may be at work in the folder; of a mesh, it is the first one, and the others read what it wrote.
+    The plan has been filled from the manifest (`filled_plan`).
+    """
+    init_key, batch_key, *text_keys = random.split(random.key(plan.seed), 4)
+    previous, known, of_stories = world.from_first(
+        lambda: _prepared(folder, plan, texts, resume, text_keys, dialog_tokens, preparing, world))
+    try:
+        tokenizer = load_tokenizer(file_of(folder, TOKENIZER))
+        plan = dataclasses.replace(plan, vocab_size=tokenizer.vocab_size)
+        check_vocabulary(plan, world)
+        training, validation = (open_corpus(folder / "data" / f"{part}.bin", tokenizer, plan.context,
+                                            check=world.is_first) for part in ("train", "valid"))
+        floor = {"floor": world.from_first(lambda: lowest_loss(folder, tokenizer, text_keys[1], plan.context))
+                 } if of_stories else {}
+        fresh = init_state(world.init_params(init_key, plan.config(), device), plan.make_optimizer())
+        state, kept, seconds = _found(folder, fresh, previous)
+        if previous is not None:
+            _check_steps(folder, previous, plan, int(state.step))
+        manifest = world.from_first(lambda: write_manifest(folder, plan, known, previous, facts=facts_of(world)))
+    except BaseException:
+        if previous is None and world.is_first:
+            clear(folder)
+        raise
+    return Begun(plan, tokenizer, training, validation, batch_key, floor, state,
+                 {"plan": dataclasses.asdict(plan), "files": manifest["sha256"]}, kept, seconds)
+
+
+def _prepared(folder: Path, plan: Plan, texts: Path | None, resume: bool, keys: Sequence[Key],
+              dialog_tokens: DialogTokens | None,
+              preparing: ReportPreparing,
+              world: World) -> tuple[dict[str, Any] | None, Sequence[Text] | None, bool]:
+    """Make the files that the run learns from, unless they are there.
+
+    The results are the manifest of the run so far, the texts if they were given, and whether it learns from stories.
     """
     previous = read_manifest(folder, resume)
     files = None if texts is None else text_files(texts, folder.resolve())
@@ -77,39 +114,36 @@ def begin(folder: Path, plan: Plan, texts: Path | None, resume: bool, device: to
         if known is not None:
             check_texts(folder, previous, known)
     of_stories = texts is None if previous is None else previous.get("texts") is None
-    init_key, batch_key, train_key, held_out_key = random.split(random.key(plan.seed), 4)
     sources = None
     if files is not None:
         sources = sources_of_files(files)
     elif of_stories:
-        sources = sources_of_stories(plan.stories, train_key, held_out_key)
+        sources = sources_of_stories(plan.stories, *keys)
     try:
         for place in (folder, folder / "data", folder / SNAPSHOTS):
             remove_leftovers(place)
         if previous is None:
-            write_manifest(folder, plan, known, None, files=())
+            write_manifest(folder, plan, known, None, files=(), facts=facts_of(world))
         elif not is_prepared(previous):  # it was killed while it made these files: make them all again
             clear(folder, FILES)
         present = [name for name in FILES if file_of(folder, name).is_file()]
         check_files(folder, previous, present)
         previous = convert_files(folder, previous)
-        tokenizer = prepare(folder, plan.vocab_size, sources, dialog_tokens, preparing)
+        prepare(folder, plan.vocab_size, sources, dialog_tokens, preparing)
         check_files(folder, previous, {*FILES} - {*present})
-        plan = dataclasses.replace(plan, vocab_size=tokenizer.vocab_size)
-        training, validation = (open_corpus(folder / "data" / f"{part}.bin", tokenizer, plan.context)
-                                for part in ("train", "valid"))
-        floor = {"floor": lowest_loss(folder, tokenizer, held_out_key, plan.context)} if of_stories else {}
-        fresh = init_state(init_params(init_key, plan.config(), device=device), plan.make_optimizer())
-        state, kept, seconds = _found(folder, fresh, previous)
-        if previous is not None:
-            _check_steps(folder, previous, plan, int(state.step))
-        manifest = write_manifest(folder, plan, known, previous)
     except BaseException:
         if previous is None:
             clear(folder)
         raise
-    return Begun(plan, tokenizer, training, validation, batch_key, floor, state,
-                 {"plan": dataclasses.asdict(plan), "files": manifest["sha256"]}, kept, seconds)
+    return previous, known, of_stories
+
+
+def check_vocabulary(plan: Plan, world: World) -> None:
+    """Raise `ValueError` if the vocabulary, whose size the texts have decided, cannot be divided over the mesh."""
+    try:
+        world.check(plan.config())
+    except ValueError as error:
+        raise ValueError(f"{error}; or choose another size of the vocabulary (--vocab-size)") from None
 
 
 def filled_plan(folder: Path, plan: Plan, resume: bool) -> Plan:

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llama_fn import tree
+from llama_fn.mesh.shard import whole_leaves
 from llama_fn.model.transformer import Params
 from llama_fn.text import read_json
 from llama_fn.training.examples import Examples
@@ -28,8 +29,11 @@ MANIFEST = "finetune.json"
 
 
 def manifest_of(params: Params, data: Sequence[Examples], tuning: Tuning, start: Lora | None) -> dict[str, Any]:
-    """The manifest of a fine-tuning of ``params``, or of the adapter ``start`` on top of them."""
-    return {**dataclasses.asdict(tuning), "model": _digest(tree.leaves(params)),
+    """The manifest of a fine-tuning of ``params``, or of the adapter ``start`` on top of them.
+
+    It is the same on any mesh, all of whose processes must call this.
+    """
+    return {**dataclasses.asdict(tuning), "model": _digest(whole_leaves(params)),
             "start": None if start is None else _digest(tree.leaves(start)),
             "examples": _digest([x for one in data for x in one])}
 
@@ -68,7 +72,7 @@ def _changed(before: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
     return [name for name, value in now.items() if name != "steps" and before.get(name) != value]
 
 
-def _digest(tensors: Sequence[Tensor]) -> str:
+def _digest(tensors: Iterable[Tensor]) -> str:
     """A digest of the shapes and numbers of tensors."""
     whole = hashlib.sha256()
     for x in tensors:

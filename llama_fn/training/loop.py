@@ -14,9 +14,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from llama_fn import tree
+from llama_fn.mesh.world import ALONE, World
 from llama_fn.model.transformer import Params
 from llama_fn.random import Key
-from llama_fn.training.data import Corpus, batch, rows
+from llama_fn.training.data import Batch, Corpus, batch, rows
 from llama_fn.training.guarded import guarded, is_finite
 from llama_fn.training.jit_step import jit_step
 from llama_fn.training.loss import loss_sum
@@ -42,10 +43,12 @@ def init_state(params: Any, optimizer: Optimizer) -> TrainState:
 
 
 def train(state: TrainState, optimizer: Optimizer, corpus: Corpus, key: Key, steps: int,
-          shape: tuple[int, int], most_skipped: int = 10) -> Iterator[tuple[TrainState, Metrics]]:
+          shape: tuple[int, int], most_skipped: int = 10,
+          world: World = ALONE) -> Iterator[tuple[TrainState, Metrics]]:
     """Train up to step number ``steps``, and yield the state and the metrics after each step.
 
-    ``shape`` is (micro-batches, rows of each). The step is compiled when it first runs, which takes a while. It
+    ``shape`` is (micro-batches, rows of each). On a mesh, each process has its part of the state, and takes its rows
+    of the same batch. The step is compiled when it first runs, which takes a while. It
     donates the state: each new state takes over the memory of the one before, which is no longer valid. A step whose
     loss or gradient norm is infinite or NaN leaves parameters and optimizer state as they are (see `guarded`). Raises
     `ValueError` at ``most_skipped`` of them in a row.
@@ -54,7 +57,12 @@ def train(state: TrainState, optimizer: Optimizer, corpus: Corpus, key: Key, ste
     """
     step = jit_step(optimizer, update=lambda optimizer: guarded(make_update(optimizer)))
     device = tree.leaves(state.params)[0].device
-    return take_steps(state, step, lambda number: batch(corpus, key, number, shape), steps, device, most_skipped)
+
+
+    def batch_of(number: int) -> Batch:
+        return world.rows(batch(corpus, key, number, shape), axis=1)
+
+    return take_steps(state, step, batch_of, steps, device, most_skipped)
 
 
 def take_steps(state: TrainState, step: Callable, batch_of: Callable[[int], Iterable[Tensor | None]], steps: int,
@@ -108,12 +116,13 @@ def deterministic() -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(params: Params, corpus: Corpus, size: int = 32) -> float:
+def evaluate(params: Params, corpus: Corpus, size: int = 32, world: World = ALONE) -> float:
     """The mean loss over all tokens of a corpus, in nats per token.
 
     Each token is predicted from the tokens before it in its row. ``size`` is the number of rows in each call of the
     model; the result does not depend on it, up to rounding.
     """
     device = params.embedding.device
-    losses = [loss_sum(params, *tree.map(lambda x: x.to(device), some)) for some in rows(corpus, size)]
+    size = -(-size // world.row_parts) * world.row_parts
+    losses = [loss_sum(params, *tree.map(lambda x: x.to(device), world.rows(some))) for some in rows(corpus, size)]
     return float(sum(total for total, _ in losses) / sum(count for _, count in losses))

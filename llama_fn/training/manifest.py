@@ -9,14 +9,17 @@ import dataclasses
 import hashlib
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from llama_fn.checkpoint.atomic import current
 from llama_fn.checkpoint.files import write_json
 from llama_fn.checkpoint.load import TOKENIZER
 from llama_fn.checkpoint.sealed import CHECKSUM, sealed, unsealed
+from llama_fn.mesh.shard import sizes_of
+from llama_fn.mesh.world import World
 from llama_fn.text import read_json
 from llama_fn.tokenizer import load_tokenizer
 from llama_fn.training.early import convert_early, is_early
@@ -26,6 +29,8 @@ from llama_fn.training.texts import as_bytes, documents, no_text
 
 MANIFEST = "run.json"
 FILES = (TOKENIZER, "data/train.bin", "data/valid.bin")
+ON = "on"  # where the run takes its steps; one process on its own writes nothing here
+NO_FACTS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Text(NamedTuple):
@@ -58,14 +63,16 @@ def digest_texts(files: Sequence[Path], under: Path) -> list[Text]:
 
 
 def write_manifest(folder: Path, plan: Plan, texts: Sequence[Text] | None, previous: dict[str, Any] | None,
-                   files: Sequence[str] = FILES) -> dict[str, Any]:
+                   files: Sequence[str] = FILES, facts: Mapping[str, Any] = NO_FACTS) -> dict[str, Any]:
     """Write the manifest of a run, and return it.
 
-    It holds everything in ``previous`` (the manifest so far, or None), the plan, the texts unless they are None, and
-    the digests of ``files``, unless ``previous`` has them. No files are named before they are made.
+    It holds everything in ``previous`` (the manifest so far, or None), the plan, the texts unless they are None, the
+    digests of ``files``, unless ``previous`` has them, and ``facts`` of `facts_of`, which replace the earlier ones. No
+    files are named before they are made.
     """
     numbers = {name: value for name, value in vars(plan).items() if value is not None}
-    manifest = {"texts": None, **(previous or {}), **numbers}
+    before = {name: value for name, value in (previous or {}).items() if name != ON}
+    manifest = {"texts": None, **before, **numbers, **facts}
     if texts is not None:
         manifest["texts"] = [text._asdict() for text in texts]
     if not manifest.get("sha256"):
@@ -73,6 +80,23 @@ def write_manifest(folder: Path, plan: Plan, texts: Sequence[Text] | None, previ
     if not (folder / MANIFEST).is_file() or read_json(folder / MANIFEST) != sealed(manifest):
         write_json(folder / MANIFEST, sealed(manifest))
     return manifest
+
+
+def facts_of(world: World) -> dict[str, Any]:
+    """Where a run takes its steps, which may be elsewhere when it is resumed: the mesh, its plan, and its job."""
+    if world.mesh is None:
+        return {}
+    plan = world.plan if isinstance(world.plan, str) else dict(world.plan)
+    return {ON: {"mesh": sizes_of(world.mesh), "plan": plan, "job": world.job}}
+
+
+def goes_on(manifest_file: Path, world: World) -> bool:
+    """Whether `torchrun` has started this run already, and starts it again after one of its processes ended."""
+    if not (world.restarts and world.job and manifest_file.is_file()):
+        return False
+    manifest = read_json(manifest_file)
+    on = manifest.get(ON) if isinstance(manifest, dict) else None
+    return isinstance(on, dict) and on.get("job") == world.job
 
 
 def read_manifest(folder: Path, resume: bool) -> dict[str, Any] | None:

@@ -20,11 +20,13 @@ import torch
 
 from llama_fn import tree
 from llama_fn.checkpoint.load import Model, save
+from llama_fn.mesh.world import ALONE, World
 from llama_fn.training.begin import OLD_SNAPSHOT, Begun, begin, filled_plan
 from llama_fn.training.encode import DialogTokens
 from llama_fn.training.guarded import is_finite
 from llama_fn.training.lock import locked
 from llama_fn.training.loop import TrainState, evaluate, train, updates_taken
+from llama_fn.training.manifest import MANIFEST, goes_on
 from llama_fn.training.plan import Plan
 from llama_fn.training.prepare import ReportPreparing
 from llama_fn.training.progress import Samples, flops_per_token, memory_in_use, step_record
@@ -41,7 +43,7 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
         evaluate_every: int | None = None, keep: int = 3, device: torch.device | str | None = None,
         samples: Samples | None = None, peak: float | None = None,
         report: ReportMeasurement = lambda measurement: None, dialog_tokens: DialogTokens | None = None,
-        preparing: ReportPreparing = lambda name, count, size: None) -> Model:
+        preparing: ReportPreparing = lambda name, count, size: None, world: World = ALONE) -> Model:
     """Train a model in a folder, save it there, and return it.
 
     ``texts`` is a file or a folder (see `documents`), or None to train on the embedded stories. If there are dialogs in
@@ -67,6 +69,10 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
     the run. The plan may have another number of steps. From the next step on, the learning rate then follows the
     schedule for that number; the result differs from that of a run which had this number from the start.
 
+    All processes of a mesh call this with the same arguments and their ``world``, and get their parts of the model.
+    The run is that of one process, up to rounding: ``plan.batch`` are the rows of all of them. It may be resumed on
+    another mesh. If `torchrun` starts its processes again, the run goes on by itself. `run.json` has the mesh.
+
     Raises `FileNotFoundError` if there is no run to resume. Raises `ValueError`, before any work, if the folder holds
     a run and ``resume`` is false, if the run in it has another plan, other texts or a damaged file, or if another
     process trains in it. Stopped by a signal, it raises `KeyboardInterrupt` for SIGINT, and `SystemExit` with the
@@ -79,24 +85,34 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     folder = Path(folder)
-    plan = filled_plan(folder, plan, resume)  # before the lock, so that a wrong request touches nothing
+
+    def request() -> tuple[Plan, bool]:
+        goes = resume or goes_on(folder / MANIFEST, world)
+        filled = filled_plan(folder, plan, goes)
+        world.check(filled.config())
+        world.check_rows(filled.batch)
+        return filled, goes
+
+    plan, resume = world.from_first(request)  # before the lock, so that a wrong request touches nothing
     assert plan.steps is not None  # `filled_plan` gives a number
     every = min(500, max(1, plan.steps // 4)) if evaluate_every is None else evaluate_every
-    with locked(folder):
-        begun = begin(folder, plan, None if texts is None else Path(texts), resume, device, dialog_tokens, preparing)
-        _convert(folder, begun, keep)
-        state = _supervised(folder, begun, every, keep, samples, peak, report)
+    with locked(folder) if world.is_first else contextlib.nullcontext():
+        begun = begin(folder, plan, None if texts is None else Path(texts), resume, device, dialog_tokens, preparing,
+                      world)
+        _convert(folder, begun, keep, world)
+        state = _supervised(folder, begun, every, keep, samples, peak, report, world)
         model = Model(state.params, begun.tokenizer)
         save(model, folder)
     return model
 
 
 def _supervised(folder: Path, begun: Begun, every: int, keep: int, samples: Samples | None, peak: float | None,
-                report: ReportMeasurement) -> TrainState:
+                report: ReportMeasurement, world: World) -> TrainState:
     """Take all steps that are left, and return the last state."""
     plan, rate = begun.plan, begun.plan.schedule()
     assert plan.steps is not None
     flops, device = flops_per_token(plan.config(), plan.context), tree.leaves(begun.state.params)[0].device
+    peak = None if peak is None else peak * world.ranks.size
 
     def record_of(state: TrainState, metrics: Metrics, interval: float, seconds: float) -> dict[str, Any]:
         before = updates_taken(state.opt_state) - int(is_finite(metrics))  # a step that is skipped counts as none
@@ -110,20 +126,20 @@ def _supervised(folder: Path, begun: Begun, every: int, keep: int, samples: Samp
         return samples.draw(Model(state.params, begun.tokenizer), step)
 
     def evaluation(state: TrainState) -> dict[str, Any]:
-        return {"valid_loss": evaluate(state.params, begun.validation), **begun.floor}
+        return {"valid_loss": evaluate(state.params, begun.validation, world=world), **begun.floor}
 
     taken = train(begun.state, plan.make_optimizer(), begun.training, begun.batch_key, plan.steps,
-                  (plan.micro_batches, plan.batch))
+                  (plan.micro_batches, plan.batch), world=world)
     first = {"step": int(begun.state.step), "steps": plan.steps, "parameters": plan.config().n_params,
              "training_tokens": len(begun.training.tokens), "flops_per_token": flops, "peak_flops": peak}
     return supervise(folder, begun.state, taken, first=first, step_record=record_of, evaluation=evaluation,
                      samples=samples_of, steps=plan.steps, every=every, about=begun.about, seconds=begun.seconds,
-                     kept=begun.kept, keep=keep, report=report)
+                     kept=begun.kept, keep=keep, report=report, world=world)
 
 
-def _convert(folder: Path, begun: Begun, keep: int) -> None:
+def _convert(folder: Path, begun: Begun, keep: int, world: World) -> None:
     """Write the snapshot of an earlier version again in today's format, and remove the old file."""
-    if not (folder / OLD_SNAPSHOT).is_file():
+    if world.mesh is not None or not (folder / OLD_SNAPSHOT).is_file():
         return
     about = {**begun.about, "step": int(begun.state.step), "seconds": begun.seconds}
     with contextlib.closing(MetricsFile(folder / METRICS, begun.kept)) as metrics, Saver(folder, keep) as saver:

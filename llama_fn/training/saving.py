@@ -12,6 +12,7 @@ import torch
 from llama_fn import tree
 from llama_fn.checkpoint.atomic import sync
 from llama_fn.checkpoint.snapshot import save_snapshot
+from llama_fn.mesh.ranks import ALONE, Ranks, agreed
 from llama_fn.training.record import METRICS, MetricsFile
 from llama_fn.training.snapshots import prune, snapshot_folder
 
@@ -23,29 +24,34 @@ class Saver:
     next snapshot is tried again. Any other error of the thread is raised in the run, by the next call. Use it in a
     ``with`` statement, at whose end the thread has ended. If the block is left because of Ctrl-C or `SystemExit`, a
     write that is still at work is given up; the snapshots before it are whole.
+
+    On a mesh every process has a saver, with the same calls, and ``ranks`` of a group of their own
+    (``all_ranks(apart=True)``), because the thread works beside the run. Each process writes its part of the state.
+    Rank 0 writes the manifest and removes old snapshots. A failure of one process is one of all.
     """
 
-    def __init__(self, run: Path, keep: int) -> None:
-        self.run, self.keep, self.step = run, keep, -1
+    def __init__(self, run: Path, keep: int, ranks: Ranks = ALONE) -> None:
+        self.run, self.keep, self.step, self.ranks = run, keep, -1, ranks
         self.pool = ThreadPoolExecutor(1, "snapshot")
         self.writing: Future | None = None
         self.given_up = threading.Event()
         self.error: OSError | None = None
 
-    def save(self, state: Any, about: dict[str, Any], metrics: MetricsFile) -> None:
+    def save(self, state: Any, about: dict[str, Any], metrics: MetricsFile | None) -> None:
         """Copy the state and begin to write it; first wait for the write before, if it is still at work.
 
-        ``about["step"]`` names the snapshot. A step that is saved already is not saved again.
+        ``about["step"]`` names the snapshot. A step that is saved already is not saved again. Rank 0 alone has
+        ``metrics``.
         """
         self.wait()
         if about["step"] == self.step:
             return
         # The next step overwrites the memory of the state, so the copy is made before this returns.
         copy = tree.map(lambda x: torch.empty_like(x, device="cpu").copy_(x), state)
-        about = {**about, METRICS: metrics.extent()}
+        about = {**about, METRICS: None if metrics is None else metrics.extent()}
         self.step = about["step"]
         try:
-            metrics.flush()
+            agreed(lambda: None if metrics is None else metrics.flush(), self.ranks)
         except OSError as error:
             self._failed(error)
             return
@@ -75,15 +81,17 @@ class Saver:
             raise self.error
 
     def _failed(self, error: OSError) -> None:
-        if self.error is None:
+        if self.error is None and self.ranks.rank == 0:
             warnings.warn(f"no snapshot of step {self.step}: {error.filename}: {error.strerror}; the run goes on, and "
                           "tries again at the next snapshot", stacklevel=4)
         self.error, self.step = error, -1
 
     def _write(self, state: Any, about: dict[str, Any]) -> None:
-        sync(self.run / METRICS)  # the measurements must reach the disk before the state does
-        save_snapshot(state, snapshot_folder(self.run, about["step"]), about, self._go_on)
-        prune(self.run, about["step"], self.keep)
+        first = self.ranks.rank == 0
+        # The measurements must reach the disk before the state does.
+        agreed(lambda: sync(self.run / METRICS) if first else None, self.ranks)
+        save_snapshot(state, snapshot_folder(self.run, about["step"]), about, self._go_on, self.ranks)
+        agreed(lambda: prune(self.run, about["step"], self.keep) if first else None, self.ranks)
 
     def _go_on(self) -> None:
         if self.given_up.is_set():

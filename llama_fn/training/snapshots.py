@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from llama_fn.checkpoint.atomic import remove_folder, remove_leftovers, sync
 from llama_fn.checkpoint.snapshot import load_snapshot, read_about
+from llama_fn.mesh.ranks import agreed, ranks_of
 
 T = TypeVar("T")
 
@@ -31,21 +32,28 @@ def newest_snapshot(run: Path, like: T, check: Callable[[dict[str, Any]], None])
     A snapshot is whole if every digest in it is right and ``check(about)`` raises no `ValueError`. One warning names
     the newer ones that were skipped, and why. Raises `ValueError` if there are snapshots but none is whole: to begin
     anew then would lose the run in silence.
+
+    If ``like`` has sharded leaves, all processes must call this. They find the same snapshot, and rank 0 warns.
     """
-    skipped = []
-    for step in reversed(snapshot_steps(run)):
+    skipped, ranks = [], ranks_of(like)
+
+    def checked(folder: Path, step: int) -> dict[str, Any]:
+        about = read_about(folder)
+        if about.get("step") != step:
+            raise ValueError(f"{folder}: its manifest is that of step {about.get('step')}")
+        check(about)
+        return about
+
+    for step in reversed(agreed(lambda: snapshot_steps(run), ranks)[0]):
         folder = snapshot_folder(run, step)
         try:
-            about = read_about(folder)
-            if about.get("step") != step:
-                raise ValueError(f"{folder}: its manifest is that of step {about.get('step')}")
-            check(about)
+            about = agreed(lambda folder=folder, step=step: checked(folder, step), ranks)[0]
             state = load_snapshot(like, folder)
         except (ValueError, FileNotFoundError) as error:
             reason = " ".join(str(error).replace(f"{folder}/", "").replace(f"{folder}: ", "").split())
             skipped.append(f"{folder.name} ({reason})")
             continue
-        if skipped:
+        if skipped and ranks.rank == 0:
             warnings.warn(f"{run / SNAPSHOTS}: skipped {', '.join(skipped)}; the run goes on from step {step}",
                           stacklevel=3)
         return state, about

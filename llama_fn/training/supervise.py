@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from llama_fn.mesh.world import ALONE, World
 from llama_fn.training.guarded import is_finite
 from llama_fn.training.loop import TrainState
 from llama_fn.training.record import METRICS, MetricsFile
@@ -25,7 +26,8 @@ def supervise(folder: Path, state: TrainState, taken: Iterable[tuple[TrainState,
               step_record: Callable[[TrainState, Metrics, float, float], Record],
               evaluation: Callable[[TrainState], Record],
               samples: Callable[[TrainState], Iterable[Record]] = no_samples, steps: int, every: int, about: Record,
-              seconds: float, kept: bytes, keep: int, report: Callable[[Record], None]) -> TrainState:
+              seconds: float, kept: bytes, keep: int, report: Callable[[Record], None],
+              world: World = ALONE) -> TrainState:
     """Go through the steps of a run in a folder, and return the last state.
 
     ``taken`` has the state and the metrics after each step, and ``state`` is the one before. ``first`` is reported
@@ -39,16 +41,20 @@ def supervise(folder: Path, state: TrainState, taken: Iterable[tuple[TrainState,
     its manifest; the last ``keep`` are kept, and the best. A disk that cannot be written to does not stop the run. The
     first SIGINT, SIGTERM or SIGHUP lets the current step finish; then its state is saved, and `stop` raises. After a
     signal, a ``report`` that fails is no error, because the terminal may be closed.
+
+    The processes of a mesh stop after the same step, whichever of them got the signal. The first one writes the files.
     """
     evaluated: Record = {}
-    with contextlib.closing(MetricsFile(folder / METRICS, kept)) as metrics, Saver(folder, keep) as saver, \
-            signals_noted() as signals:
+    file = contextlib.closing(MetricsFile(folder / METRICS, kept)) if world.is_first else contextlib.nullcontext()
+    with file as metrics, Saver(folder, keep, world.apart()) as saver, signals_noted() as signals, world.watched():
         def tell(record: Record) -> None:
-            with terminal_may_close(signals):
-                report(record)
+            if world.is_first:
+                with terminal_may_close(signals):
+                    report(record)
 
         def log(record: Record) -> None:
-            metrics.append(record)
+            if metrics is not None:
+                metrics.append(record)
             tell(record)
 
         def save() -> None:
@@ -70,10 +76,10 @@ def supervise(folder: Path, state: TrainState, taken: Iterable[tuple[TrainState,
                     log({"step": number, **evaluated})
                 save()
             saver.look()
-            if signals:
+            if signal := world.largest(signals[0] if signals else 0):
                 save()
                 saver.finish()
-                stop(signals[0])
+                stop(signal)
             since = time.perf_counter()  # leaves out the evaluation and the samples
         saver.wait()
     return state

@@ -121,7 +121,7 @@ def test_ctrl_c_while_the_last_snapshot_is_written_gives_it_up(tmp_path, monkeyp
     """The first Ctrl-C begins the write, the second one ends it: the run does not wait for a slow disk."""
     texts, steps = write_texts(tmp_path / "texts"), []
 
-    def slow(state, folder, about, before_write):
+    def slow(state, folder, about, before_write, ranks):
         def interrupted():
             if about["step"] == 3:
                 steps.append(about["step"])
@@ -130,7 +130,7 @@ def test_ctrl_c_while_the_last_snapshot_is_written_gives_it_up(tmp_path, monkeyp
                 saver_given_up.wait(20)
             before_write()
 
-        save_snapshot(state, folder, about, interrupted)
+        save_snapshot(state, folder, about, interrupted, ranks)
 
     real = saving.Saver.__init__
 

@@ -1,0 +1,31 @@
+"""The connection of a process with the others that `torchrun` started."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import (
+    HashStore,  # pyright: ignore[reportPrivateImportUsage]  documented, and not in `__all__`
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+)
+from torch.distributed.rendezvous import rendezvous
+
+TIMEOUT = timedelta(minutes=10)  # of a collective: the first one waits for the slowest process to compile
+
+
+def connect(device: str = "cpu") -> Any:
+    """Join the processes that `torchrun` started, or this one alone without it; and give the store that they share.
+
+    Tensors on a GPU are sent by NCCL, all others by gloo. Every start of the processes has keys of its own in the
+    store: with `--standalone`, torchrun keeps one store, in which gloo would find the addresses of processes that have
+    ended (torch 2.13).
+    """
+    if "MASTER_ADDR" in os.environ:
+        store, rank, count = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    else:
+        store, rank, count = HashStore(), 0, 1
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+    return store

@@ -1,0 +1,77 @@
+"""A process of a mesh has ended, and the others wait for it: which one it was, and who says so."""
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+LOST = 2.0  # seconds, at most, until the system knows that the process at the other end of a connection has ended
+
+
+class Process(NamedTuple):
+    """A process: the name of its machine, and its number there."""
+
+    machine: str
+    number: int
+
+
+def is_of_collective(error: RuntimeError) -> bool:
+    """Whether a collective failed, because another process ended or did not come in time."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def leave_word(store: Any, rank: int) -> None:
+    """Let the others know that the process of this rank ends, and says itself why."""
+    with suppress(RuntimeError):
+        store.set(_word(rank), "")
+
+
+def lost(error: RuntimeError, rank: int, processes: Sequence[Process], store: Any) -> BaseException:
+    """The error that the process of this rank raises after a collective failed.
+
+    It is a `ConnectionError` that names the dead processes, if this is the first of those that live. It is the
+    `SystemExit` of the status 1 if another one says it, or if the one that ended has said why.
+    """
+    until = time.monotonic() + LOST
+    while True:
+        if store is not None and _any_left_word(store, len(processes)):
+            return SystemExit(1)
+        if dead := [i for i, process in enumerate(processes) if not _lives(process)]:
+            break
+        if time.monotonic() > until:
+            return ConnectionError(f"rank {rank} has lost another one: {str(error).splitlines()[0]}")
+        time.sleep(0.02)
+    if any(i not in dead for i in range(rank)):
+        return SystemExit(1)
+    names = ", ".join(f"rank {i} (process {processes[i].number})" for i in dead)
+    return ConnectionError(f"{names} was killed or crashed, and the others stop; the last snapshot is whole")
+
+
+def _word(rank: int) -> str:
+    return f"ended/{rank}"
+
+
+def _any_left_word(store: Any, size: int) -> bool:
+    with suppress(RuntimeError):
+        return any(store.check([_word(rank)]) for rank in range(size))
+    return False
+
+
+def _lives(process: Process) -> bool:
+    """Whether a process runs, or is on another machine. One that was killed is in the system's table for a while."""
+    if process.machine != socket.gethostname():
+        return True
+    try:
+        os.kill(process.number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with suppress(OSError):
+        return Path(f"/proc/{process.number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return True
