@@ -4,6 +4,7 @@ They change without notice, so look here first when a new torch comes out (`pypr
 tried). Each name comes with its reason, and with what replaces it in a torch that lacks it.
 """
 
+import functools
 import importlib
 import operator
 from collections.abc import Callable
@@ -181,6 +182,25 @@ def outside_of_dynamo(make: Callable, f: Callable, *args: Any, **kwargs: Any) ->
     return f(*args, **kwargs) if _bypass is None else _bypass(make, f, *args, **kwargs)
 
 
+def untraced(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` of tensors and plain values, which dynamo calls as it is: the backend traces it, with all its derivatives.
+
+    Under `torch.func`, dynamo drops the backward and the `vmap` of an `autograd.Function` without a word (torch 2.13).
+    """
+    @known_while_tracing
+    def allow() -> bool:  # when dynamo runs, because its import takes a second
+        torch.compiler.allow_in_graph(f)
+        return True
+
+    @functools.wraps(f)
+    def called(*args: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            allow()
+        return f(*args)
+
+    return called
+
+
 def allow_shapes(count: int) -> None:
     """Let dynamo compile a function for at least so many shapes. By default it gives up after 8."""
     import torch._dynamo.config as config
@@ -192,3 +212,4 @@ def allow_shapes(count: int) -> None:
 # --- Collectives that a graph may contain: functions of a tensor and a group's name, each with a result to wait for.
 
 collective: Any = _found("torch.ops", "_c10d_functional", None)
+all_gather: Any = _found("torch.ops", "_c10d_functional.all_gather_into_tensor.default", None)

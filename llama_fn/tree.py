@@ -81,7 +81,7 @@ def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, 
 def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """Apply a function as `lf.tree.map` does, where the function takes each leaf's path, then the leaf.
 
-    Paths are those of `lf.tree.paths`. ``is_leaf`` is that of `lf.tree.map`.
+    Paths are those of `lf.tree.paths`, and ``is_leaf`` is that of `lf.tree.map`.
 
     >>> mixed = lf.tree.map_with_path(lambda path, x: x if "norm" in path else x.bfloat16(), params)
     """
@@ -93,18 +93,27 @@ def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callabl
 def vdot(tree: Any, other: Any) -> Tensor:
     """The dot product of two trees of tensors, each taken as one long vector; Optax's ``tree.vdot``.
 
-    It is computed in float32 at least. Raises `ValueError` for corresponding leaves of different shapes.
+    It is computed in float32 at least. A value in a tree may have a method ``vdot`` of its own, as a weight with parts
+    on other devices (`lf.mesh.Sharded`), whose products are added up over them. Raises `ValueError` for corresponding
+    leaves of different shapes.
 
     >>> norm = lf.tree.vdot(grads, grads).sqrt()
     """
 
-    def dot(x: Tensor, y: Tensor) -> Tensor:
+    def dot(x: Any, y: Any) -> Tensor:
+        if not isinstance(x, Tensor):
+            return x.vdot(y)
+        if not isinstance(y, Tensor):
+            raise ValueError(f"tree.vdot: a leaf is a tensor in one tree and {type(y).__name__} in the other")
         if x.shape != y.shape:  # or the smaller one would be broadcast
             raise ValueError(f"tree.vdot: corresponding leaves must have one shape, got {[*x.shape]} and {[*y.shape]}")
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         return (x.to(dtype) * y.to(dtype)).sum()
 
-    return torch.stack(leaves(map(dot, tree, other))).sum()
+    def is_leaf(x: Any) -> bool:
+        return not isinstance(x, Tensor) and hasattr(x, "vdot")
+
+    return torch.stack(leaves(map(dot, tree, other, is_leaf=is_leaf))).sum()
 
 
 def constant(cls: type[T]) -> type[T]:

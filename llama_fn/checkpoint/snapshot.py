@@ -178,8 +178,7 @@ def _read_parts(folder: Path, known: Mapping[str, Any], wanted: Mapping[str, Par
                 found: Mapping[str, Tensor]) -> list[str]:
     """Fill the tensors ``found``, which hold the parts ``wanted``; the result is a line for each damaged leaf."""
     wrong, left = {}, {name: part.size for name, part in wanted.items()}
-    for name, parts in _stored(folder, known).items():
-        file = inside(folder, name)
+    for file, parts in [(inside(folder, name), parts) for name, parts in _stored(folder, known).items()]:
         needed = {leaf: shared for leaf, (part, _) in parts.items()
                   if (shared := common(wanted[leaf], part)).size or not part.size}
         if not needed:

@@ -99,10 +99,11 @@ def weights_of(params: Params, dtype: torch.dtype | None = None) -> Weights:
         raise ValueError("the parameters do not fit their config:\n  " + "\n  ".join(wrong))
 
     def read(path: str) -> Any:
-        leaf = unshard_leaf(leaves[path]) if is_sharded(leaves[path]) else leaves[path]
+        leaf: Any = leaves[path]
+        leaf = unshard_leaf(leaf) if is_sharded(leaf) else leaf
         return leaf.detach().to(dtype) if isinstance(leaf, Tensor) else leaf
 
-    plain = {path: getattr(x, "local", x) for path, x in leaves.items()}
+    plain: dict[str, Any] = {path: getattr(x, "local", x) for path, x in leaves.items()}
     return Weights(params.config, read, dtype or params.embedding.dtype, [],
                    tied=isinstance(plain["output"], Tensor) and share_memory(plain["embedding"], plain["output"]),
                    bits=quantized.bits(x.values.dtype for x in plain.values() if not isinstance(x, Tensor)))

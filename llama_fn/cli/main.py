@@ -24,13 +24,14 @@ from llama_fn.cli.generate import generate
 from llama_fn.cli.inspect import inspect as inspect_model
 from llama_fn.cli.on_mesh import speaker
 from llama_fn.cli.perplexity import choose, perplexity
+from llama_fn.cli.plan import plan
 from llama_fn.cli.report import report
 from llama_fn.cli.tokenizer import tokenizer
 from llama_fn.cli.train import train
 
 COMMANDS = {"generate": generate, "chat": chat, "perplexity": perplexity, "choose": choose, "inspect": inspect_model,
             "convert": convert, "train": train, "finetune": finetune, "report": report, "tokenizer": tokenizer,
-            "evaluate": evaluate, "bench": bench}
+            "evaluate": evaluate, "bench": bench, "plan": plan}
 
 
 def main() -> None:

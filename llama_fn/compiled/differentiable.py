@@ -7,13 +7,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
+from torch.utils.checkpoint import CheckpointPolicy
 
 from llama_fn import private_inductor
 from llama_fn.compiled.inductor import by_inductor, compile_lock, prepared
 from llama_fn.compiled.products import by_onednn
 from llama_fn.compiled.trace import collect, rebuilt
 from llama_fn.modes import autocast, gradients_enabled, traced, tracing_layers, transforms
+from llama_fn.private import all_gather
 
 R = TypeVar("R")
 # Torch's `activation_memory_budget`: how much of its values a forward may save for the backward. At 1 the backward
@@ -107,6 +109,7 @@ def _compiled(f: Callable, args: tuple, tensors: list[Tensor], needs_grad: list[
     with torch.no_grad(), tracing_layers(), fake_mode:
         tangents = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in values(*primals)]
         joint = make_fx(both, decomposition_table=inductor.decompositions())(primals, tangents)
+        _gather_again(joint.graph)
         with inductor.tracing(fake_mode), inductor.partitioning.patch(activation_memory_budget=MEMORY_BUDGET):
             forward, backward = inductor.partition(joint, [primals, tangents], num_fwd_outputs=len(tangents))
     run = _by_inductor(forward, primals, fake_mode, tensors[0])
@@ -119,6 +122,20 @@ def _compiled(f: Callable, args: tuple, tensors: list[Tensor], needs_grad: list[
         return compiled_backward[0](values)
 
     return _Compiled(run, run_backward, len(tangents), needs_grad, result)
+
+
+def _gather_again(graph: Graph) -> None:
+    """Let the backward gather weights again, which the forward gathered from other devices, instead of saving them.
+
+    Saved, the weights of all layers would be whole on every device until the backward.
+    """
+    of_one, again = set(graph.find_nodes(op="placeholder")), set()  # computed from one argument; gathered from it
+    for node in graph.nodes:
+        if node.op == "call_function" and len(node.all_input_nodes) == 1 and node.all_input_nodes[0] in of_one:
+            of_one.add(node)
+            if node.target is all_gather or node.all_input_nodes[0] in again:
+                again.add(node)
+                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
 @compile_lock()

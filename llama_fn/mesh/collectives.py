@@ -1,4 +1,4 @@
-"""What crosses between devices: five linear maps, each with its transpose as its derivative.
+"""What crosses between devices: six linear maps, each with its transpose as its derivative.
 
 Every device of a mesh runs the same program on its own part of the numbers. A tensor is either the *same* on all
 devices of a mesh axis, or each device has its own *part*. So has its cotangent, and a transpose turns one into the
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llama_fn import tree
-from llama_fn.private import collective
+from llama_fn.private import collective, untraced
 
 
 @tree.constant
@@ -41,37 +41,42 @@ class MeshAxis:
 
 
 def copied(x: Tensor, axis: MeshAxis) -> Tensor:
-    """x itself, of which each device computes a part of the result: the gradient is the sum of their gradients."""
-    return _Copied.apply(x, axis)
+    """The same x, of which each device computes a part of the result: the gradient is the sum of their gradients."""
+    return _of_axis(x, "copied", None, axis)
 
 
 def summed(x: Tensor, axis: MeshAxis) -> Tensor:
     """The sum of the devices' tensors, on each of them."""
-    return _Summed.apply(x, axis)
+    return _of_axis(x, "summed", None, axis)
 
 
 def gathered(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
     """The devices' slices, one after another along `dim`; all devices then compute the same from the result."""
-    return _Gathered.apply(x, dim % x.ndim, axis)
+    return _of_axis(x, "gathered", dim % x.ndim, axis)
 
 
 def sliced(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
-    """This device's slice along `dim` of what is the same on all devices."""
-    return _Sliced.apply(x, dim % x.ndim, axis)
+    """The device's own slice along `dim` of what is the same on all devices."""
+    return _of_axis(x, "sliced", dim % x.ndim, axis)
 
 
 def collected(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
     """The devices' slices, one after another along `dim`; each device then computes from it with rows of its own."""
-    return _Collected.apply(x, dim % x.ndim, axis)
+    return _of_axis(x, "collected", dim % x.ndim, axis)
 
 
 def scattered(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
-    """This device's slice along `dim` of the sum of the devices' tensors."""
-    return _Scattered.apply(x, dim % x.ndim, axis)
+    """The device's own slice along `dim` of the sum of the devices' tensors."""
+    return _of_axis(x, "scattered", dim % x.ndim, axis)
 
 
-def _all_reduce(x: Tensor, axis: MeshAxis) -> Tensor:
-    return collective.wait_tensor(collective.all_reduce(x.contiguous(), "sum", axis.group))
+def largest(x: Tensor, axis: MeshAxis) -> Tensor:
+    """The largest of the devices' numbers, place by place; its derivative is taken as 0."""
+    return _of_axis(x, "largest", None, axis)
+
+
+def _all_reduce(x: Tensor, axis: MeshAxis, of: str = "sum") -> Tensor:
+    return collective.wait_tensor(collective.all_reduce(x.contiguous(), of, axis.group))
 
 
 def _all_gather(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
@@ -89,31 +94,50 @@ def _slice(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
     return x.narrow(dim, axis.index * size, size).clone()
 
 
-def _linear_map(name: str, compute: Callable[..., Tensor], transpose: Callable[..., Tensor]) -> type:
-    """The map `compute(x, *rest)` as an `autograd.Function`, whose derivative is `transpose(cotangent, *rest)`."""
-    def forward(x: Tensor, *rest: Any) -> Tensor:
-        return compute(x, *rest)
+def _linear_map(compute: Callable[..., Tensor], transpose: Callable[..., Tensor]) -> type[torch.autograd.Function]:
+    """The map `compute(x, *rest)`, whose derivative is `transpose(cotangent, *rest)`; the last of `rest` is an axis."""
+    class LinearMap(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor, *rest: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return compute(x, *rest)
 
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.rest = inputs[1:]
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+            ctx.rest = inputs[1:]
 
-    def backward(ctx: Any, cotangent: Tensor) -> tuple:
-        return transpose(cotangent, *ctx.rest), *(None for _ in ctx.rest)
+        @staticmethod
+        def backward(ctx: Any, cotangent: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return transpose(cotangent, *ctx.rest), *(None for _ in ctx.rest)
 
-    def vmap(info: Any, in_dims: tuple, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        x = x.movedim(in_dims[0], 0)
-        of_all = _FUNCTIONS[name].apply
-        return (of_all(x, *rest) if len(rest) == 1 else of_all(x, rest[0] + 1, rest[1])), 0
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return LinearMap.apply(tangent, *ctx.rest)
 
-    members = (forward, setup_context, backward, vmap)
-    return type(name, (torch.autograd.Function,), {f.__name__: staticmethod(f) for f in members})
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple, x: Tensor, *rest: Any) -> tuple[Tensor, int]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            *dims, axis = rest
+            return LinearMap.apply(x.movedim(in_dims[0], 0), *(dim + 1 for dim in dims), axis), 0
+
+    return LinearMap
 
 
-_Copied = _linear_map("copied", lambda x, axis: x.view_as(x), summed)
-_Summed = _linear_map("summed", _all_reduce, copied)
-_Gathered = _linear_map("gathered", _all_gather, sliced)
-_Sliced = _linear_map("sliced", _slice, gathered)
-_Collected = _linear_map("collected", _all_gather, scattered)
-_Scattered = _linear_map("scattered", _reduce_scatter, collected)
-_FUNCTIONS = {"copied": _Copied, "summed": _Summed, "gathered": _Gathered, "sliced": _Sliced,
-              "collected": _Collected, "scattered": _Scattered}
+_MAPS = {
+    "copied": _linear_map(lambda x, axis: x.view_as(x), summed),
+    "summed": _linear_map(_all_reduce, copied),
+    "gathered": _linear_map(_all_gather, sliced),
+    "sliced": _linear_map(_slice, gathered),
+    "collected": _linear_map(_all_gather, scattered),
+    "scattered": _linear_map(_reduce_scatter, collected),
+    "largest": _linear_map(lambda x, axis: _all_reduce(x, axis, "max"), lambda cotangent, axis: 0 * cotangent),
+}
+
+
+@untraced
+def _applied(x: Tensor, name: str, dim: int | None, *axis: Any) -> Tensor:
+    """A map of x. A graph of dynamo can hold its arguments: tensors, numbers and text."""
+    rest = (MeshAxis(*axis),) if dim is None else (dim, MeshAxis(*axis))
+    return _MAPS[name].apply(x, *rest)
+
+
+def _of_axis(x: Tensor, name: str, dim: int | None, axis: MeshAxis) -> Tensor:
+    return _applied(x, name, dim, axis.name, axis.size, axis.index, axis.group)

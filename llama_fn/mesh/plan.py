@@ -6,7 +6,7 @@ tree, so the plan says all there is to say about every leaf. `sharded.py` says h
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from llama_fn import tree
 from llama_fn.config import Config
@@ -19,6 +19,7 @@ PRESETS: Mapping[str, Plan] = {
     "replicated": {"*b": "dp"},
     "fsdp": {"*b": "dp", "d": "dp"},
     "tensor": {"k": "tp", "f": "tp", "v": "tp"},
+    "replicated+tensor": {"*b": "dp", "k": "tp", "f": "tp", "v": "tp"},
     "fsdp+tensor": {"*b": "dp", "d": "dp", "k": "tp", "f": "tp", "v": "tp"},
 }
 AXES = ("k", "g", "h", "d", "f", "v")  # the axes of weights
@@ -42,9 +43,9 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 def plan_of(plan: str | Plan) -> Plan:
     """A plan, or that of a preset's name. Raises `ValueError` for an unknown name."""
-    if not isinstance(plan, str):
+    if isinstance(plan, Mapping):
         return plan
-    if plan not in PRESETS:
+    if not isinstance(plan, str) or plan not in PRESETS:
         raise ValueError(f"plan {plan!r} is not known; there are {', '.join(PRESETS)}, or a dict of axes to mesh axes")
     return PRESETS[plan]
 
@@ -73,21 +74,35 @@ def check_plan(config: Config, mesh: Mapping[str, int], plan: str | Plan, world:
     """
     plan = plan_of(plan)
     check_mesh(mesh, world)
-    for axis, name in _pairs(plan):
-        if axis not in (*AXES, "*b"):
-            raise ValueError(f"plan: there is no axis {axis!r}; the axes are {', '.join(AXES)}, and *b for the rows")
-        if name not in mesh:
-            raise ValueError(f"plan: {axis} is divided over {name!r}, and the mesh has {', '.join(mesh) or 'no axes'}")
+    check_words(mesh, plan)
     for path, weight in tree.paths(abstract_params(config)).items():
         _check_leaf(path, weight, mesh, plan)
+
+
+def check_words(mesh: Mapping[str, int], plan: Plan) -> None:
+    """Raise `ValueError` for an axis that no weight has, one that the mesh lacks, and one that is there twice."""
+    for axis, over in plan.items():
+        names = (over,) if isinstance(over, str) else over
+        if axis not in (*AXES, "*b"):
+            raise ValueError(f"plan: there is no axis {axis!r}; the axes are {', '.join(AXES)}, and *b for the rows")
+        if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"plan: {axis} is divided over the name of a mesh axis, got {over!r}; leave out an axis "
+                             "that is not divided")
+        if axis != "*b" and not isinstance(over, str):
+            raise ValueError(f"plan: {axis} can be divided over one mesh axis, got {over!r}; only *b may have several")
+        for name in names:
+            if name not in mesh:
+                raise ValueError(f"plan: {axis} is divided over {name!r}, and the mesh has {', '.join(mesh)}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"plan: {axis} is divided over one mesh axis twice, {over!r}")
 
 
 def check_mesh(mesh: Mapping[str, int], world: int | None = None) -> None:
     """Raise `ValueError` for a size below 1, and if there are not as many processes as the mesh has devices."""
     devices = math.prod(integer(f"mesh: {name}", size, 1) for name, size in mesh.items())
     if world is not None and devices != world:
-        raise ValueError(f"a mesh of {_written(mesh)} has {devices} devices, and {world} processes run; make the sizes' "
-                         "product the number of processes (torchrun --nproc-per-node)")
+        raise ValueError(f"a mesh of {_written(mesh)} has {devices} devices, and {world} processes run; choose sizes "
+                         "whose product is the number of processes (torchrun --nproc-per-node)")
 
 
 def _check_leaf(path: str, weight: Weight, mesh: Mapping[str, int], plan: Plan) -> None:
@@ -96,20 +111,13 @@ def _check_leaf(path: str, weight: Weight, mesh: Mapping[str, int], plan: Plan) 
     for axis, size in zip(weight.axes.split(), weight.shape, strict=True):
         if (name := plan.get(axis)) is None:
             continue
-        if not isinstance(name, str):
-            raise ValueError(f"plan: {axis} can be divided over one mesh axis, got {name!r}; only *b may have several")
+        assert isinstance(name, str), "check_words has seen it"
         if name in taken:
             raise ValueError(f"plan: {path} has the axes {taken[name]} and {axis}, and {name!r} can divide one of them")
         taken[name] = axis
         if size % mesh[name]:
-            raise ValueError(f"plan: {path} has {size} numbers along {axis}, which {mesh[name]} devices ({name}) cannot "
-                             f"divide evenly; choose a size of {name} that divides {size}")
-
-
-def _pairs(plan: Plan) -> Iterator[tuple[str, str]]:
-    for axis, names in plan.items():
-        for name in (names,) if isinstance(names, str) else names:
-            yield axis, name
+            raise ValueError(f"plan: {path} has {size} numbers along {axis}, and {mesh[name]} devices ({name}) cannot "
+                             f"divide them evenly; choose a size of {name} that divides {size}")
 
 
 def _written(mesh: Mapping[str, int]) -> str:

@@ -11,10 +11,10 @@ from llama_fn import tree
 from llama_fn.config import LLAMA2_7B, Config
 from llama_fn.mesh.collectives import MeshAxis, gathered, sliced
 from llama_fn.mesh.connect import connect
-from llama_fn.mesh.plan import Plan, check_mesh, check_plan, plan_of, rows_over
+from llama_fn.mesh.plan import Plan, check_mesh, check_plan, check_words, plan_of, rows_over
 from llama_fn.mesh.sharded import Sharded, Sharding, is_sharded
 from llama_fn.model.cache import Cache
-from llama_fn.model.init import abstract_params
+from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.transformer import Params
 from llama_fn.transforms.adapter import Lora, LowRank
 
@@ -59,7 +59,7 @@ def shardings(config: Config, mesh: DeviceMesh, plan: str | Plan) -> Params:
 
 
 def shard(whole: T, mesh: DeviceMesh, plan: str | Plan) -> T:
-    """This device's part of a tree that is the same on all devices.
+    """The device's own part of a tree that is the same on all devices.
 
     The tree holds parameters, adapters, caches or rows of tokens, each divided by its own axes: a leaf of `Params` and
     `Lora` becomes a `Sharded`; the rows of a tensor and a cache's rows and heads are cut. ``plan`` is the name of a
@@ -69,31 +69,43 @@ def shard(whole: T, mesh: DeviceMesh, plan: str | Plan) -> T:
     >>> rows = lf.mesh.shard(batch, mesh, "fsdp")
     """
     plan = plan_of(plan)
+    check_words(sizes_of(mesh), plan)
 
     def of(part: Any) -> Any:
         if isinstance(part, Params):
-            return tree.map(shard_leaf, part, shardings(part.config, mesh, plan))
+            return tree.map_with_path(shard_weight, abstract_params(part.config), part,
+                                      shardings(part.config, mesh, plan))
         if isinstance(part, Lora):
             return _adapter(part, mesh, plan)
         if isinstance(part, Cache):
             own = sharding("k s h", mesh, plan)
-            k, v = (tuple(_cut(rows_of(x, mesh, plan), own) for x in leaves) for leaves in (part.k, part.v))
+            k, v = tree.map(lambda x: _cut(rows_of(x, mesh, plan), own), (part.k, part.v))
             return Cache(k, v, rows_of(part.length, mesh, plan))
         return rows_of(part, mesh, plan)
 
     return tree.map(of, whole, is_leaf=lambda x: isinstance(x, Params | Lora | Cache))
 
 
+def shard_weight(path: str, weight: Weight, x: Any, sharding: Sharding) -> Sharded:
+    """`shard_leaf` of a weight. Raises `ValueError` unless it is a tensor of the shape that the config says."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"shard: {path} is no tensor but {type(x).__name__}; shard plain parameters (see "
+                         "lf.mesh.unshard and lf.dequantize), and an adapter by itself")
+    if tuple(x.shape) != weight.shape:
+        raise ValueError(f"shard: {path} is {list(x.shape)}, and the config says {list(weight.shape)}")
+    return shard_leaf(x, sharding)
+
+
 def shard_leaf(x: Tensor, sharding: Sharding) -> Sharded:
-    """This device's part of one leaf."""
+    """The device's own part of one leaf; an axis that `vmap` maps may come first."""
     for i, axis in enumerate(sharding.over):
         if axis is not None:
-            x = sliced(x, i, axis)
+            x = sliced(x, i - len(sharding.over), axis)
     return Sharded(x, sharding)
 
 
 def rows_of(x: Tensor, mesh: DeviceMesh, plan: str | Plan) -> Tensor:
-    """This device's rows of a tensor, whose first axis the plan's ``*b`` divides.
+    """The device's own rows of a tensor, whose first axis the plan's ``*b`` divides.
 
     Raises `ValueError` for rows that cannot be divided evenly.
     """
@@ -120,16 +132,16 @@ def whole_leaves(parts: Any) -> Iterator[Tensor]:
 
 
 def unshard_leaf(part: Sharded) -> Tensor:
-    """The whole of one leaf, on every device."""
-    x = part.local
-    for i, axis in enumerate(part.sharding.over):
+    """The whole of one leaf, on every device; an axis that `vmap` mapped may come first."""
+    x, over = part.local, part.sharding.over
+    for i, axis in enumerate(over):
         if axis is not None:
-            x = gathered(x, i, axis)
+            x = gathered(x, i - len(over), axis)
     return x
 
 
 def _cut(x: Tensor, own: Sharding) -> Tensor:
-    """This device's heads of a cache's keys or values."""
+    """The device's own heads of a cache's keys or values."""
     return sliced(x, -3, own.local([0])[0]) if own.is_local(0) else x
 
 
@@ -140,12 +152,13 @@ def _axes(mesh: DeviceMesh) -> dict[str, MeshAxis]:
 
 
 def _adapter(adapter: Lora, mesh: DeviceMesh, plan: Plan) -> Lora:
-    """This device's part of an adapter: A is divided as the inputs of its weight are, and B as the outputs."""
-    def of(path: str, matrices: LowRank) -> LowRank:
-        *_, field = path.split(".")
-        axes = AXES_OF[field].split()
+    """The device's own part of an adapter: A is divided as the inputs of its weight are, and B as the outputs."""
+    def of(path: str, matrices: LowRank) -> Any:  # a `LowRank` of sharded leaves
+        if not isinstance(matrices.a, Tensor):
+            raise ValueError(f"shard: {path} is divided already; lf.mesh.unshard the adapter first")
+        axes = AXES_OF[path.rpartition(".")[2]].split()
         outer = len(axes) - (matrices.a.ndim - 1)
         a, b = (sharding(" ".join(names), mesh, plan) for names in (["r", *axes[outer:]], [*axes[:outer], "r"]))
-        return LowRank(shard_leaf(matrices.a, a), shard_leaf(matrices.b, b))
+        return matrices._replace(a=shard_leaf(matrices.a, a), b=shard_leaf(matrices.b, b))
 
     return adapter._replace(matrices={path: of(path, matrices) for path, matrices in adapter.matrices.items()})

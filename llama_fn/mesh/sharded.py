@@ -46,7 +46,7 @@ class Sharding:
 
     def local(self, axes: Sequence[int]) -> list[MeshAxis]:
         """The mesh axes over which devices compute with their own part of one of these axes."""
-        return [axis for i in axes if (axis := self.over[i]) is not None and self.is_local(i)]
+        return [axis for i, axis in enumerate(self.over) if axis is not None and i in axes and self.is_local(i)]
 
 
 class Sharded(NamedTuple):
@@ -62,8 +62,8 @@ class Sharded(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """The shape with which this device computes: its own part of heads and hidden numbers, and all of the rest."""
         own = self.sharding
-        return tuple(size if (axis := own.over[i]) is None or (own.is_local(i) and own.axes[i] in LOCAL)
-                     else size * axis.size for i, size in enumerate(self.local.shape))
+        return tuple(size if axis is None or (own.is_local(i) and own.axes[i] in LOCAL) else size * axis.size
+                     for i, (size, axis) in enumerate(zip(self.local.shape, own.over, strict=True)))
 
     @property
     def whole(self) -> tuple[int, ...]:
@@ -105,10 +105,7 @@ class Sharded(NamedTuple):
         y = linear(self.gathered(), x, inputs)
         for axis in own.local(range(outer, len(own.axes))):
             y = summed(y, axis)
-        for i in range(outer):
-            if own.axes[i] == VOCABULARY and own.is_local(i):
-                y = gathered(y, i - outer, own.local([i])[0])
-        return y
+        return y if (axis := vocabulary_over(self)) is None else gathered(y, -1, axis)
 
     def scale(self, x: Tensor) -> Tensor:
         """W * x, number by number."""
@@ -116,15 +113,27 @@ class Sharded(NamedTuple):
 
     def look_up(self, numbers: Tensor) -> Tensor:
         """The rows of W with these numbers. Of a divided table, each device adds the rows that it has."""
-        weight, axes = self.gathered(), self.sharding.local([0])
-        if not axes:
+        weight, axis = self.gathered(), vocabulary_over(self)
+        if axis is None:
             return embed(weight, numbers)
-        (axis,), size = axes, weight.shape[0]
-        own = numbers - axis.index * size
-        here = (own >= 0) & (own < size)
+        size = weight.shape[0]
+        own, here = place_in_part(numbers, size, axis)
         rows = embed(weight, own.where(here, 0)).masked_fill(~here[..., None], 0)
         outside = (numbers < 0) | (numbers >= size * axis.size)
         return summed(rows, axis).masked_fill(outside[..., None], torch.nan)
+
+    def vdot(self, other: "Sharded") -> Tensor:
+        """The dot product of two weights that are divided alike; a number on many devices counts once.
+
+        Raises `ValueError` for one that is not divided like this one.
+        """
+        if not is_sharded(other) or other.sharding != self.sharding:
+            raise ValueError("tree.vdot: corresponding leaves must be divided alike; lf.mesh.shard both by one plan")
+        dot = tree.vdot(self.local, other.local)
+        for axis in self.sharding.over:
+            if axis is not None:
+                dot = summed(dot, axis)
+        return dot
 
     def several(self, weights: Sequence["Sharded"], x: Tensor) -> list[Tensor]:
         """The linear maps of weights with the same divided outputs; the gradient of x is added up in one all-reduce."""
@@ -136,6 +145,27 @@ class Sharded(NamedTuple):
 def is_sharded(x: Any) -> bool:
     """Whether a tree is a sharded weight."""
     return isinstance(x, Sharded)
+
+
+def vocabulary_over(weight: Any) -> MeshAxis | None:
+    """The mesh axis over which the devices compute with their own part of the vocabulary; None if they do not."""
+    own = weight.sharding if is_sharded(weight) else Sharding((), (), ())
+    return own.over[0] if own.axes[:1] == (VOCABULARY,) and own.is_local(0) else None
+
+
+def place_in_part(numbers: Tensor, size: int, axis: MeshAxis) -> tuple[Tensor, Tensor]:
+    """Where numbers of the vocabulary stand in the device's own part of so many, and whether they do."""
+    own = numbers - axis.index * size
+    return own, (own >= 0) & (own < size)
+
+
+def gathered_once(weight: Any) -> Any:
+    """The weight, gathered now, so that several uses of it gather nothing."""
+    if not is_sharded(weight):
+        return weight
+    own = weight.sharding
+    over = tuple(axis if own.is_local(i) else None for i, axis in enumerate(own.over))
+    return Sharded(weight.gathered(), Sharding(own.axes, over, ()))
 
 
 def total(weight: Any, x: Tensor) -> Tensor:

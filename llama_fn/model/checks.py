@@ -16,15 +16,14 @@ def check_sizes(params: "Params", cache: Cache | NoCache | None, segments: Tenso
     """Raise `ValueError` where config, weights, cache and segments do not fit together."""
     if isinstance(cache, Cache) and segments is not None:
         raise ValueError("segments divide whole rows, which begin at position 0; call without the cache")
-    v, d = whole_shape(params.embedding)
-    if (v, d) != (params.config.vocab_size, params.config.dim):
-        raise ValueError(f"the config says {params.config.vocab_size} tokens and width {params.config.dim}, "
-                         f"the weights {v} and {d}")
+    config, (v, d) = params.config, whole_shape(params.embedding)
+    if (v, d) != (config.vocab_size, config.dim):
+        raise ValueError(f"the config says {config.vocab_size} tokens and width {config.dim}, the weights {v} and {d}")
     for layer in params.blocks[:1]:
         k, g, h, _ = whole_shape(layer.attention.wq)
-        if (k, g, h) != (params.config.n_kv_heads, params.config.group_size, params.config.head_dim):
-            raise ValueError(f"the config says {params.config.n_heads} heads on {params.config.n_kv_heads} key/value "
-                             f"heads of width {params.config.head_dim}, the weights {k * g} on {k} of width {h}")
+        if (k, g, h) != (config.n_kv_heads, config.group_size, config.head_dim):
+            raise ValueError(f"the config says {config.n_heads} heads on {config.n_kv_heads} key/value heads of width "
+                             f"{config.head_dim}, the weights {k * g} on {k} of width {h}")
     if isinstance(cache, Cache) and not len(cache.k) == len(cache.v) == len(params.blocks):
         raise ValueError(f"the cache has keys of {len(cache.k)} layers and values of {len(cache.v)}, the weights "
                          f"have {len(params.blocks)}; make it with init_cache from the same config")

@@ -56,8 +56,9 @@ def several_linears(weights: Sequence[Matrix], x: Tensor) -> list[Tensor] | None
 
     A GPU finishes reading one small weight before it reaches full speed. On the CPU, each call has a fixed cost.
     """
+    first: Any = weights[0]
     if all(isinstance(weight, Divided) for weight in weights):
-        return weights[0].several(weights, x)
+        return first.several(weights, x)
     if not compiling():
         return None
     for accepts, kernel in ((gpu.accepts, gpu.several_by_triton), (cpu.accepts, cpu.several_by_cpp)):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from llama_fn import tree
 from llama_fn.modes import transforms
 
 
@@ -67,6 +68,15 @@ class Divided(Shaped, Protocol):
     def several(self, weights: Sequence[Any], x: Tensor) -> list[Tensor]:
         """The linear map of each of these weights, which are divided as this one is, with the same x."""
         ...
+
+
+def on_one_device(what: str, values: Any) -> None:
+    """Raise `ValueError` if a tree has weights whose parts are on several devices."""
+    def divided(x: Any) -> bool:
+        return isinstance(x, Divided)
+
+    if any(map(divided, tree.leaves(values, divided))):
+        raise ValueError(f"{what}: the weights are divided over devices; call it on lf.mesh.unshard(params)")
 
 
 def whole_shape(weight: Any) -> tuple[int, ...]:

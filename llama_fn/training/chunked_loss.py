@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_fn.mesh.sharded import gathered_once
 from llama_fn.modes import mapped
 from llama_fn.transforms.tapped import Tapped
 
@@ -24,6 +25,7 @@ def too_many_logits(output: Any, x: Tensor) -> bool:
 def in_chunks(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`f(norm, output, x, targets, ...)`, a number for each row of x, computed a chunk of rows at a time."""
     def chunked(norm: Any, output: Any, x: Tensor, targets: Tensor, *settings: float) -> Tensor:
+        norm, output = gathered_once(norm), gathered_once(output)
         rows = max(1, LOGITS // _logits(output, 1))
         chunks = zip(x.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True)
         return torch.cat([f(norm, output, *chunk, *settings) for chunk in chunks]).reshape(targets.shape)

@@ -6,6 +6,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -39,7 +40,8 @@ def dpo_loss(params: Params, reference: Params, chosen: tuple[Int[Tensor, "*b t"
     >>> loss = lf.dpo_loss(policy, params, chosen, rejected, beta=0.1)
     """
     better, worse = (_log_ratio(params, reference, *rows, layer, ENTROPY) for rows in (chosen, rejected))
-    return _losses(better, worse, number("dpo_loss: beta", beta)).mean()
+    losses = _losses(better, worse, number("dpo_loss: beta", beta))
+    return total(params.norm, losses.sum() / total(params.norm, torch.ones_like(losses).sum()))
 
 
 @typed

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llama_fn.mesh.sharded import total
+from llama_fn.mesh.entropy import entropy_of_parts
+from llama_fn.mesh.sharded import total, vocabulary_over
 from llama_fn.model.block import block
 from llama_fn.model.transformer import Params, head, trunk
 from llama_fn.modes import compiling
@@ -48,7 +49,13 @@ class Entropy(NamedTuple):
     of_chunk: Callable[..., Tensor]
 
 
-ENTROPY = Entropy(cross_entropy, remat(cross_entropy))
+def token_entropy(norm: Vector, output: Matrix, x: Tensor, targets: Tensor, *settings: float) -> Tensor:
+    """`cross_entropy`, on the parts of the vocabulary where devices have parts."""
+    compute = cross_entropy if vocabulary_over(output) is None else entropy_of_parts
+    return compute(norm, output, x, targets, *settings)
+
+
+ENTROPY = Entropy(token_entropy, remat(token_entropy))
 
 
 @typed

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama_fn import tree
+from llama_fn.mesh.shard import shard_leaf, unshard
+from llama_fn.mesh.sharded import is_sharded
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.transformer import Params
 from llama_fn.ranges import number
@@ -32,13 +34,13 @@ def outputs(params: Any) -> Any:
 
     if isinstance(params, Params):
         return tree.map_with_path(of_layer, abstract_params(params.config))
-    return tree.map(lambda x: max(x.ndim - 1, 0), params)
+    return tree.map(lambda x: max(len(x.shape) - 1, 0), params, is_leaf=is_sharded)
 
 
 class MuonState(NamedTuple):
     """The momentum of each hidden matrix by its path, and Adam's state of all other leaves, by theirs."""
 
-    momentum: dict[str, Tensor]
+    momentum: dict[str, Any]
     adam: Any
 
 
@@ -54,28 +56,34 @@ def scale_by_muon(momentum: float, b1: float, b2: float, eps: float,
     momentum = number("scale_by_muon: momentum", momentum, high=1.0, below=True)
     adam = scale_by_adam(b1, b2, eps)
 
-    def apart(axes: dict[str, int], values: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        leaves = tree.paths(values)
+    def apart(axes: dict[str, int], values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        leaves = tree.paths(values, is_sharded)
         return ({path: x for path, x in leaves.items() if axes[path]},
                 {path: x for path, x in leaves.items() if not axes[path]})
 
+    def axes_of(values: Any) -> dict[str, int]:
+        return {path: x.local if is_sharded(x) else x for path, x in tree.paths(outputs(values), is_sharded).items()}
+
     def init(params: Any) -> MuonState:
         no_steps(params)  # raises for integers
-        matrices, others = apart(tree.paths(outputs(params)), params)
+        matrices, others = apart(axes_of(params), params)
         return MuonState(zeros(matrices), adam.init(others) if others else ())
 
     def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
-        axes = tree.paths(outputs(grads))
+        axes = axes_of(grads)
         matrices, others = apart(axes, grads)
         means = tree.map(lambda m, g: momentum * m + g.to(m.dtype), state.momentum, matrices)
+        ahead = tree.map(lambda m, g: g.to(m.dtype) + momentum * m, means, matrices)
 
-        def direction(path: str, mean: Tensor, g: Tensor) -> Tensor:
-            x = (g.to(mean.dtype) + momentum * mean).flatten(0, axes[path] - 1).flatten(1)
-            return (0.2 * math.sqrt(max(x.shape)) * orthogonalized(x)).reshape(g.shape)
+        def direction(path: str, part: Any) -> Any:
+            whole = unshard(part)  # the singular vectors are those of the whole matrix
+            x = whole.flatten(0, axes[path] - 1).flatten(1)
+            x = (0.2 * math.sqrt(max(x.shape)) * orthogonalized(x)).reshape(whole.shape)
+            return shard_leaf(x, part.sharding) if is_sharded(part) else x
 
-        directions = tree.map_with_path(direction, means, matrices)
         rest, adam_state = adam.update(others, state.adam) if others else ({}, ())
-        return (tree.map_with_path(lambda path, _: (directions | rest)[path], grads), MuonState(means, adam_state))
+        found = rest | {path: direction(path, part) for path, part in ahead.items()}
+        return tree.map_with_path(lambda path, _: found[path], grads, is_leaf=is_sharded), MuonState(means, adam_state)
 
     return Optimizer(init, update)
 

@@ -132,10 +132,10 @@ def add_decayed_weights(weight_decay: float | Tensor, mask: Any = None) -> Optim
     def update(grads: Any, state: tuple, params: Any = None) -> tuple[Any, tuple]:
         decays = tree.map(lambda p: True, params) if mask is None else mask(params) if callable(mask) else mask
 
-        def decayed(g: Tensor, p: Tensor, decay: bool) -> Tensor:
-            return g + weight_decay * p.to(g.dtype) if decay else g
+        def decayed(decay: bool, grads: Any, params: Any) -> Any:  # a weight's parts are a tree, and its mask a leaf
+            return tree.map(lambda g, p: g + weight_decay * p.to(g.dtype), grads, params) if decay else grads
 
-        return tree.map(decayed, grads, params, decays), state
+        return tree.map(decayed, decays, grads, params), state
 
     return Optimizer(lambda params: (), update)
 

@@ -15,6 +15,7 @@ from llama_fn import random, tree
 from llama_fn.config import Config
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.transformer import Params
+from llama_fn.ops.weight import on_one_device
 from llama_fn.random import Key
 from llama_fn.ranges import integer, number
 from llama_fn.shapes import typed
@@ -157,6 +158,7 @@ def _merged(params: Params, adapter: Lora, times: float) -> Params:
             raise ValueError(f"{path} is no tensor but {type(weight).__name__}: merge into the parameters from before")
         return added(adapter, path, weight, times)
 
+    on_one_device("lora.merge", (params, adapter))
     check_fit(params, adapter)
     return tree.map_with_path(one, abstract_params(params.config), params)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from llama_fn import random, tree
 from llama_fn.model.transformer import Params
 from llama_fn.modes import concrete
+from llama_fn.ops.weight import on_one_device
 from llama_fn.random import Key
 from llama_fn.ranges import number
 from llama_fn.shapes import typed
@@ -52,6 +53,7 @@ def per_sample_norms(loss: Loss, params: Any, batch: Any, *, chunk_size: int | N
 
     >>> norms = lf.per_sample_norms(lf.loss, params, batch)
     """
+    on_one_device("per_sample_norms", params)
     dtype = functools.reduce(torch.promote_types, [x.dtype for x in tree.leaves(params)], torch.float32)
     zero = torch.zeros((), dtype=dtype, device=tree.leaves(params)[0].device)
 
@@ -81,6 +83,7 @@ def clipped_sum(loss: Loss, params: Any, batch: Any, max_norm: float, *, chunk_s
 
     >>> total = lf.clipped_sum(lf.loss, params, batch, max_norm=1.0)
     """
+    on_one_device("clipped_sum", params)
     if not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}; math.inf clips nothing")
     max_norm = number("max_norm", max_norm, above=True, below=False)
@@ -123,6 +126,7 @@ def private_grads(loss: Loss, params: Any, batch: Any, *, max_norm: float, noise
 
     >>> noisy = lf.private_grads(lf.loss, params, batch, max_norm=1.0, noise_multiplier=1.0, key=key)
     """
+    on_one_device("private_grads", params)
     if not 0 <= noise_multiplier < math.inf:
         raise ValueError(f"noise_multiplier must be a number from 0 on, got {noise_multiplier}")
     noise_multiplier = number("noise_multiplier", noise_multiplier)

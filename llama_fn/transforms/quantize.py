@@ -9,6 +9,7 @@ from llama_fn import tree
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.transformer import Params
 from llama_fn.ops.quantized import Grouped, Quantized, dequantized, grouped, quantized
+from llama_fn.ops.weight import on_one_device
 from llama_fn.shapes import typed
 
 Bits = Literal["int8", "int4"]
@@ -25,6 +26,7 @@ def quantize(params: Params, bits: Bits = "int8") -> Params:
 
     >>> small = lf.quantize(params, "int8")
     """
+    on_one_device("quantize", params)
     return tree.map_with_path(quantized_leaf(bits), abstract_params(params.config), params)
 
 

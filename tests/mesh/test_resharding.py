@@ -13,6 +13,7 @@ import torch.distributed as dist
 from folders import bits, contents, same
 from hypothesis import given
 from hypothesis import strategies as st
+from meshes import MESHES, fits, random_plans
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -22,25 +23,30 @@ import llama_fn as lf
 from llama_fn import tree
 from llama_fn.checkpoint.sealed import sealed
 from llama_fn.checkpoint.snapshot import load_snapshot, read_about, save_snapshot
+from llama_fn.mesh.plan import PRESETS
 from llama_fn.mesh.ranks import all_ranks
 from llama_fn.mesh.sharded import is_sharded
 from llama_fn.training.loop import TrainState, init_state
-from llama_fn.training.muon import MuonState
 from llama_fn.training.record import MetricsFile
 from llama_fn.training.saving import Saver
 from llama_fn.training.snapshots import newest_snapshot
 
-CONFIG = lf.Config(dim=24, n_layers=2, n_heads=12, n_kv_heads=4, vocab_size=40, hidden_dim=64, max_seq_len=32)
-MESHES = [("replicated", {"dp": 2}), ("fsdp", {"dp": 2}), ("tensor", {"tp": 2}), ("fsdp+tensor", {"dp": 2, "tp": 2}),
-          ("tensor", {"tp": 4}), ("fsdp", {"dp": 4}), ("tensor", {"dp": 2, "tp": 2}),
-          ({"*b": ("dp", "tp"), "h": "tp", "d": "dp"}, {"dp": 2, "tp": 1}), (None, {})]
+CONFIG = lf.Config(dim=96, n_layers=2, n_heads=12, n_kv_heads=4, vocab_size=36, hidden_dim=28, max_seq_len=32)
+OPTIMIZERS = {"adamw": lf.optim.adamw(1e-3), "muon": lf.optim.muon(1e-3)}
 
 
-def state(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> TrainState:
-    """The state of a run on one device, with numbers in all moments and in the count."""
-    params = lf.init_params(lf.random.key(seed), CONFIG, dtype)
-    fresh = init_state(params, lf.optim.adamw(1e-3))
-    keys = iter(lf.random.split(lf.random.key(seed + 1), 999))
+@st.composite
+def meshes_and_plans(draw):
+    mesh = draw(st.sampled_from(MESHES))
+    presets = [plan for plan in PRESETS.values() if fits(plan, mesh)]
+    return mesh, draw(st.sampled_from(presets) | random_plans(mesh))
+
+
+def state(seed: int = 0, optimizer: str = "adamw") -> TrainState:
+    """The state of a run on one device, with numbers in all moments and in the counts."""
+    params = lf.init_params(lf.random.key(seed), CONFIG, torch.bfloat16)
+    fresh = init_state(params, OPTIMIZERS[optimizer])
+    keys = iter(lf.random.split(lf.random.key(seed + 1), 99))
     filled = tree.map(lambda x: lf.random.normal(next(keys), x.shape).to(x.dtype) if x.is_floating_point()
                       else x + 7 + seed, fresh)
     return filled._replace(params=params)
@@ -48,8 +54,6 @@ def state(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> TrainState:
 
 def on_mesh(whole, mesh, plan):
     """This process's part of a state; the moments are divided as the parameters are."""
-    if plan is None:
-        return whole
     return tree.map(lambda x: lf.mesh.shard(x, mesh, plan) if isinstance(x, lf.Params) else x, whole,
                     is_leaf=lambda x: isinstance(x, lf.Params))
 
@@ -58,35 +62,35 @@ def size_of(mesh: dict) -> int:
     return math.prod(mesh.values())
 
 
-def saved(folder, mesh, plan, seed, about):
-    save_snapshot(on_mesh(state(seed), lf.mesh.make_mesh(mesh), plan), folder, about)
+def saved(folder, mesh, plan):
+    save_snapshot(on_mesh(state(), lf.mesh.make_mesh(mesh), plan), folder, {"step": 3})
 
 
-def loaded_is_the_part(folder, mesh, plan, seed):
-    expected = on_mesh(state(seed), lf.mesh.make_mesh(mesh), plan)
-    found = load_snapshot(tree.map(torch.zeros_like, expected), folder)
-    assert same(found, expected)
-    assert read_about(folder) == {"step": 3}
+def save_on(mesh, plan, folder) -> None:
+    """Save the state from a mesh; from one process if the mesh has no axes."""
+    if mesh:
+        world(size_of(mesh))(saved, folder, mesh, plan)
+    else:
+        save_snapshot(state(), folder, {"step": 3})
 
 
-def run(compute, folder, plan, mesh, *args):
-    if plan is None:
-        return {saved: lambda: save_snapshot(state(args[0]), folder, args[1]),
-                loaded_is_the_part: lambda: loaded_alone(folder, *args)}[compute]()
-    return world(size_of(mesh))(compute, folder, mesh, plan, *args)
+def passed_on(source, target, mesh, plan, optimizer):
+    """Load a snapshot onto a mesh, and save it from there."""
+    fresh = lf.mesh.shard(tree.map(torch.zeros_like, state(0).params), lf.mesh.make_mesh(mesh), plan)
+    found = load_snapshot(init_state(fresh, OPTIMIZERS[optimizer]), source)
+    assert same(lf.mesh.unshard(found), state(0, optimizer)) and read_about(source) == {"step": 3}
+    save_snapshot(found, target, {"step": 3})
 
 
-def loaded_alone(folder, seed):
-    assert same(load_snapshot(tree.map(torch.zeros_like, state(seed)), folder), state(seed))
-
-
-@given(st.sampled_from(MESHES), st.sampled_from(MESHES), st.sampled_from(MESHES))
-def test_a_snapshot_is_loaded_bit_for_bit_on_every_other_mesh(tmp_path_factory, first, second, third):
-    folder = tmp_path_factory.mktemp("run") / "snapshot"
-    run(saved, folder, *first, 0, {"step": 3})
-    run(loaded_is_the_part, folder, *second, 0)
-    run(loaded_is_the_part, folder, *third, 0)
-    assert os.listdir(folder.parent) == ["snapshot"]
+@given(meshes_and_plans(), meshes_and_plans(), st.sampled_from([*OPTIMIZERS]))
+def test_a_snapshot_passes_from_mesh_to_mesh_bit_for_bit(tmp_path_factory, first, second, optimizer):
+    """From one process to a mesh, to another mesh, and back to one process."""
+    folder, whole = tmp_path_factory.mktemp("run"), state(0, optimizer)
+    save_snapshot(whole, folder / "0", {"step": 3})
+    for i, (mesh, plan) in enumerate((first, second)):
+        world(size_of(mesh))(passed_on, folder / f"{i}", folder / f"{i + 1}", mesh, plan, optimizer)
+    assert same(load_snapshot(tree.map(torch.zeros_like, whole), folder / "2"), whole)
+    assert files(folder) == ["0", "1", "2"]
 
 
 def files(folder) -> list[str]:
@@ -97,7 +101,7 @@ def test_every_number_is_written_once_and_every_process_writes_its_share(tmp_pat
     """The files of the first save are gone after the second."""
     whole = sum(x.nbytes for x in tree.leaves(state()))
     for plan, mesh in [("fsdp+tensor", {"dp": 2, "tp": 2}), ("replicated", {"dp": 2}), (None, {})]:
-        run(saved, tmp_path / "snapshot", plan, mesh, 0, {"step": 3})
+        save_on(mesh, plan, tmp_path / "snapshot")
         count = size_of(mesh)
         names = [f"state-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [
             "state.safetensors"]
@@ -125,28 +129,8 @@ def read_by_torch(folder, mesh, plan):
 
 
 def test_torchs_own_reader_finds_the_same_parts(tmp_path):
-    world(4)(saved, tmp_path / "snapshot", {"dp": 2, "tp": 2}, "fsdp+tensor", 0, {"step": 3})
+    save_on({"dp": 2, "tp": 2}, "fsdp+tensor", tmp_path / "snapshot")
     world(2)(read_by_torch, tmp_path / "snapshot", {"tp": 2}, "tensor")
-
-
-def muon_state(mesh, plan):
-    """The optimizer's state has the momentum of each hidden matrix by its path, in a dict."""
-    params, moments = (lf.mesh.shard(state(seed).params, mesh, plan) for seed in (0, 5))
-    leaves = tree.paths(moments, is_sharded)
-    momentum = {path: x for path, x in leaves.items() if path.startswith("blocks") and "norm" not in path}
-    others = {path: x for path, x in leaves.items() if path not in momentum}
-    return TrainState(params, (MuonState(momentum, others), torch.tensor(4)), torch.tensor(4))
-
-
-def muon_comes_back(folder):
-    for first, second in [(("fsdp", {"dp": 4}), ("tensor", {"tp": 4})), (("tensor", {"tp": 4}), ("fsdp", {"dp": 4}))]:
-        before, after = (muon_state(lf.mesh.make_mesh(mesh), plan) for plan, mesh in (first, second))
-        save_snapshot(before, folder)
-        assert same(load_snapshot(tree.map(torch.zeros_like, after), folder), after)
-
-
-def test_muons_state_comes_back_by_another_plan(tmp_path):
-    world(4)(muon_comes_back, tmp_path / "snapshot")
 
 
 def loads_with(folder, mesh, plan, error, words):
@@ -160,7 +144,7 @@ def loads_with(folder, mesh, plan, error, words):
        ("tensor", {"tp": 2}), (None, {})]), st.data())
 def test_a_damaged_file_of_one_process_is_an_error_of_all(tmp_path_factory, damage, rank, mesh, data):
     folder, (plan, mesh) = tmp_path_factory.mktemp("run") / "snapshot", mesh
-    run(saved, folder, "fsdp", {"dp": 2}, 0, {"step": 3})
+    save_on({"dp": 2}, "fsdp", folder)
     file = folder / f"state-{rank:05}-of-00002.safetensors"
     content = file.read_bytes()
     begin = 8 + int.from_bytes(content[:8], "little")
@@ -182,7 +166,7 @@ def test_a_damaged_file_of_one_process_is_an_error_of_all(tmp_path_factory, dama
 
 
 def test_the_manifest_and_the_leaves_of_another_run_are_named(tmp_path):
-    run(saved, tmp_path / "snapshot", "fsdp", {"dp": 2}, 0, {"step": 3})
+    save_on({"dp": 2}, "fsdp", tmp_path / "snapshot")
     manifest = tmp_path / "snapshot" / "manifest.json"
     kept = json.loads(manifest.read_text())
     other = {name: x for name, x in kept["leaves"].items() if name != "params.norm"} | {"more": kept["leaves"]["step"]}
@@ -190,7 +174,7 @@ def test_the_manifest_and_the_leaves_of_another_run_are_named(tmp_path):
     words = "2 leaves do not fit this run:\n  missing: params.norm\n  unknown: more"
     world(2)(loads_with, tmp_path / "snapshot", {"tp": 2}, "tensor", ValueError, words)
     parts = kept["leaves"]["params.norm"]["parts"]
-    for wrong, words in [([parts[0], parts[1] | {"start": [20]}], "params.norm: 8 of its numbers are in no file"),
+    for wrong, words in [([parts[0], parts[1] | {"start": [92]}], "params.norm: 44 of its numbers are in no file"),
                          (parts[:1], "state-00002-of-00002.safetensors: damaged: it does not hold the leaves"),
                          ([parts[0] | {"file": "../run.json"}], "only such names are followed"),
                          ([{"file": "a"}], "manifest.json: not the manifest of a snapshot")]:
@@ -216,7 +200,7 @@ def fails_on(folder, failing):
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_write_that_fails_on_one_process_leaves_the_snapshot_before(tmp_path, failing):
-    run(saved, tmp_path / "snapshot", "fsdp", {"dp": 2}, 0, {"step": 3})
+    save_on({"dp": 2}, "fsdp", tmp_path / "snapshot")
     before = contents(tmp_path)
     world(2)(fails_on, tmp_path / "snapshot", failing)
     assert contents(tmp_path) == before

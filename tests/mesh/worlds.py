@@ -31,11 +31,11 @@ def serve(rank: int, size: int, store: str, paths: list[str], pipe: Any) -> None
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while True:
         try:
-            module, name, args = pipe.recv()
+            module, name, args, kwargs = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send((True, getattr(importlib.import_module(module), name)(*args)))
+            pipe.send((True, getattr(importlib.import_module(module), name)(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
 
@@ -52,9 +52,9 @@ def world(size: int) -> Callable[..., list[Any]]:
         theirs.close()
         pipes.append(ours)
 
-    def run(compute: Callable, *args: Any) -> list[Any]:
+    def run(compute: Callable, *args: Any, **kwargs: Any) -> list[Any]:
         for pipe in pipes:
-            pipe.send((compute.__module__, compute.__name__, args))
+            pipe.send((compute.__module__, compute.__name__, args, kwargs))
         answers = []
         for rank, pipe in enumerate(pipes):
             if not pipe.poll(TIMEOUT):

@@ -119,10 +119,10 @@ def test_a_damaged_file_is_named_and_made_again_once_it_is_removed(root, name, d
 
 
 def test_a_run_of_an_earlier_version_goes_on_and_says_what_it_cannot_tell(root):
-    edit_manifest(root / "run", sha256=..., texts="texts")
+    edit_manifest(root / "run", sha256=..., texts="texts", optimizer=..., decay=...)
     with pytest.warns(UserWarning, match="has no digests of the texts: whether these are the same cannot be told"):
         run(root / "run", SMALL, root / "texts", resume=True)
-    assert {"sha256", "texts"} <= json.loads((root / "run" / "run.json").read_text()).keys()
+    assert {"sha256", "texts", "optimizer"} <= json.loads((root / "run" / "run.json").read_text()).keys()
     run(root / "run", SMALL, root / "texts", resume=True)  # now it can be told
 
 
@@ -134,7 +134,8 @@ def test_a_record_that_is_no_object_is_an_error(root):
 
 @pytest.mark.parametrize("changes", [{"texts": [1]}, {"texts": [{"name": "a"}]}, {"sha256": "x"}, {"steps": "many"},
                                      {"texts": [{"name": "a", "sha256": []}]}, {"warmup": [1]}, {"steps": 0},
-                                     {"steps": None}, {"n_heads": 3}, {"clip": "1"}, {"dim": True}])
+                                     {"steps": None}, {"n_heads": 3}, {"clip": "1"}, {"dim": True},
+                                     {"optimizer": "sgd"}, {"optimizer": ["muon"]}, {"decay": 1}])
 def test_a_record_that_is_none_is_an_error(root, changes):
     edit_manifest(root / "run", **changes)
     with pytest.raises(ValueError, match=r"run\.json: not what a training run writes there") as error:
@@ -182,6 +183,46 @@ def test_a_run_goes_on_for_more_steps_along_the_longer_plans_schedule(root):
         optimizer = dataclasses.replace(plan, steps=steps, warmup=warmup).make_optimizer()
         *_, (state, _) = loop.train(state, optimizer, corpus, order, steps, (1, 2))
     assert all(map(torch.equal, lf.tree.leaves(state.params), lf.tree.leaves(again.params)))
+
+
+# --- the optimizer
+
+@pytest.mark.parametrize(("optimizer", "decay"), [("adamw", "cosine"), ("adamw", "linear"), ("muon", "cosine")])
+def test_a_plan_has_the_optimizer_and_the_schedule_that_it_names(optimizer, decay):
+    """Three updates of the same gradients, beside the optimizer written out."""
+    plan = Plan(steps=5, warmup=1, optimizer=optimizer, decay=decay, learning_rate=0.1, weight_decay=0.3, clip=0.5)
+    curve = {"cosine": lf.optim.warmup_cosine, "linear": lf.optim.warmup_linear}[decay](0.1, 1, 5)
+    make = {"adamw": lf.optim.adamw, "muon": lf.optim.muon}[optimizer]
+    expected = lf.optim.chain(lf.optim.clip_by_global_norm(0.5),
+                              make(curve, b2=0.99, weight_decay=0.3, mask=lf.optim.matrices))
+    params = lf.init_params(lf.random.key(0), SMALL.config())
+    grads = lf.random.like(lf.random.key(1), params)
+    found = []
+    for made in (expected, plan.make_optimizer()):
+        at, state = params, made.init(params)
+        for _ in range(3):
+            updates, state = made.update(grads, state, at)
+            at = lf.optim.apply_updates(at, updates)
+        found.append(at)
+    assert all(map(torch.equal, lf.tree.leaves(found[0]), lf.tree.leaves(found[1])))
+
+
+@pytest.mark.parametrize(("name", "word"), [("optimizer", "sgd"), ("optimizer", None), ("decay", "constant")])
+def test_an_unknown_word_in_a_plan_is_refused_with_those_that_are_known(tmp_path, name, word):
+    known = {"optimizer": "adamw, muon", "decay": "cosine, linear"}[name]
+    with pytest.raises(ValueError, match=f"{name} must be one of {known}; got {word!r}"):
+        run(tmp_path / "run", dataclasses.replace(SMALL, **{name: word}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_muon_that_stopped_ends_as_one_that_did_not(tmp_path):
+    plan, texts = dataclasses.replace(SMALL, optimizer="muon", decay="linear"), write(tmp_path / "texts")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", plan, texts, report=stop_after(2))
+    found = [run(tmp_path / name, plan, texts, resume=resume) for name, resume in (("stopped", True), ("whole", False))]
+    assert all(map(torch.equal, lf.tree.leaves(found[0].params), lf.tree.leaves(found[1].params)))
+    with pytest.raises(ValueError, match="another plan: optimizer was 'muon', is 'adamw'"):
+        run(tmp_path / "whole", SMALL, texts, resume=True)
 
 
 # --- what was not given
