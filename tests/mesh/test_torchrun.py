@@ -47,7 +47,7 @@ def test_sigterm_to_torchrun_saves_and_stops_all_and_the_run_goes_on_compiled(tm
     (tmp_path / "a.txt").write_text("the cat sat on the mat.\n" * 90)
     run = ["train", str(tmp_path / "a.txt"), "--out", str(tmp_path / "run"), "--mesh", "dp=2", "--dim", "16",
            "--n-layers", "1", "--n-heads", "4", "--n-kv-heads", "2", "--hidden-dim", "24", "--context", "24", "--batch",
-           "4", "--vocab-size", "288", "--peak-tflops", "0.1", "--evaluate-every", "20"]
+           "4", "--vocab-size", "288", "--peak-tflops", "0.1", "--evaluate-every", "20", "--warmup", "5"]
     script = [*TORCHRUN, "-m", "llama_fn", *run, "--steps", "100000"]
     with subprocess.Popen(script, stderr=subprocess.PIPE, text=True, env=ENV) as process:
         until = time.monotonic() + 240
