@@ -138,7 +138,7 @@ def refused(folder: Path, texts: Path, mesh: dict, plan: str, changes: dict) -> 
 
 @pytest.mark.parametrize(("mesh", "plan", "changes", "message"), [
     ({"dp": 2}, "replicated", {"batch": 3}, "a batch of 3 rows cannot be divided over 2 devices; choose a multiple of 2"),
-    ({"tp": 2}, "tensor", {"n_kv_heads": 1}, "blocks.0.attention.wq has 1 numbers along k, which 2 devices (tp)"),
+    ({"tp": 2}, "tensor", {"n_kv_heads": 1}, "blocks.0.attention.wq has 1 numbers along k, and 2 devices (tp) cannot"),
     ({"tp": 2}, "fsdp", {}, "*b is divided over 'dp', and the mesh has tp"),
 ])
 def test_what_cannot_be_divided_is_refused_by_all_before_any_work(mesh, plan, changes, message, texts, tmp_path):
