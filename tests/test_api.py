@@ -8,22 +8,25 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import llama_fn as lf
 
 DOCS = Path(__file__).parent.parent / "docs"
-MODULES = ("tree", "random", "optim", "lora", "stories")
+MODULES = ("tree", "random", "optim", "lora", "stories", "mesh")
 NAMES = [*(name for name in lf.__all__ if name not in MODULES),
          *(f"{module}.{name}" for module in MODULES for name in getattr(lf, module).__all__)]
-DATA = {"LLAMA2_7B", "LLAMA2_13B", "LLAMA2_70B", "lora.LINEAR"}  # no functions or types: Python gives them no docstring
+DATA = {"LLAMA2_7B", "LLAMA2_13B", "LLAMA2_70B", "lora.LINEAR", "mesh.PRESETS", "mesh.Plan"}  # no functions or types: Python gives them no docstring
 
 
 def thing(name: str) -> Any:
@@ -91,8 +94,28 @@ def place(around, tmp_path, monkeypatch) -> dict[str, Any]:
     return around | {"hf_config": json.loads(Path("my-hf/config.json").read_text())}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in DATA])
+@pytest.fixture
+def four_processes(place) -> Iterator[dict[str, Any]]:
+    """The names of one of four processes, of which the other three are not there: nothing is sent or awaited."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    mesh = lf.mesh.make_mesh({"dp": 2, "tp": 2})
+    parts, rows = (lf.mesh.shard(place[name], mesh, "fsdp+tensor") for name in ("params", "batch"))
+    yield place | {"mesh": mesh, "params": parts, "rows": rows}
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in DATA and not name.startswith("mesh.")])
 def test_every_public_name_is_explained_with_a_line_that_runs(place, name):
+    check_lines(place, name)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in DATA and name.startswith("mesh.")])
+def test_every_name_of_the_mesh_is_explained_with_a_line_that_runs(four_processes, name):
+    divides = name == "mesh.shard"  # of parameters that are whole
+    check_lines(four_processes | ({"params": lf.load("stories").params} if divides else {}), name)
+
+
+def check_lines(place: dict[str, Any], name: str) -> None:
     text = inspect.getdoc(thing(name))
     assert text and re.match(r"[^\n]+\.(\n\n|$)", text), "a summary of one line, with a period"
     lines = doctest.DocTestParser().get_examples(text)

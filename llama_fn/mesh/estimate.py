@@ -17,7 +17,7 @@ from llama_fn import tree
 from llama_fn.config import Config
 from llama_fn.mesh.machine import MEMORY, PRODUCTS, USABLE, Machine, sending
 from llama_fn.mesh.plan import check_plan, plan_of, rows_over
-from llama_fn.mesh.predict import Collective, Work, abstract_shard, of_forward, of_gradient, times, total
+from llama_fn.mesh.predict import Collective, Work, abstract_shard, of_forward, of_gradient, of_norm, times, total
 from llama_fn.mesh.sharded import Sharded, is_sharded
 from llama_fn.mesh.traffic import RING, Traffic, sent
 from llama_fn.model.init import abstract_params
@@ -120,19 +120,19 @@ def _training(config: Config, machine: Machine, mesh: Mapping[str, int], plan: s
     layer, ends = _parts(config, mesh, plan)
     tokens, item, stored = rows * job.context, job.computed.itemsize, job.stored.itemsize
     own = config.n_layers * _numbers(layer) + _numbers(ends)
-    layers, logits = 1 if recomputed else config.n_layers, tokens * config.vocab_size
+    layers, in_chunks = 1 if recomputed else config.n_layers, tokens * config.vocab_size > LOGITS
     inputs = config.n_layers * config.dim * item if recomputed else 0  # from which layers are computed again
     memory: dict[str, float] = {
         "parameters": own * (stored + (item if job.computed != job.stored else 0)),
         "gradients": own * stored * (3 if count > 1 else 1),  # two, while their sum is made
         "moments": own * 2 * max(4, stored),
-        "gathered": item * (layers * _gathered(layer) + _gathered(ends[-1]) + _gathered(layer.feed_forward.w_up)),
+        "gathered": item * (_gathered(layer) + _gathered(ends[-1]) + _gathered(layer.feed_forward.w_up)),  # a gradient
         "activations": tokens * (layers * _saved(config, layer, item) + inputs)
-                       + min(logits, LOGITS) * (item + 3 * 4),  # in float32: logits, log p, gradient
+                       + min(tokens * config.vocab_size, LOGITS) * (item + 3 * 4),  # and log p and gradient
     }
-    chunks = -(-tokens // max(1, LOGITS // config.vocab_size)) if logits > LOGITS else 1
     work = Work(job.rows // count, job.context, job.computed)
-    collectives = times(count, of_gradient(config, mesh, plan, work, recomputed=recomputed, chunks=chunks))
+    gradient = of_gradient(config, mesh, plan, work, compiled=True, recomputed=recomputed, in_chunks=in_chunks)
+    collectives = times(count, gradient) + of_norm(config, mesh, plan)
     all_tokens, weights = job.rows * job.context, config.n_params - config.vocab_size * config.dim
     products = 2 * (4 if recomputed else 3) * (weights + config.n_layers * config.dim * job.context) * all_tokens
     seconds = {"products": products / prod(mesh.values()) / (PRODUCTS * machine.flops),

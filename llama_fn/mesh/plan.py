@@ -29,6 +29,8 @@ def parse_mesh(text: str) -> dict[str, int]:
     """A mesh's axes and their sizes from words like "dp=2,tp=4".
 
     Raises `ValueError` for words of another form, for a size below 1, and for an axis that comes twice.
+
+    >>> sizes = lf.mesh.parse_mesh("dp=2,tp=4")
     """
     mesh: dict[str, int] = {}
     for part in text.split(","):
@@ -71,6 +73,8 @@ def check_plan(config: Config, mesh: Mapping[str, int], plan: str | Plan, world:
     """Raise `ValueError` that names what is wrong, if a plan does not fit a model and a mesh of these sizes.
 
     The mesh must have as many devices as the world, if that is given. Nothing is allocated.
+
+    >>> lf.mesh.check_plan(lf.LLAMA2_70B, {"dp": 2, "tp": 8}, "fsdp+tensor")
     """
     plan = plan_of(plan)
     check_mesh(mesh, world)

@@ -8,8 +8,11 @@ Each use of a weight, and each product with a divided weight, has its collective
     the rows, and not this weight                nothing                     all-reduce its gradient
     outputs k (wq, wk, wv), f (w_gate, w_up)     nothing                     all-reduce the gradient of x, once for all
     inputs k (wo), f (w_down)                    all-reduce the result       nothing
-    outputs v (the head)                         all-gather the logits       all-reduce the gradient of x
+    outputs v (the head of `forward`)            all-gather the logits       all-reduce the gradient of x
+    outputs v (the loss, `entropy.py`)           all-reduce 3 numbers        all-reduce the gradient of x
     the rows v of the embedding                  all-reduce the result       nothing
+
+A compiled step gathers the weights of layers and head once more in its backward, instead of keeping them.
 
 (Shoeybi et al. 2019, "Megatron-LM", section 3; Rajbhandari et al. 2020, "ZeRO", section 7.) `traffic.py` counts what
 runs, and the tests compare.
@@ -26,7 +29,7 @@ from llama_fn import tree
 from llama_fn.config import Config
 from llama_fn.mesh.collectives import MeshAxis
 from llama_fn.mesh.plan import Plan, plan_of, rows_over
-from llama_fn.mesh.sharded import VOCABULARY, Sharded, Sharding, is_sharded
+from llama_fn.mesh.sharded import Sharded, Sharding, is_sharded
 from llama_fn.mesh.traffic import Traffic, sent
 from llama_fn.model.init import abstract_params
 
@@ -40,9 +43,10 @@ class Collective(NamedTuple):
 
 
 class Sends(NamedTuple):
-    """The collectives of the forward, and those of the backward, each with how often it runs."""
+    """The collectives of a part of the model, each with how often it runs."""
 
-    forward: Counter[Collective]
+    gather: Counter[Collective]  # of weights, forward
+    forward: Counter[Collective]  # of activations
     backward: Counter[Collective]
 
 
@@ -70,26 +74,24 @@ def abstract_shard(weight: Any, mesh: Mapping[str, int], plan: str | Plan) -> Sh
 
 def of_weight(part: Sharded, itemsize: int) -> Sends:
     """What one use of a weight sends."""
-    forward, backward, own, size = [], [], part.sharding, part.local.numel() * itemsize
+    gather, backward, own, size = [], [], part.sharding, part.local.numel() * itemsize
     for i, axis in enumerate(own.over):
         if axis is not None and not own.is_local(i):
             size *= axis.size
-            forward.append(Collective("all-gather", axis, size))
+            gather.append(Collective("all-gather", axis, size))
             if axis in own.batch:
                 backward.append(Collective("reduce-scatter", axis, size))
     backward += [Collective("all-reduce", axis, size) for axis in own.batch if axis not in own.over]
-    return Sends(Counter(forward), Counter(backward))
+    return Sends(Counter(gather), Counter(), Counter(backward))
 
 
-def of_products(parts: Sequence[Sharded], inputs: int, x_size: int, logits_size: int = 0) -> Sends:
+def of_products(parts: Sequence[Sharded], inputs: int, x_size: int) -> Sends:
     """What the products of several weights with one x send beside the weights: x and the result have `x_size` bytes."""
     own = parts[0].sharding
     outer = len(own.axes) - inputs
-    backward = [Collective("all-reduce", axis, x_size) for axis in own.local(range(outer))]
-    forward = [Collective("all-reduce", axis, x_size) for axis in own.local(range(outer, len(own.axes)))]
-    forward += [Collective("all-gather", axis, logits_size) for i in range(outer) if own.axes[i] == VOCABULARY
-                for axis in own.local([i])]
-    return Sends(Counter(forward), Counter(backward))
+    backward = Counter(Collective("all-reduce", axis, x_size) for axis in own.local(range(outer)))
+    forward = Counter(Collective("all-reduce", axis, x_size) for axis in own.local(range(outer, len(own.axes))))
+    return Sends(Counter(), forward, backward)
 
 
 def of_layer(config: Config, mesh: Mapping[str, int], plan: str | Plan, work: Work) -> Sends:
@@ -108,46 +110,65 @@ def of_embedding(config: Config, mesh: Mapping[str, int], plan: str | Plan, work
     """What looking up the tokens sends."""
     table = abstract_shard(abstract_params(config).embedding, mesh, plan)
     rows = [Collective("all-reduce", axis, _x_size(config, mesh, plan, work)) for axis in table.sharding.local([0])]
-    return added([of_weight(table, work.dtype.itemsize), Sends(Counter(rows), Counter())])
+    return added([of_weight(table, work.dtype.itemsize), Sends(Counter(), Counter(rows), Counter())])
 
 
-def of_head(config: Config, mesh: Mapping[str, int], plan: str | Plan, work: Work, uses: int = 1) -> Sends:
-    """What the last norm and the head send, if the logits are computed in so many chunks."""
+def of_head(config: Config, mesh: Mapping[str, int], plan: str | Plan, work: Work, *, loss: bool) -> Sends:
+    """What the last norm and the head send: in `forward` for the logits, in a `loss` for the cross-entropy of parts."""
     params, x_size = abstract_params(config), _x_size(config, mesh, plan, work)
     norm, output = (abstract_shard(weight, mesh, plan) for weight in (params.norm, params.output))
-    return added([of_weight(part, work.dtype.itemsize) for part in (norm, output)] * uses
-                 + [of_products([output], 1, x_size, x_size // config.dim * config.vocab_size)])
+    tokens = x_size // config.dim // work.dtype.itemsize
+    results = ([Collective("all-reduce", axis, tokens * exact(work.dtype)) for axis in output.sharding.local([0])] * 3
+               if loss else [Collective("all-gather", axis, tokens * config.vocab_size * work.dtype.itemsize)
+                             for axis in output.sharding.local([0])])
+    weights = [of_weight(part, work.dtype.itemsize) for part in (norm, output)]
+    return added([*weights, of_products([output], 1, x_size), Sends(Counter(), Counter(results), Counter())])
 
 
 def of_forward(config: Config, mesh: Mapping[str, int], plan: str | Plan, work: Work) -> Counter[Collective]:
     """What `forward` sends; a cache sends nothing, because its rows and heads lie where they are used."""
-    layer, embedding, head = (f(config, mesh, plan, work).forward for f in (of_layer, of_embedding, of_head))
-    return embedding + times(config.n_layers, layer) + head
+    head = of_head(config, mesh, plan, work, loss=False)
+    layer, embedding = of_layer(config, mesh, plan, work), of_embedding(config, mesh, plan, work)
+    return sum((part.gather + part.forward for part in (embedding, *[layer] * config.n_layers, head)), Counter())
 
 
-def of_gradient(config: Config, mesh: Mapping[str, int], plan: str | Plan, work: Work, *, recomputed: bool = False,
-                chunks: int = 1) -> Counter[Collective]:
+def of_gradient(config: Config, mesh: Mapping[str, int], plan: str | Plan, work: Work, *, compiled: bool = False,
+                recomputed: bool = False, in_chunks: bool = False) -> Counter[Collective]:
     """What the loss of rows of this many tokens and its gradient send.
 
-    `recomputed` layers (`remat`) run twice. The loss of many tokens runs in `chunks`, each of which runs twice.
+    A `compiled` step gathers weights twice. `recomputed` layers (`remat`) run twice, and so does a loss `in_chunks`,
+    which gathers its weights once.
     """
     work = work._replace(tokens=work.tokens - 1)  # nothing is predicted from the last one
     layer, embedding = of_layer(config, mesh, plan, work), of_embedding(config, mesh, plan, work)
-    head, exact = of_head(config, mesh, plan, work, chunks), torch.promote_types(work.dtype, torch.float32)
-    over = abstract_sharding("d", mesh, plan).batch
-    loss = Counter(Collective("all-reduce", axis, dtype.itemsize) for axis in over for dtype in (torch.int64, exact))
-    forward = (embedding.forward + times(config.n_layers * (2 if recomputed else 1), layer.forward)
-               + times(2 if chunks > 1 else 1, head.forward) + loss)
-    return forward + head.backward + times(config.n_layers, layer.backward) + embedding.backward
+    head = of_head(config, mesh, plan, work, loss=True)
+    loss = Counter(Collective("all-reduce", axis, size) for axis in abstract_sharding("d", mesh, plan).batch
+                   for size in (torch.int64.itemsize, exact(work.dtype)))  # how many tokens count, and the sum
+    of_layers = (times(2 if compiled or recomputed else 1, layer.gather) + times(2 if recomputed else 1, layer.forward)
+                 + layer.backward)
+    of_ends = (embedding.gather + embedding.forward + embedding.backward + loss
+               + times(2 if compiled and not in_chunks else 1, head.gather)
+               + times(2 if in_chunks else 1, head.forward) + head.backward)
+    return of_ends + times(config.n_layers, of_layers)
+
+
+def of_norm(config: Config, mesh: Mapping[str, int], plan: str | Plan) -> Counter[Collective]:
+    """What the gradient's norm sends: a sum in float32 for all leaves that are divided alike."""
+    params = abstract_params(config)
+    leaves = tree.leaves((params.embedding, params.blocks[0], params.norm, params.output))
+    alike = {tuple(axis for axis in abstract_sharding(weight.axes, mesh, plan).over if axis is not None)
+             for weight in leaves}
+    return Counter(Collective("all-reduce", axis, torch.float32.itemsize) for over in alike for axis in over)
+
+
+def exact(dtype: torch.dtype) -> int:
+    """The bytes of a number of a loss, which is in float32 at least."""
+    return torch.promote_types(dtype, torch.float32).itemsize
 
 
 def added(sends: Iterable[Sends]) -> Sends:
-    """All of them, forward and backward."""
-    forward, backward = Counter(), Counter()
-    for some in sends:
-        forward.update(some.forward)
-        backward.update(some.backward)
-    return Sends(forward, backward)
+    """All of them."""
+    return Sends(*(sum(some, Counter()) for some in zip(*sends, strict=True)))
 
 
 def times(count: int, collectives: Counter[Collective]) -> Counter[Collective]:
@@ -159,6 +180,8 @@ def total(collectives: Counter[Collective]) -> Traffic:
     """The bytes that a device sends, by kind and mesh axis."""
     traffic: Traffic = {}
     for (kind, axis, size), often in collectives.items():
+        if axis.size == 1:
+            continue
         traffic[kind, axis.name] = traffic.get((kind, axis.name), 0.0) + often * sent(kind, size, axis.size)
     return traffic
 

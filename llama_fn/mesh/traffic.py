@@ -46,7 +46,7 @@ class _Counting(DispatchMode):
         super().__init__()
         self.traffic = traffic
         self.axes = {mesh.get_group(i).group_name: (name, mesh.size(i))
-                     for i, name in enumerate(mesh.mesh_dim_names or ())}
+                     for i, name in enumerate(mesh.mesh_dim_names or ()) if mesh.size(i) > 1}
 
     def __torch_dispatch__(self, f: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         known = next((kind for kind in RING if f.overloadpacket.__name__.startswith(kind.replace("-", "_"))), None)

@@ -81,8 +81,6 @@ def init_params(key: Key, config: Config, dtype: torch.dtype = torch.float32,
 
 def draw(key: Key, weight: Weight, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """One leaf of random parameters, by a key of its own on the device."""
-    if key.is_meta:
-        return torch.empty(weight.shape, dtype=dtype, device=key.device)
-    if weight.std is None:
-        return torch.ones(weight.shape, dtype=dtype, device=device)
+    if key.is_meta or weight.std is None:
+        return (torch.empty if key.is_meta else torch.ones)(weight.shape, dtype=dtype, device=device)
     return (random.normal(key, weight.shape) * weight.std).to(dtype)

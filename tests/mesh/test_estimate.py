@@ -85,9 +85,8 @@ def test_plan_prints_a_table_and_a_reason(monkeypatch, capsys, devices):
 
 def test_plan_takes_a_folder_and_other_speeds(monkeypatch, capsys, model, tmp_path):
     lf.save(model, tmp_path / "there")
-    slow = ["--tflops", "0.05", "--memory", "8", "--bandwidth", "20", "--link", "1.5", "--network", "0.1",
-            "--host", "2"]
-    status, out, err = cli(monkeypatch, capsys, "plan", "--model", str(tmp_path / "there"), "--devices", "2", *slow)
+    slow = ["--tflops", "0.05", "--memory", "8", "--bandwidth", "20", "--link", "1.5", "--network", "0.1"]
+    status, out, err = cli(monkeypatch, capsys, "plan", "--model", str(tmp_path / "there"), *slow, "--host", "2")
     assert (status, err) == (0, "")
     assert "0.05 TFLOP/s, 8 GB, 20 GB/s; links of 1.5 GB/s and 0.1 GB/s between hosts of 2" in out and "tokens; " in out
 

@@ -1,49 +1,28 @@
 """Bytes: what the collectives of a step send is what `predict` says, to the byte."""
 
+from math import prod
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from meshes import Case, cases
+from strategies import token_rows
 from worlds import world
 
 import llama_fn as lf
-from llama_fn.mesh.plan import rows_over
-from llama_fn.mesh.predict import Work, of_forward, of_gradient, total
+from llama_fn.mesh.plan import PRESETS, rows_over
+from llama_fn.mesh.predict import Work, of_forward, of_gradient, of_norm, total
+from llama_fn.mesh.traffic import sent
 from llama_fn.training import chunked_loss
-
-PLANS = {
-    2: [("replicated", {"dp": 2}), ("fsdp", {"dp": 2}), ("tensor", {"tp": 2}), ({"*b": "dp", "f": "dp"}, {"dp": 2}),
-        ({"d": "x", "v": "x"}, {"x": 2})],
-    4: [("fsdp+tensor", {"dp": 2, "tp": 2}), ("tensor", {"tp": 4}), ("fsdp", {"dp": 4}),
-        ({"*b": ("dp", "tp"), "d": "dp", "f": "tp"}, {"dp": 2, "tp": 2}),
-        ({"*b": "dp", "k": "tp", "f": "dp", "v": "tp"}, {"dp": 2, "tp": 2})],
-}
+from llama_fn.training.jit_step import jit_step
 
 
-@st.composite
-def cases(draw):
-    """A world, a plan and a mesh, a config that the plan can divide, and rows of tokens."""
-    size = draw(st.sampled_from([2, 4]))
-    plan, mesh = draw(st.sampled_from(PLANS[size]))
-    k, g = draw(st.sampled_from([(4, 3), (8, 3), (4, 1)]))
-    config = lf.Config(dim=k * g * draw(st.sampled_from([4, 6])), n_layers=draw(st.integers(1, 3)), n_heads=k * g,
-                       n_kv_heads=k, vocab_size=4 * draw(st.integers(3, 20)), hidden_dim=4 * draw(st.integers(3, 20)))
-    return size, plan, mesh, config, Work(4 * draw(st.integers(1, 2)), draw(st.integers(2, 9)), torch.float32)
-
-
-def parts_of(config, mesh, plan, work):
-    params = lf.init_params(lf.random.key(0), config, work.dtype)
-    tokens = lf.random.randint(lf.random.key(1), (work.rows, work.tokens), 0, config.vocab_size)
-    return lf.mesh.shard(params, mesh, plan), lf.mesh.shard(tokens, mesh, plan)
-
-
-def counted(sizes, plan, config, work, logits, recomputed):
-    """What a step sends: its forward, its gradient, the optimizer's update."""
-    mesh = lf.mesh.make_mesh(sizes)
-    params, rows = parts_of(config, mesh, plan, work)
-    optimizer = lf.optim.adamw(1e-3)
+def counted(case, work, logits, recomputed):
+    """What a step sends: its gradient, the optimizer's update, and a forward."""
+    mesh, (params, rows) = parts_of(case, work)
+    optimizer, layer = lf.optim.adamw(1e-3), lf.remat(lf.block) if recomputed else lf.block
     state = optimizer.init(params)
-    layer = lf.remat(lf.block) if recomputed else lf.block
     with pytest.MonkeyPatch.context() as patch, lf.mesh.counted(mesh) as gradient:
         patch.setattr(chunked_loss, "LOGITS", logits)
         grads, _ = torch.func.grad_and_value(lf.loss)(params, rows, layer=layer)
@@ -54,16 +33,45 @@ def counted(sizes, plan, config, work, logits, recomputed):
     return gradient, update, forward
 
 
-@given(cases(), st.booleans(), st.booleans())
-def test_a_step_sends_what_was_predicted(case, recomputed, in_chunks):
-    size, plan, mesh, config, work = case
-    own = work.rows
-    for name in rows_over(lf.mesh.PRESETS[plan] if isinstance(plan, str) else plan):
-        own //= mesh[name]
-    tokens = own * (work.tokens - 1)
-    logits, chunks = 2**24, 1
-    if in_chunks and tokens > 2:
-        logits, chunks = 2 * config.vocab_size, -(-tokens // 2)
-    seen = world(size)(counted, mesh, plan, config, work, logits, recomputed)
-    gradient = total(of_gradient(config, mesh, plan, work, recomputed=recomputed, chunks=chunks))
-    assert seen == [(gradient, {}, total(of_forward(config, mesh, plan, work)))] * size
+def parts_of(case, work):
+    mesh = lf.mesh.make_mesh(case.mesh)
+    whole = lf.init_params(lf.random.key(0), case.config, work.dtype), token_rows(case.config, work.rows, work.tokens)
+    return mesh, lf.mesh.shard(whole, mesh, case.plan)
+
+
+@given(cases(), st.integers(2, 9), st.booleans(), st.booleans())
+def test_a_step_sends_what_was_predicted(case, tokens, recomputed, in_chunks):
+    work = Work(4, tokens, torch.float32)
+    own = work.rows // prod(case.mesh[name] for name in rows_over(case.plan))
+    in_chunks = in_chunks and own * (tokens - 1) > 2
+    logits = 2 * case.config.vocab_size if in_chunks else 2**24
+    gradient = of_gradient(case.config, case.mesh, case.plan, work, recomputed=recomputed, in_chunks=in_chunks)
+    forward = of_forward(case.config, case.mesh, case.plan, work)
+    seen = world(case.devices)(counted, case, work, logits, recomputed)
+    assert seen == [(total(gradient), {}, total(forward))] * case.devices
+
+
+def compiled(case, work, computed, recomputed):
+    """What a compiled training step sends, after it was compiled."""
+    mesh, (params, rows) = parts_of(case, work)
+    optimizer, mask = lf.optim.adamw(1e-3), torch.ones_like(rows, dtype=torch.bool)[None]
+    step = jit_step(optimizer, lf.remat(lf.block) if recomputed else lf.block, compute_dtype=computed)
+    params, state, _ = step(params, optimizer.init(params), rows[None], mask)
+    with lf.mesh.counted(mesh) as traffic:
+        step(params, state, rows[None], mask)
+    return traffic
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("plan", "mesh", "recomputed"), [("fsdp", {"dp": 2}, False), ("tensor", {"tp": 2}, True)])
+def test_a_compiled_step_sends_what_was_predicted(plan, mesh, recomputed):
+    config = lf.Config(dim=48, n_layers=3, n_heads=12, n_kv_heads=4, vocab_size=40, hidden_dim=68)
+    stored, work = Work(4, 9, torch.float32), Work(4, 9, torch.bfloat16)
+    seen = world(2)(compiled, Case(config, mesh, PRESETS[plan]), stored, work.dtype, recomputed)
+    gradient = of_gradient(config, mesh, plan, work, compiled=True, recomputed=recomputed)
+    assert seen == [total(gradient + of_norm(config, mesh, plan))] * 2
+
+
+def test_a_ring_passes_on_all_pieces_but_one():
+    assert [sent(kind, 12, 4) for kind in ("all-reduce", "all-gather", "reduce-scatter")] == [18, 9, 9]
+    assert sent("all-gather", 12, 1) == 0
