@@ -86,7 +86,8 @@ def weights_of(params: Params, dtype: torch.dtype | None = None) -> Weights:
     same weights in the same order. Raises `ValueError` for wrong shapes, and for adapters that are not merged.
     """
     check_dtype(dtype)
-    leaves, abstract = quantized.joined(tree.paths(params, is_sharded)), tree.paths(abstract_params(params.config))
+    leaves: dict[str, Any] = dict(quantized.joined(tree.paths(params, is_sharded)))
+    abstract = tree.paths(abstract_params(params.config))
     for path in [path for path in leaves if path not in abstract]:
         if other := next((name for name in abstract if path.startswith(f"{name}.")), None):
             raise ValueError(f"{other} is not a plain tensor, and files hold plain tensors only; merge an adapter "
