@@ -109,7 +109,8 @@ def killed(torchrun: subprocess.Popen, folder: Path, draw: random.Random, before
     which, snapshot = draw.randrange(2), newest(folder)
     os.kill(now[which], signal.SIGKILL)
     before[:] = now
-    return f"rank {which} {f'after step {step}' if step else f'{time.monotonic() - began:.1f} s after its start'}", snapshot
+    moment = f"after step {step}" if step else f"{time.monotonic() - began:.1f} s after its start"
+    return f"rank {which} {moment}", snapshot
 
 
 def main(kills: int, seed: int) -> None:
@@ -135,7 +136,8 @@ def main(kills: int, seed: int) -> None:
         assert all(any(step >= least for step in came) for least in goes_on) and came == sorted(came), (came, goes_on)
         runs += 1
         lines = {line.split("llama-fn: ")[1] for line in said.splitlines() if "llama-fn: " in line}
-        print(f"run {runs} came to its end and equals the one that was never killed; it went on from {came}", flush=True)
+        print(f"run {runs} came to its end, and equals the one that was never killed; it went on from {came}",
+              flush=True)
         for line in sorted(lines):
             print(f"  said: {line[:160]}")
     print(f"{count} kills in {runs} runs; each run came back by itself, and ended in the same bits")

@@ -1,4 +1,4 @@
-"""A training on a mesh is the training of one process: steps, evaluations, texts, and what a stopped run comes back to."""
+"""A training on a mesh is the training of one process: steps, evaluations, texts, and how it goes on."""
 
 import dataclasses
 import json
@@ -137,7 +137,7 @@ def refused(folder: Path, texts: Path, mesh: dict, plan: str, changes: dict) -> 
 
 
 @pytest.mark.parametrize(("mesh", "plan", "changes", "message"), [
-    ({"dp": 2}, "replicated", {"batch": 3}, "a batch of 3 rows cannot be divided over 2 devices; choose a multiple of 2"),
+    ({"dp": 2}, "replicated", {"batch": 3}, "a batch of 3 rows cannot be divided over 2 devices; choose a multiple"),
     ({"tp": 2}, "tensor", {"n_kv_heads": 1}, "blocks.0.attention.wq has 1 numbers along k, and 2 devices (tp) cannot"),
     ({"tp": 2}, "fsdp", {}, "*b is divided over 'dp', and the mesh has tp"),
 ])

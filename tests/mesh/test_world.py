@@ -68,7 +68,8 @@ def processes() -> list[Process]:
 
 def test_the_first_that_lives_names_the_one_that_was_killed_and_the_others_are_silent(processes):
     found = [lost(BROKEN, rank, processes, Store()) for rank in (0, 2, 3)]
-    assert isinstance(found[0], ConnectionError) and f"rank 1 (process {processes[1].number}) was killed" in str(found[0])
+    assert isinstance(found[0], ConnectionError)
+    assert f"rank 1 (process {processes[1].number}) was killed" in str(found[0])
     assert [x.code for x in found[1:]] == [1, 1]
     processes[0], processes[1] = processes[1], processes[0]
     assert "rank 0 (process" in str(lost(BROKEN, 1, processes, Store()))
