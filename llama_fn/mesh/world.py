@@ -102,7 +102,7 @@ class World(NamedTuple):
         if self.mesh is None:
             return number
         x = torch.tensor(number)
-        dist.all_reduce(x, dist.ReduceOp.MAX, self.ranks.group)
+        dist.all_reduce(x, dist.ReduceOp.MAX)
         return int(x)
 
     @contextmanager

@@ -76,7 +76,6 @@ def init_params(key: Key, config: Config, dtype: torch.dtype = torch.float32,
     """
     abstract, device = abstract_params(config), key.device if device is None else device
     keys = iter(random.split(key, len(tree.leaves(abstract))).to(device))
-
     return tree.map(lambda weight: draw(next(keys), weight, dtype, device), abstract)
 
 
