@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from meshes import Case, Setting, cases
 from worlds import world
@@ -57,6 +57,7 @@ def logits_loss_gradient(case):
 
 
 @given(cases())
+@example(Case(CONFIG, {"dp": 2}, {"*b": "dp", "k": "dp"}))
 def test_logits_loss_and_gradient_are_those_of_one_device(case):
     run(logits_loss_gradient, case)
 
