@@ -11,6 +11,7 @@ from functools import wraps
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
@@ -30,6 +31,7 @@ ELSEWHERE = {
     "pytest": "this is pytest",
     "python examples/": "test_examples.py and its neighbors",
     "python -m tests": "by hand",
+    "torchrun ": "test_mesh_example.py and tests/mesh",
     "python tests/plant.py": "test_planted.py",
 }
 # Commands that take long: their arguments are parsed, and the work is not done. So are those on several devices.
@@ -100,8 +102,12 @@ def test_every_block_and_command_runs_in_order(name, place, monkeypatch, capsys)
                     run_command(line, own, capsys)
 
     document = Sybil([PythonCodeBlockParser(), CodeBlockParser("sh", commands)]).parse(ROOT / name)
-    for example in document.examples():
-        example.evaluate()
+    try:
+        for example in document.examples():
+            example.evaluate()
+    finally:
+        if dist.is_initialized():  # a mesh of this process alone
+            dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -46,11 +46,12 @@ class Stored(NamedTuple):
 class Weights(NamedTuple):
     """What is known about a model's weights before any number is read, and how to read them.
 
-    ``read(path)`` returns the weight at a path of the tree `Params`, for example "blocks.0.attention.wq". Of weights in
-    files, ``read(path, part)`` returns a part (`Part`) of it, and reads no other. ``dtype`` is the dtype of the tensors
-    that ``read`` returns. ``stored`` lists the entries of the files. ``problems`` are reasons
-    not to load the weights, and ``notes`` deserve a warning. If ``tied`` is true, the embedding and the output are one
-    matrix. ``bits`` names what the matrices are quantized to ("int8" or "int4"); it is empty for plain tensors.
+    ``read(path)`` returns the weight at a path of the tree `Params`, for example "blocks.0.attention.wq", in the dtype
+    ``dtype``. Of weights in files, ``read(path, part)`` returns a part (`Part`) of it, and reads no other; that tensor
+    may lie in the mapped file and have the dtype that is stored, so that the caller copies it. ``stored`` lists the
+    entries of the files. ``problems`` are reasons not to load the weights, and ``notes`` deserve a warning. If ``tied``
+    is true, the embedding and the output are one matrix. ``bits`` names what the matrices are quantized to ("int8" or
+    "int4"); it is empty for plain tensors.
     """
 
     config: Config

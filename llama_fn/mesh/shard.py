@@ -24,7 +24,7 @@ AXES_OF = {path.rpartition(".")[2]: weight.axes for path, weight in tree.paths(a
 
 
 def make_mesh(sizes: Mapping[str, int], device: str = "cpu") -> DeviceMesh:
-    """A mesh of the processes that `torchrun` started, with these axes (torch's ``init_device_mesh``).
+    """A mesh of the processes that ``torchrun`` started, with these axes (torch's ``init_device_mesh``).
 
     The first call in a process joins the others. Raises `ValueError` unless the product of the sizes is their number.
 
@@ -50,7 +50,7 @@ def sharding(axes: str, mesh: DeviceMesh, plan: str | Plan) -> Sharding:
 
 
 def shardings(config: Config, mesh: DeviceMesh, plan: str | Plan) -> Params:
-    """A tree like `Params` that has the `Sharding` of each leaf. Raises `ValueError` where the plan does not fit.
+    """A tree like `lf.Params` that has the `Sharding` of each leaf. Raises `ValueError` where the plan does not fit.
 
     >>> wq = lf.mesh.shardings(params.config, mesh, "tensor").blocks[0].attention.wq
     """
@@ -61,9 +61,10 @@ def shardings(config: Config, mesh: DeviceMesh, plan: str | Plan) -> Params:
 def shard(whole: T, mesh: DeviceMesh, plan: str | Plan) -> T:
     """The device's own part of a tree that is the same on all devices.
 
-    The tree holds parameters, adapters, caches or rows of tokens, each divided by its own axes: a leaf of `Params` and
-    `Lora` becomes a `Sharded`; the rows of a tensor and a cache's rows and heads are cut. ``plan`` is the name of a
-    preset or a dict, see `plan.py`. Raises `ValueError` for a plan that does not fit, before anything is allocated.
+    The tree holds parameters, adapters, caches or rows of tokens, each divided by its own axes: a leaf of `lf.Params`
+    and `lf.lora.Lora` becomes a `Sharded`; the rows of a tensor and a cache's rows and heads are cut. ``plan`` is the
+    name of a preset (`lf.mesh.PRESETS`) or a dict. Raises `ValueError` for a plan that does not fit, before anything is
+    allocated.
 
     >>> params = lf.mesh.shard(params, mesh, "fsdp")
     >>> rows = lf.mesh.shard(batch, mesh, "fsdp")

@@ -5,7 +5,7 @@ import torch
 from program import cli
 
 import llama_fn as lf
-from llama_fn.mesh.estimate import LOGITS, Decoding, Training, _parts, _saved, best, estimates, fits
+from llama_fn.mesh.estimate import LOGITS, Decoding, Training, _parts, _saved, best, enough, estimates, fits
 from llama_fn.mesh.machine import GPUS, INFINIBAND, LINKS, START, sending
 from llama_fn.training import chunked_loss
 
@@ -49,13 +49,22 @@ def test_fsdp_and_tensor_divide_the_memory_by_the_devices(config, devices):
             assert one.size == sum(one.memory.values()) and one.time == sum(one.seconds.values())
 
 
-def test_the_choice_fits_and_is_the_fastest():
+@pytest.mark.parametrize("job", [Training(64, 4096, torch.float32, HALF), Decoding(8, 4096, HALF)])
+def test_the_choice_fits_and_is_the_fastest(job):
+    found = estimates(lf.LLAMA2_7B, H100, 8, job)
+    chosen = best(found, H100)
+    assert chosen is not None and fits(chosen, H100)
+    assert chosen.time == min(one.time for one in found if fits(one, H100))
+
+
+def test_eight_h100_decode_70b_by_tensor_and_do_not_train_it():
     found = estimates(lf.LLAMA2_70B, H100, 8, Decoding(8, 4096, HALF))
     chosen = best(found, H100)
     assert chosen is not None and (chosen.plan, chosen.mesh) == ("tensor", {"tp": 8})
-    assert chosen.time == min(one.time for one in found if fits(one, H100))
     assert not fits(next(one for one in found if one.plan == "replicated"), H100)  # 138 GB
-    assert best(estimates(lf.LLAMA2_70B, H100, 8, Training(64, 4096, torch.float32, HALF)), H100) is None
+    job = Training(64, 4096, torch.float32, HALF)
+    assert best(estimates(lf.LLAMA2_70B, H100, 8, job), H100) is None
+    assert enough(lf.LLAMA2_70B, H100, 8, job)[0] == 32
 
 
 def test_decoding_one_row_on_one_device_takes_the_time_that_was_measured():

@@ -99,7 +99,7 @@ def test_what_cannot_be_loaded_on_a_mesh_is_said(tmp_path):
     for folder, words, mesh, kwargs in [
             (tmp_path, r"quantized \(int8\) cannot be divided", {"tp": 2}, {}),
             ("stories", "weights on a mesh cannot be quantized", {"tp": 2}, {"quantize": "int4"}),
-            ("stories", "has 2 numbers along k, which 4 devices", {"tp": 4}, {}),
+            ("stories", "has 2 numbers along k, and 4 devices", {"tp": 4}, {}),
             ("stories", "no preset has a mesh of the axes x", {"x": 2}, {})]:
         world(size_of(mesh))(refused, folder, words, mesh, **kwargs)
     with pytest.raises(ValueError, match="give the mesh, too"):
