@@ -14,12 +14,15 @@ import llama_fn as lf
 from llama_fn.checkpoint.load import load
 from llama_fn.cli.samples import samples_of
 from llama_fn.generation.completion import text_completion
-from llama_fn.mesh.world import join
+from llama_fn.mesh.world import ALONE, join
+from llama_fn.training.examples import Examples
 from llama_fn.training.manifest import goes_on
 from llama_fn.training.plan import Plan
 from llama_fn.training.progress import Samples
 from llama_fn.training.run import run
 from llama_fn.training.snapshots import snapshot_steps
+from llama_fn.training.tune import tune
+from llama_fn.training.tuning import Tuning
 
 PLAN = Plan(dim=16, n_layers=2, n_heads=8, n_kv_heads=4, hidden_dim=24, context=24, vocab_size=288, steps=10, batch=4)
 MESHES = [("replicated", {"dp": 2}), ("fsdp", {"dp": 2}), ("tensor", {"tp": 2}), ("fsdp+tensor", {"dp": 2, "tp": 2})]
@@ -61,15 +64,18 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "consolidated.00.pth")
 
 
+def assert_alike(ours: list[dict], theirs: list[dict]) -> None:
+    for x, y in zip(ours, theirs, strict=True):
+        assert x == {name: pytest.approx(y[name], rel=1e-5) if isinstance(y[name], float) else y[name] for name in y}
+
+
 def assert_close(folder: Path, other: Path, without: str = "") -> None:
     """Two runs have the same losses and norms up to 1e-5, the same texts, and parameters up to 1e-4 at a rate of 2e-3.
 
     Each sum is taken in another order: the losses of rows by rank, and products over parts of heads.
     """
     ours, theirs = ([x for x in metrics(each) if without not in x] for each in (folder, other))
-    assert [x.keys() for x in ours] == [x.keys() for x in theirs]
-    for x, y in zip(ours, theirs, strict=True):
-        assert x == {name: pytest.approx(y[name], rel=1e-5) if isinstance(y[name], float) else y[name] for name in y}
+    assert_alike(ours, theirs)
     torch.testing.assert_close(weights(folder), weights(other), atol=1e-4, rtol=1e-4)
 
 
@@ -91,6 +97,31 @@ def test_ten_steps_on_a_mesh_are_those_of_one_process(plan, mesh, alone, texts, 
     greedy = {"key": lf.random.key(0), "max_new_tokens": 12, "sampler": lf.sampler(0.0)}
     assert text_completion(trained, ["the"], **greedy)[0].text == text_completion(expected, ["the"], **greedy)[0].text
     assert not (tmp_path / "run" / "lock").exists()
+
+
+def tuned_on_ranks(folder: Path, mesh: dict | None, plan: str, tuning: Tuning) -> list[torch.Tensor]:
+    """The leaves of what a fine-tuning gives, whole."""
+    config = lf.Config(dim=16, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=40, hidden_dim=24, max_seq_len=12)
+    params, shape = lf.init_params(lf.random.key(0), config), (14, 2, 9) if tuning.dpo else (14, 9)
+    tokens = lf.random.randint(lf.random.key(1), shape, 0, 40)
+    examples, valid = (Examples(x, x > 5) for x in (tokens, tokens[:5]))
+    here = ALONE if mesh is None else join(mesh, plan)
+    tuned = tune(folder, here.part(params), [examples], tuning.filled(14, 8, tuning.rank is not None), valid=[valid],
+                 world=here)
+    return lf.tree.leaves(lf.mesh.unshard(tuned))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "plan"), [({"dp": 2}, "fsdp"), ({"tp": 2}, "tensor")])
+@pytest.mark.parametrize("tuning", [Tuning(steps=4, batch=4), Tuning(steps=4, batch=4, rank=2),
+                                    Tuning(steps=4, batch=4, rank=2, dpo=True)])
+def test_a_fine_tuning_on_a_mesh_is_that_of_one_process(mesh, plan, tuning, tmp_path):
+    tuning = dataclasses.replace(tuning, learning_rate=1e-2)
+    expected = tuned_on_ranks(tmp_path / "alone", None, plan, tuning)
+    for result in world(2)(tuned_on_ranks, tmp_path / "mesh", mesh, plan, tuning):
+        torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+    assert_alike(*([{name: x[name] for name in x if name != "learned_per_second"} for x in metrics(tmp_path / each)]
+                   for each in ("mesh", "alone")))
 
 
 @pytest.mark.slow

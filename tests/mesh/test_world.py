@@ -1,8 +1,10 @@
 """What the processes of a mesh agree on, and what they say when one of them ends."""
 
 import os
+import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from llama_fn import tree
 from llama_fn.cli import on_mesh as command
 from llama_fn.cli.on_mesh import on_mesh
 from llama_fn.mesh.lost import Process, leave_word, lost
-from llama_fn.mesh.world import ALONE, join
+from llama_fn.mesh.ranks import Ranks
+from llama_fn.mesh.world import ALONE, World, join
+from llama_fn.training.stopping import signals_noted
 
 CONFIG = lf.Config(dim=16, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=40, hidden_dim=24, max_seq_len=32)
 BROKEN = RuntimeError("[/gloo/transport/tcp/pair.cc:1] Connection closed by peer")
@@ -58,12 +62,15 @@ class Store(dict):
 
 
 @pytest.fixture
-def processes() -> list[Process]:
+def processes(monkeypatch) -> Iterator[list[Process]]:
     """Four processes of this machine, of which the second one was killed."""
+    monkeypatch.setattr("llama_fn.mesh.lost.OTHERS", 0.05)
+    before = signal.getsignal(signal.SIGTERM)
     killed = subprocess.Popen(["true"])
     killed.wait()
     own = Process(socket.gethostname(), os.getpid())
-    return [own, own._replace(number=killed.pid), own, own]
+    yield [own, own._replace(number=killed.pid), own, own]
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_the_first_that_lives_names_the_one_that_was_killed_and_the_others_are_silent(processes):
@@ -85,6 +92,19 @@ def test_whoever_ended_with_words_of_its_own_needs_no_others(processes):
     store = Store()
     leave_word(store, 1)
     assert lost(BROKEN, 0, processes, store).code == 1
+
+
+def test_a_process_that_is_silent_leaves_no_word_and_one_that_speaks_does(processes):
+    """Otherwise the one that has to say it would be silent, too. torchrun cannot interrupt it, also after a run."""
+    store = Store()
+    for rank, error, words in (2, SystemExit, []), (0, ConnectionError, ["ended/0"]), (3, SystemExit, ["ended/0"]):
+        here = World(mesh=True, ranks=Ranks(rank, 4), processes=tuple(processes), store=store)
+        with pytest.raises(error), here.watched(), signals_noted(), here.watched():
+            raise BROKEN
+        assert [*store] == words and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with pytest.raises(ZeroDivisionError), World(store=store).watched():
+        raise ZeroDivisionError
 
 
 def test_a_process_of_another_machine_cannot_be_named(processes, monkeypatch):
