@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-STEPS, EVERY, MOST = 240, 12, 8  # MOST: kills in one run
+STEPS, EVERY, MOST, SOON = 240, 12, 8, 60  # MOST: kills in one run; SOON: steps until the next one
 RUN = ["--dim", "16", "--n-layers", "1", "--n-heads", "4", "--n-kv-heads", "2", "--hidden-dim", "24", "--context", "24",
        "--batch", "4", "--vocab-size", "288", "--peak-tflops", "0.1", "--keep", "2", "--mesh", "dp=2",
        "--steps", str(STEPS), "--evaluate-every", str(EVERY)]
@@ -95,7 +95,7 @@ def killed(torchrun: subprocess.Popen, folder: Path, draw: random.Random, before
     """Kill a process at a random moment. Gives what was killed, and the newest snapshot then; None at the run's end."""
     while torchrun.poll() is None and (len(now := processes_of(torchrun.pid)) < 2 or set(now) & set(before)):
         time.sleep(0.01)
-    began, step = time.monotonic(), draw.randint(newest(folder) + 1, STEPS)
+    began, step = time.monotonic(), min(STEPS, newest(folder) + draw.randint(1, SOON))
     if draw.random() < 0.3:
         step, until = 0, began + draw.random() * BEGINNING
     else:
@@ -109,7 +109,8 @@ def killed(torchrun: subprocess.Popen, folder: Path, draw: random.Random, before
     which, snapshot = draw.randrange(2), newest(folder)
     os.kill(now[which], signal.SIGKILL)
     before[:] = now
-    return f"rank {which} {f'after step {step}' if step else f'{time.monotonic() - began:.1f} s after its start'}", snapshot
+    moment = f"after step {step}" if step else f"{time.monotonic() - began:.1f} s after its start"
+    return f"rank {which} {moment}", snapshot
 
 
 def main(kills: int, seed: int) -> None:
@@ -135,7 +136,8 @@ def main(kills: int, seed: int) -> None:
         assert all(any(step >= least for step in came) for least in goes_on) and came == sorted(came), (came, goes_on)
         runs += 1
         lines = {line.split("llama-fn: ")[1] for line in said.splitlines() if "llama-fn: " in line}
-        print(f"run {runs} came to its end and equals the one that was never killed; it went on from {came}", flush=True)
+        print(f"run {runs} came to its end, and equals the one that was never killed; it went on from {came}",
+              flush=True)
         for line in sorted(lines):
             print(f"  said: {line[:160]}")
     print(f"{count} kills in {runs} runs; each run came back by itself, and ended in the same bits")

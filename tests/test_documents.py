@@ -34,7 +34,7 @@ ELSEWHERE = {
     "torchrun ": "test_mesh_example.py and tests/mesh",
     "python tests/plant.py": "test_planted.py",
 }
-# Commands that take long: their arguments are parsed, and the work is not done.
+# Commands that take long: their arguments are parsed, and the work is not done. So are those on several devices.
 PARSED = ("llama-fn bench", "llama-fn train --out my-stories", "llama-fn evaluate")
 # Commands that end when their input does, or that a few more arguments make short.
 SHORTER = {"llama-fn train my-texts/": ["--dim", "48", "--n-layers", "1", "--hidden-dim", "70", "--context", "40",
@@ -74,7 +74,7 @@ def run_command(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         if line.startswith(beginning):
             words = [STEPS.get(word, word) for word in words] + more
     monkeypatch.setattr(sys, "argv", words)
-    if line.startswith(PARSED):
+    if line.startswith(PARSED) or " --mesh " in line:
         monkeypatch.setattr(program, "COMMANDS", {name: _parsed(f) for name, f in program.COMMANDS.items()})
     try:
         program.main()
@@ -96,6 +96,7 @@ def test_every_block_and_command_runs_in_order(name, place, monkeypatch, capsys)
     def commands(example: Example) -> None:
         for line in example.parsed.splitlines():
             if line.strip() and not line.lstrip().startswith("#") and not line.startswith(tuple(ELSEWHERE)):
+                line = re.sub(r"^torchrun .* -m llama_fn ", "llama-fn ", line)
                 assert line.rpartition(" | ")[2].startswith("llama-fn "), f"{name}: who runs {line!r}?"
                 with monkeypatch.context() as own:
                     run_command(line, own, capsys)

@@ -179,10 +179,10 @@ def _weights(where: str, config: Config, tied: bool, found: list[Stored], tensor
             return (x if heads is None else to_interleaved(x, heads)).reshape(shape).to(dtype)
         slices = part.within(whole_part(shape))
         if heads is None:
-            return x.reshape(shape)[slices].to(dtype)
+            return x.reshape(shape)[slices]
         *outer, rows, columns = slices
         x = x.reshape(shape)[(*outer, slice(None), columns)]  # all rows of a head, because they are permuted
-        return to_interleaved(x.flatten(0, -2), math.prod(x.shape[:-2])).reshape(x.shape)[..., rows, :].to(dtype)
+        return to_interleaved(x.flatten(0, -2), math.prod(x.shape[:-2])).reshape(x.shape)[..., rows, :]
 
     return Weights(config, read, dtype or usual_dtype(found), found, problems, tied=tied)
 

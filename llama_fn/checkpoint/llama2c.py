@@ -68,7 +68,7 @@ def open_llama2c(file: Path, dtype: torch.dtype | None = None) -> Weights:
         shape = abstract[path].shape
         # The mode "c" is copy on write: what is written to the tensor does not reach the file.
         numbers = torch.from_numpy(np.memmap(file, "<f4", "c", offset=offsets[path], shape=shape))
-        return (numbers if part is None else numbers[part.within(whole_part(shape))]).to(dtype)
+        return numbers.to(dtype) if part is None else numbers[part.within(whole_part(shape))]
 
     entries = [Stored(file.name, path, torch.float32, flat_shape(abstract[path])) for path in offsets
                if path != "rope" and not (tied and path == "output")]

@@ -89,16 +89,21 @@ def open_meta(folder: Path, dtype: torch.dtype | None = None) -> Weights:
         # If weights are copied, map the files anew for each layer, so that the pages of earlier layers are released.
         state = opened(layer_of(path) if copied or part is not None else None)
         if len(files) == 1 or axis is None:  # copy, because a view would keep the layer's pages in memory
-            x = state(0)[name].detach().reshape(shape)[wanted.within(whole_part(shape))]
-            return x.to(dtype or usual, copy=copied)
-        whole = torch.empty(wanted.shape, dtype=dtype or usual, device="cpu")
+            x = state(0)[name].detach().reshape(shape)
+            return x.to(dtype or usual, copy=copied) if part is None else x[part.within(whole_part(shape))]
+        whole: Tensor | None = None
         for i in range(len(files)):  # heads lie whole in a shard, so that it has a part of the axis k
             length = shape[axis] // len(files)
             stored = Part(tuple(i * length * (j == axis) for j in range(len(shape))),
                           (*shape[:axis], length, *shape[axis + 1:]))
-            if (shared := common(wanted, stored)).size:
-                piece = state(i)[name].detach().reshape(stored.shape)
-                whole[shared.within(wanted)].copy_(piece[shared.within(stored)])
+            shared = common(wanted, stored)
+            if not shared.size:
+                continue
+            piece = state(i)[name].detach().reshape(stored.shape)[shared.within(stored)]
+            if shared == wanted:
+                return piece
+            whole = torch.empty(wanted.shape, dtype=dtype or usual, device="cpu") if whole is None else whole
+            whole[shared.within(wanted)].copy_(piece)
         return whole
 
     unknown = sorted(set(settings) - KNOWN)

@@ -46,11 +46,12 @@ class Stored(NamedTuple):
 class Weights(NamedTuple):
     """What is known about a model's weights before any number is read, and how to read them.
 
-    ``read(path)`` returns the weight at a path of the tree `Params`, for example "blocks.0.attention.wq". Of weights in
-    files, ``read(path, part)`` returns a part (`Part`) of it, and reads no other. ``dtype`` is the dtype of the tensors
-    that ``read`` returns. ``stored`` lists the entries of the files. ``problems`` are reasons
-    not to load the weights, and ``notes`` deserve a warning. If ``tied`` is true, the embedding and the output are one
-    matrix. ``bits`` names what the matrices are quantized to ("int8" or "int4"); it is empty for plain tensors.
+    ``read(path)`` returns the weight at a path of the tree `Params`, for example "blocks.0.attention.wq", in the dtype
+    ``dtype``. Of weights in files, ``read(path, part)`` returns a part (`Part`) of it, and reads no other; that tensor
+    may lie in the mapped file and have the dtype that is stored, so that the caller copies it. ``stored`` lists the
+    entries of the files. ``problems`` are reasons not to load the weights, and ``notes`` deserve a warning. If ``tied``
+    is true, the embedding and the output are one matrix. ``bits`` names what the matrices are quantized to ("int8" or
+    "int4"); it is empty for plain tensors.
     """
 
     config: Config
@@ -86,7 +87,8 @@ def weights_of(params: Params, dtype: torch.dtype | None = None) -> Weights:
     same weights in the same order. Raises `ValueError` for wrong shapes, and for adapters that are not merged.
     """
     check_dtype(dtype)
-    leaves, abstract = quantized.joined(tree.paths(params, is_sharded)), tree.paths(abstract_params(params.config))
+    leaves: dict[str, Any] = dict(quantized.joined(tree.paths(params, is_sharded)))
+    abstract = tree.paths(abstract_params(params.config))
     for path in [path for path in leaves if path not in abstract]:
         if other := next((name for name in abstract if path.startswith(f"{name}.")), None):
             raise ValueError(f"{other} is not a plain tensor, and files hold plain tensors only; merge an adapter "

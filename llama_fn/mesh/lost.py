@@ -1,6 +1,11 @@
-"""A process of a mesh has ended, and the others wait for it: which one it was, and who says so."""
+"""A process of a mesh has ended, and the others wait for it: which one it was, and who says so.
+
+`torchrun` ends all processes as soon as it sees that one has ended. Therefore those that have nothing to say wait until
+the one that has is done.
+"""
 
 import os
+import signal
 import socket
 import time
 from collections.abc import Sequence
@@ -11,6 +16,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 LOST = 2.0  # seconds, at most, until the system knows that the process at the other end of a connection has ended
+OTHERS = 10.0  # seconds for another process to say why the run ends
 
 
 class Process(NamedTuple):
@@ -18,6 +24,10 @@ class Process(NamedTuple):
 
     machine: str
     number: int
+
+
+class SaidByAnother(SystemExit):
+    """The process ends, and has nothing to say."""
 
 
 def is_of_collective(error: RuntimeError) -> bool:
@@ -34,22 +44,29 @@ def leave_word(store: Any, rank: int) -> None:
 def lost(error: RuntimeError, rank: int, processes: Sequence[Process], store: Any) -> BaseException:
     """The error that the process of this rank raises after a collective failed.
 
-    It is a `ConnectionError` that names the dead processes, if this is the first of those that live. It is the
-    `SystemExit` of the status 1 if another one says it, or if the one that ended has said why.
+    It is a `ConnectionError` that names the dead processes, if this is the first of those that live. If another one
+    says it, or if the one that ended says why, it is a `SaidByAnother` with the status 1, after a while.
     """
+    with suppress(ValueError):  # this is not the main thread
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `torchrun` has seen it, too, and must not interrupt the words
     until = time.monotonic() + LOST
     while True:
         if store is not None and _any_left_word(store, len(processes)):
-            return SystemExit(1)
+            return _said_by_another()
         if dead := [i for i, process in enumerate(processes) if not _lives(process)]:
             break
         if time.monotonic() > until:
             return ConnectionError(f"rank {rank} has lost another one: {str(error).splitlines()[0]}")
         time.sleep(0.02)
     if any(i not in dead for i in range(rank)):
-        return SystemExit(1)
+        return _said_by_another()
     names = ", ".join(f"rank {i} (process {processes[i].number})" for i in dead)
     return ConnectionError(f"{names} was killed or crashed, and the others stop; the last snapshot is whole")
+
+
+def _said_by_another() -> SaidByAnother:
+    time.sleep(OTHERS)
+    return SaidByAnother(1)
 
 
 def _word(rank: int) -> str:

@@ -72,6 +72,11 @@ class Sharded(NamedTuple):
                      for n, axis in zip(self.local.shape, self.sharding.over, strict=True))
 
     @property
+    def divides_rows(self) -> bool:
+        """Whether each device has rows of its own."""
+        return bool(self.sharding.batch)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of W."""
         return self.local.dtype

@@ -20,7 +20,7 @@ from llama_fn import tree
 from llama_fn.config import Config
 from llama_fn.mesh.connect import connect
 from llama_fn.mesh.init import init_parts
-from llama_fn.mesh.lost import Process, is_of_collective, leave_word, lost
+from llama_fn.mesh.lost import Process, SaidByAnother, is_of_collective, leave_word, lost
 from llama_fn.mesh.plan import Plan, check_plan, plan_of, rows_over
 from llama_fn.mesh.ranks import ALONE as NO_OTHERS
 from llama_fn.mesh.ranks import Ranks, agreed
@@ -102,15 +102,15 @@ class World(NamedTuple):
         if self.mesh is None:
             return number
         x = torch.tensor(number)
-        dist.all_reduce(x, dist.ReduceOp.MAX, self.ranks.group)
+        dist.all_reduce(x, dist.ReduceOp.MAX)
         return int(x)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """A context manager that turns the error of a collective into a `ConnectionError` that names the dead process.
 
-        Only one process says it. Where a process ended with words of its own, or where another one says it, this one
-        ends with the status 1.
+        Only one process says it. The others end with the status 1, and so do all where a process ended with words of
+        its own (see `lost`).
         """
         try:
             yield
@@ -119,6 +119,8 @@ class World(NamedTuple):
                 self.leave_word()
                 raise
             raise lost(error, self.ranks.rank, self.processes, self.store) from error
+        except SaidByAnother:
+            raise
         except BaseException:
             self.leave_word()
             raise

@@ -76,14 +76,11 @@ def init_params(key: Key, config: Config, dtype: torch.dtype = torch.float32,
     """
     abstract, device = abstract_params(config), key.device if device is None else device
     keys = iter(random.split(key, len(tree.leaves(abstract))).to(device))
-
     return tree.map(lambda weight: draw(next(keys), weight, dtype, device), abstract)
 
 
 def draw(key: Key, weight: Weight, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """One leaf of random parameters, by a key of its own on the device."""
-    if key.is_meta:
-        return torch.empty(weight.shape, dtype=dtype, device=key.device)
-    if weight.std is None:
-        return torch.ones(weight.shape, dtype=dtype, device=device)
+    if key.is_meta or weight.std is None:
+        return (torch.empty if key.is_meta else torch.ones)(weight.shape, dtype=dtype, device=device)
     return (random.normal(key, weight.shape) * weight.std).to(dtype)

@@ -65,6 +65,11 @@ class Divided(Shaped, Protocol):
         """The shape of the weight with all its parts."""
         ...
 
+    @property
+    def divides_rows(self) -> bool:
+        """Whether each device has rows of its own."""
+        ...
+
     def several(self, weights: Sequence[Any], x: Tensor) -> list[Tensor]:
         """The linear map of each of these weights, which are divided as this one is, with the same x."""
         ...
@@ -72,11 +77,19 @@ class Divided(Shaped, Protocol):
 
 def on_one_device(what: str, values: Any) -> None:
     """Raise `ValueError` if a tree has weights whose parts are on several devices."""
-    def divided(x: Any) -> bool:
-        return isinstance(x, Divided)
-
-    if any(map(divided, tree.leaves(values, divided))):
+    if any(map(_divided, tree.leaves(values, _divided))):
         raise ValueError(f"{what}: the weights are divided over devices; call it on lf.mesh.unshard(params)")
+
+
+def with_all_rows(what: str, values: Any) -> None:
+    """Raise `ValueError` if a tree has weights of a plan by which each device has rows of its own."""
+    if any(_divided(x) and x.divides_rows for x in tree.leaves(values, _divided)):
+        raise ValueError(f"{what}: the plan divides the rows, and a loss is that of all devices' rows; shard the "
+                         "parameters by a plan without *b, and give every device all rows")
+
+
+def _divided(x: Any) -> bool:
+    return isinstance(x, Divided)
 
 
 def whole_shape(weight: Any) -> tuple[int, ...]:

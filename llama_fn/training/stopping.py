@@ -27,7 +27,8 @@ def signals_noted() -> Iterator[list[int]]:
 
     def restore() -> None:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set by Python
+            if signal.getsignal(number) is note:  # and not what was set within the block
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set by Python
 
     def note(number: int, frame: object) -> None:
         noted.append(number)

@@ -18,7 +18,7 @@ from torch import Tensor
 from llama_fn import random, tree
 from llama_fn.model.transformer import Params
 from llama_fn.modes import concrete
-from llama_fn.ops.weight import on_one_device
+from llama_fn.ops.weight import on_one_device, with_all_rows
 from llama_fn.random import Key
 from llama_fn.ranges import number
 from llama_fn.shapes import typed
@@ -36,6 +36,7 @@ def per_sample_grads(loss: Loss, params: Any, batch: Any, *, chunk_size: int | N
 
     >>> each = lf.per_sample_grads(lf.loss, params, batch)
     """
+    with_all_rows("per_sample_grads", params)
     return _mapped(torch.func.grad(loss), params, batch, chunk_size)
 
 

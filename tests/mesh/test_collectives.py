@@ -1,5 +1,6 @@
 """The laws of what crosses between devices: each map is its definition, linear, and its derivative its transpose."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -175,5 +176,6 @@ def traced(*arguments):
     equal([*torch.autograd.grad(compiled(*leaves), leaves)], [grad[0] for grad in expected])
 
 
+@pytest.mark.slow
 def test_traced_and_compiled_maps_are_the_maps():
     world(2)(traced, {"dp": 2}, "dp", (3, 4), 1, 7)

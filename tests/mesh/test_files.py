@@ -10,6 +10,7 @@ import torch
 from folders import contents, same
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from worlds import world
 
 import llama_fn as lf
@@ -44,10 +45,14 @@ def loaded_is_the_part(folder, mesh, plan, dtype):
     return sum(x.untyped_storage().nbytes() for x in {id(x): x for x in tree.leaves(found)}.values())
 
 
-@given(st.sampled_from(FORMATS), st.booleans(), st.sampled_from(MESHES), st.sampled_from([None, torch.bfloat16]))
+@given(st.sampled_from([*FORMATS, ("bin", None)]), st.booleans(), st.sampled_from(MESHES),
+       st.sampled_from([None, torch.bfloat16]))
 def test_what_is_loaded_on_a_mesh_is_the_part_of_the_whole_bit_for_bit(tmp_path_factory, format, tied, mesh, dtype):
     folder, (format, shards), (plan, mesh) = tmp_path_factory.mktemp("model"), format, mesh
-    lf.save(lf.Model(params(tied), None), folder, format=format, shards=shards)
+    lf.save(lf.Model(params(tied), None), folder, format="hf" if format == "bin" else format, shards=shards)
+    if format == "bin":  # the older files of Hugging Face's format are read, and not written
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
     world(size_of(mesh))(loaded_is_the_part, folder, mesh, plan, dtype)
 
 
@@ -94,7 +99,7 @@ def test_what_cannot_be_loaded_on_a_mesh_is_said(tmp_path):
     for folder, words, mesh, kwargs in [
             (tmp_path, r"quantized \(int8\) cannot be divided", {"tp": 2}, {}),
             ("stories", "weights on a mesh cannot be quantized", {"tp": 2}, {"quantize": "int4"}),
-            ("stories", "has 2 numbers along k, which 4 devices", {"tp": 4}, {}),
+            ("stories", "has 2 numbers along k, and 4 devices", {"tp": 4}, {}),
             ("stories", "no preset has a mesh of the axes x", {"x": 2}, {})]:
         world(size_of(mesh))(refused, folder, words, mesh, **kwargs)
     with pytest.raises(ValueError, match="give the mesh, too"):

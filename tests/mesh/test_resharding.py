@@ -21,6 +21,7 @@ from worlds import world
 
 import llama_fn as lf
 from llama_fn import tree
+from llama_fn.checkpoint import snapshot
 from llama_fn.checkpoint.sealed import sealed
 from llama_fn.checkpoint.snapshot import load_snapshot, read_about, save_snapshot
 from llama_fn.mesh.plan import PRESETS
@@ -196,6 +197,24 @@ def fails_on(folder, failing):
 
     with pytest.raises(OSError, match="No space left"):
         save_snapshot(whole, folder, {"step": 9}, before_write)
+
+
+def loses_its_file(folder):
+    """The file of rank 1 is on a disk of its own."""
+    whole = on_mesh(state(1), lf.mesh.make_mesh({"dp": 2}), "fsdp")
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(snapshot, "write_parts", lambda tensors, *_: dict.fromkeys(tensors, ""))
+            patch.setattr(snapshot, "sync", lambda file: None)
+        with pytest.raises(FileNotFoundError, match="state-00002-of-00002.*the processes must see one file system"):
+            save_snapshot(whole, folder, {"step": 9})
+
+
+def test_processes_that_do_not_see_one_file_system_are_told(tmp_path):
+    save_on({"dp": 2}, "fsdp", tmp_path / "snapshot")
+    before = contents(tmp_path)
+    world(2)(loses_its_file, tmp_path / "snapshot")
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("failing", [0, 1])

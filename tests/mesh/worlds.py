@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = 240  # seconds for one call; a rank that waits for a dead one would wait for ever
+# What all processes need is imported once, in one from which they are forked.
+IMPORTED = ["torch.testing", "torch.distributed.tensor", "hypothesis", "pytest", "jaxtyping", "beartype", "einops"]
+TIMEOUT = 480  # seconds for one call; a rank that waits for a dead one would wait for ever
 
 
 def serve(rank: int, size: int, store: str, paths: list[str], pipe: Any) -> None:
@@ -43,7 +45,8 @@ def serve(rank: int, size: int, store: str, paths: list[str], pipe: Any) -> None
 @functools.cache
 def world(size: int) -> Callable[..., list[Any]]:
     """A function that runs `compute(*args)` on every rank of a world of so many processes, started once."""
-    context, store = mp.get_context("spawn"), Path(tempfile.mkdtemp()) / "store"
+    context, store = mp.get_context("forkserver"), Path(tempfile.mkdtemp()) / "store"
+    context.set_forkserver_preload(IMPORTED)
     pipes = []
     for rank in range(size):
         ours, theirs = context.Pipe()

@@ -166,13 +166,13 @@ def test_the_numbers_in_the_metrics_mean_what_they_say(root, tmp_path, monkeypat
     """The learning rate of the step, the tokens a second of the step alone, and the seconds of all steps so far."""
     clock, counts = [100.0], []
 
-    def train(*args):
-        for state, measured in loop.train(*args):
+    def train(*args, **options):
+        for state, measured in loop.train(*args, **options):
             counts.append(int(measured.count))
             clock[0] += int(state.step)  # step n takes n seconds
             yield state, measured
 
-    def evaluate(*args):
+    def evaluate(*args, **options):
         clock[0] += 1000
         return 1.0
 
@@ -207,7 +207,7 @@ def test_the_learning_rate_is_that_of_the_updates_so_far_and_skipped_steps_are_m
 def test_a_run_that_was_killed_while_it_prepared_can_be_resumed(root, tmp_path, monkeypatch, stage):
     if not (child := os.fork()):
         monkeypatch.setattr(begin if stage == "open_corpus" else prepare, stage,
-                            lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+                            lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL))
         try:
             run(tmp_path / "run", SMALL, root / "texts", evaluate_every=2)
         finally:
