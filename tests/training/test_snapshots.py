@@ -207,7 +207,7 @@ def test_the_learning_rate_is_that_of_the_updates_so_far_and_skipped_steps_are_m
 def test_a_run_that_was_killed_while_it_prepared_can_be_resumed(root, tmp_path, monkeypatch, stage):
     if not (child := os.fork()):
         monkeypatch.setattr(begin if stage == "open_corpus" else prepare, stage,
-                            lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+                            lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL))
         try:
             run(tmp_path / "run", SMALL, root / "texts", evaluate_every=2)
         finally:
