@@ -44,7 +44,8 @@ def build(source: Path, out: Path) -> subprocess.CompletedProcess:
 
 
 def test_the_page_has_each_public_name_once():
-    listed = re.findall(r"^\.\. (?:auto\w+|py:data):: (?:llama_fn\.)?(\S+)", (DOCS / "index.rst").read_text(), re.MULTILINE)
+    text = (DOCS / "index.rst").read_text()
+    listed = re.findall(r"^\.\. (?:auto\w+|py:data):: (?:llama_fn\.)?(\S+)", text, re.MULTILINE)
     assert sorted(listed) == sorted(NAMES)
     assert all(isinstance(getattr(lf, module), ModuleType) for module in MODULES)
 

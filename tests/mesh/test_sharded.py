@@ -1,19 +1,23 @@
 """The laws of sharded leaves: on every mesh and by every plan, the results of one device."""
 
+import dataclasses
 import functools
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from meshes import Case, Setting, cases
 from worlds import world
 
 import llama_fn as lf
+from llama_fn.training import chunked_loss
 from llama_fn.training.jit_step import jit_step
 from llama_fn.training.step import make_step
 
 CONFIG = lf.Config(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=40, hidden_dim=28, max_seq_len=64)
+ONE_LAYER = dataclasses.replace(CONFIG, n_layers=1)
 TENSOR, FSDP = Case(CONFIG, {"tp": 2}, lf.mesh.PRESETS["tensor"]), Case(CONFIG, {"dp": 2}, lf.mesh.PRESETS["fsdp"])
 BOTH = Case(CONFIG, {"dp": 2, "tp": 2}, lf.mesh.PRESETS["fsdp+tensor"])
 
@@ -53,8 +57,21 @@ def logits_loss_gradient(case):
 
 
 @given(cases())
+@example(Case(CONFIG, {"dp": 2}, {"*b": "dp", "k": "dp"}))
 def test_logits_loss_and_gradient_are_those_of_one_device(case):
     run(logits_loss_gradient, case)
+
+
+def chunked(case):
+    s = Setting(case)
+    whole = torch.func.grad_and_value(lf.loss)(s.params, s.tokens, s.mask)
+    with mock.patch.object(chunked_loss, "LOGITS", 5 * s.config.vocab_size):  # 5 tokens at a time
+        s.equal(torch.func.grad_and_value(lf.loss)(s.parts, *s.shard((s.tokens, s.mask))), whole)
+
+
+@given(cases())
+def test_a_loss_in_chunks_is_that_of_one_device(case):
+    run(chunked, case)
 
 
 def derivatives(case):
@@ -183,18 +200,21 @@ def test_ten_steps_of_muon_are_those_of_one_device(case):
     run(trained, case, "muon", make_step, 10, torch.float64, 1e-8, {})
 
 
-def by_dynamo(optimizer, **options):
-    return torch.compile(make_step(optimizer, **options), fullgraph=True, backend="aot_eager")
-
-
 def jitted(optimizer, **options):
     return lf.jit(make_step(optimizer, **options), donate=("params", "opt_state"))
 
 
+def traced_by_dynamo(case):
+    s = Setting(case)
+    f = torch.func.grad_and_value(lf.loss)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    s.equal(compiled(s.parts, *s.shard((s.tokens, s.mask))), f(s.params, s.tokens, s.mask))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [TENSOR, FSDP], ids=["tensor", "fsdp"])
-def test_steps_that_dynamo_traces_are_those_of_one_device(case):
-    run(trained, case, "adamw", by_dynamo, 2, torch.float64, 1e-8, {})
+def test_a_gradient_that_dynamo_traces_is_that_of_one_device(case):
+    run(traced_by_dynamo, case._replace(config=ONE_LAYER))
 
 
 @pytest.mark.slow
@@ -206,7 +226,7 @@ def test_ten_compiled_steps_are_those_of_one_device(case, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "name"), [(TENSOR, "adamw"), (FSDP, "muon")])
 def test_ten_steps_under_jit_are_those_of_one_device(case, name):
-    run(trained, case, name, jitted, 10, torch.float64, 1e-8, {"layer": lf.remat(lf.block)})
+    run(trained, case._replace(config=ONE_LAYER), name, jitted, 10, torch.float64, 1e-8, {})
 
 
 @pytest.mark.parametrize("case", [TENSOR, FSDP, BOTH], ids=["tensor", "fsdp", "both"])

@@ -190,8 +190,9 @@ def test_a_run_goes_on_for_more_steps_along_the_longer_plans_schedule(root):
 @pytest.mark.parametrize(("optimizer", "decay"), [("adamw", "cosine"), ("adamw", "linear"), ("muon", "cosine")])
 def test_a_plan_has_the_optimizer_and_the_schedule_that_it_names(optimizer, decay):
     """Three updates of the same gradients, beside the optimizer written out."""
-    plan = Plan(steps=5, warmup=1, optimizer=optimizer, decay=decay, learning_rate=0.1, weight_decay=0.3, clip=0.5)
-    curve = {"cosine": lf.optim.warmup_cosine, "linear": lf.optim.warmup_linear}[decay](0.1, 1, 5)
+    plan = Plan(steps=5, warmup=1, optimizer=optimizer, decay=decay, learning_rate=0.1, final_learning_rate=0.02,
+                weight_decay=0.3, clip=0.5)
+    curve = {"cosine": lf.optim.warmup_cosine, "linear": lf.optim.warmup_linear}[decay](0.1, 1, 5, 0.02)
     make = {"adamw": lf.optim.adamw, "muon": lf.optim.muon}[optimizer]
     expected = lf.optim.chain(lf.optim.clip_by_global_norm(0.5),
                               make(curve, b2=0.99, weight_decay=0.3, mask=lf.optim.matrices))
