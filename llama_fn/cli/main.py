@@ -52,9 +52,9 @@ def main() -> None:
     except BrokenPipeError:  # the program that reads our output has ended
         _give_up_output()
     except Exception as error:
-        name = speaker(error)
         if not is_for_the_user(error):
             raise
+        name = speaker(error)
         try:
             sys.stdout.flush()
         except OSError:

@@ -9,12 +9,14 @@ from typing import Annotated
 import torch
 import tyro
 
+from llama_fn.cli.errors import description, is_for_the_user
+from llama_fn.mesh.lost import RankError
 from llama_fn.mesh.plan import PRESETS, check_mesh, default_plan, parse_mesh, plan_of
 from llama_fn.mesh.world import ALONE, World, join
 
 Mesh = Annotated[str | None, tyro.conf.arg(metavar="AXIS=SIZE,...")]
 MeshPlan = Annotated[str | None, tyro.conf.arg(name="plan", metavar="{" + "|".join(PRESETS) + "}")]
-LATER = 5.0  # seconds for the first process to say what is wrong for all of them; `torchrun` then ends the others
+LATER = 30.0  # seconds for the first process to say what is wrong for all of them; `torchrun` then ends the others
 
 
 @contextlib.contextmanager
@@ -47,6 +49,10 @@ def on_mesh(mesh: str | None, plan: str | None, device: torch.device) -> Iterato
                 quiet.enter_context(contextlib.redirect_stdout(nowhere))
                 quiet.enter_context(contextlib.redirect_stderr(nowhere))
             yield world
+    except Exception as error:
+        if world.is_first or isinstance(error, RankError) or not is_for_the_user(error):
+            raise
+        raise RankError(f"rank {world.ranks.rank}: {description(error)}") from error
     finally:  # otherwise gloo's threads may abort the process at its end
         torch.distributed.destroy_process_group()
 
@@ -54,11 +60,11 @@ def on_mesh(mesh: str | None, plan: str | None, device: torch.device) -> Iterato
 def speaker(error: Exception) -> str:
     """The words before an error that this process prints: of all processes but the first, which one it is.
 
-    Most errors are those of all processes, and the first one says them. Therefore any other one waits before it speaks,
-    and `torchrun` ends it meanwhile. A lost connection is said by one process alone, which does not wait.
+    An error before the processes joined is one of all, and the first one says it. Therefore any other one waits before
+    it speaks, and `torchrun` ends it meanwhile.
     """
     rank, _ = _launched()
-    if rank == 0 or isinstance(error, ConnectionError):
+    if rank == 0 or isinstance(error, RankError):
         return ""
     time.sleep(LATER)
     return f"rank {rank}: "

@@ -20,7 +20,7 @@ from llama_fn import tree
 from llama_fn.config import Config
 from llama_fn.mesh.connect import connect
 from llama_fn.mesh.init import init_parts
-from llama_fn.mesh.lost import Process, SaidByAnother, is_of_collective, leave_word, lost
+from llama_fn.mesh.lost import Process, RankError, SilentExit, first_says, is_of_collective, leave_word, lost
 from llama_fn.mesh.plan import Plan, check_plan, plan_of, rows_over
 from llama_fn.mesh.ranks import ALONE as NO_OTHERS
 from llama_fn.mesh.ranks import Ranks, agreed
@@ -107,28 +107,25 @@ class World(NamedTuple):
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """A context manager that turns the error of a collective into a `ConnectionError` that names the dead process.
+        """A context manager of which one process says what is wrong, and the others end in silence.
 
-        Only one process says it. The others end with the status 1, and so do all where a process ended with words of
-        its own (see `lost`).
+        An error of a collective becomes a `RankError` that names the process which has ended (see `lost`). An error of
+        all processes is said by the first one.
         """
         try:
             yield
-        except RuntimeError as error:
-            if self.mesh is None or not is_of_collective(error):
-                self.leave_word()
+        except SilentExit:
+            raise
+        except BaseException as error:
+            if self.mesh is not None and is_of_collective(error):
+                raise lost(error, self.ranks.rank, self.processes, self.store) from error
+            if self.store is None:
                 raise
-            raise lost(error, self.ranks.rank, self.processes, self.store) from error
-        except SaidByAnother:
-            raise
-        except BaseException:
-            self.leave_word()
-            raise
-
-    def leave_word(self) -> None:
-        """Let the other processes know that this one ends, and says itself why."""
-        if self.store is not None:
             leave_word(self.store, self.ranks.rank)
+            of_all = isinstance(error, Exception) and not isinstance(error, RankError)
+            if of_all and not self.is_first and first_says(self.store):
+                raise SilentExit(2) from error
+            raise
 
 
 ALONE = World()

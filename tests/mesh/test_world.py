@@ -14,7 +14,7 @@ import llama_fn as lf
 from llama_fn import tree
 from llama_fn.cli import on_mesh as command
 from llama_fn.cli.on_mesh import on_mesh
-from llama_fn.mesh.lost import Process, leave_word, lost
+from llama_fn.mesh.lost import Process, RankError, SilentExit, leave_word, lost
 from llama_fn.mesh.ranks import Ranks
 from llama_fn.mesh.world import ALONE, World, join
 from llama_fn.training.stopping import signals_noted
@@ -75,7 +75,7 @@ def processes(monkeypatch) -> Iterator[list[Process]]:
 
 def test_the_first_that_lives_names_the_one_that_was_killed_and_the_others_are_silent(processes):
     found = [lost(BROKEN, rank, processes, Store()) for rank in (0, 2, 3)]
-    assert isinstance(found[0], ConnectionError)
+    assert isinstance(found[0], RankError)
     assert f"rank 1 (process {processes[1].number}) was killed" in str(found[0])
     assert [x.code for x in found[1:]] == [1, 1]
     processes[0], processes[1] = processes[1], processes[0]
@@ -97,14 +97,27 @@ def test_whoever_ended_with_words_of_its_own_needs_no_others(processes):
 def test_a_process_that_is_silent_leaves_no_word_and_one_that_speaks_does(processes):
     """Otherwise the one that has to say it would be silent, too. torchrun cannot interrupt it, also after a run."""
     store = Store()
-    for rank, error, words in (2, SystemExit, []), (0, ConnectionError, ["ended/0"]), (3, SystemExit, ["ended/0"]):
+    for rank, error, words in (2, SystemExit, []), (0, RankError, ["ended/0"]), (3, SystemExit, ["ended/0"]):
         here = World(mesh=True, ranks=Ranks(rank, 4), processes=tuple(processes), store=store)
         with pytest.raises(error), here.watched(), signals_noted(), here.watched():
             raise BROKEN
         assert [*store] == words and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with pytest.raises(ZeroDivisionError), World(store=store).watched():
+
+
+def test_an_error_of_all_is_said_by_the_first_and_one_of_a_single_process_by_itself(monkeypatch):
+    monkeypatch.setattr("llama_fn.mesh.lost.FIRST", 0.05)
+    store = Store()
+    second = World(mesh=True, ranks=Ranks(1, 2), store=store)
+    for error in (OSError("x"), KeyError("x"), RankError("x")):
+        with pytest.raises(type(error)), second.watched():
+            raise error
+    assert [*store] == ["ended/1"]
+    with pytest.raises(ZeroDivisionError), second._replace(ranks=Ranks(0, 2)).watched():
         raise ZeroDivisionError
+    for error, outcome in (OSError("x"), SilentExit), (KeyboardInterrupt(), KeyboardInterrupt):
+        with pytest.raises(outcome), second.watched():
+            raise error
 
 
 def test_a_process_of_another_machine_cannot_be_named(processes, monkeypatch):
@@ -144,5 +157,5 @@ def test_others_than_the_first_wait_before_they_speak(monkeypatch):
     assert command.speaker(ValueError("x")) == "" and waits == []
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert command.speaker(ConnectionError("x")) == "" and waits == []
+    assert command.speaker(RankError("x")) == "" and waits == []
     assert command.speaker(ValueError("x")) == "rank 1: " and waits == [command.LATER]
