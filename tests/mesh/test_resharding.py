@@ -25,7 +25,7 @@ from llama_fn.checkpoint import snapshot
 from llama_fn.checkpoint.sealed import sealed
 from llama_fn.checkpoint.snapshot import load_snapshot, read_about, save_snapshot
 from llama_fn.mesh.plan import PRESETS
-from llama_fn.mesh.ranks import all_ranks
+from llama_fn.mesh.ranks import agreed, all_ranks
 from llama_fn.mesh.sharded import is_sharded
 from llama_fn.training.loop import TrainState, init_state
 from llama_fn.training.record import MetricsFile
@@ -185,6 +185,20 @@ def test_the_manifest_and_the_leaves_of_another_run_are_named(tmp_path):
             load_snapshot(state(), tmp_path / "snapshot")
     manifest.unlink()
     world(2)(loads_with, tmp_path / "snapshot", {"tp": 2}, "tensor", FileNotFoundError, "manifest.json: no such file")
+
+
+def one_raises():
+    def compute():
+        if dist.get_rank() == 1:
+            raise ValueError("only here")
+
+    with pytest.raises(ValueError, match="only here"):
+        agreed(compute, all_ranks())
+    assert agreed(dist.get_rank, all_ranks()) == [0, 1]
+
+
+def test_an_error_of_one_process_is_raised_by_all():
+    world(2)(one_raises)
 
 
 def fails_on(folder, failing):
