@@ -16,7 +16,8 @@ TWO, FOUR = {"tp": 2}, {"dp": 2, "tp": 2}
 
 
 @pytest.mark.parametrize(("mesh", "plan", "words"), [
-    (TWO, "tensors", "plan 'tensors' is not known; there are replicated, fsdp, tensor, fsdp+tensor"),
+    (TWO, "tensors", "plan 'tensors' is not known; there are replicated, fsdp, tensor, replicated+tensor, "
+                     "fsdp+tensor"),
     (TWO, None, "plan None is not known"),
     (TWO, ("k", "tp"), "plan ('k', 'tp') is not known"),
     (TWO, "fsdp", "plan: *b is divided over 'dp', and the mesh has tp"),
