@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 import llama_fn as lf
@@ -14,6 +15,8 @@ from llama_fn.mesh.plan import PRESETS
 MESHES = ({"dp": 2}, {"tp": 2}, {"dp": 4}, {"tp": 4}, {"dp": 2, "tp": 2})
 OWN = ({"v": "tp"}, {"f": "tp"}, {"d": "tp"}, {"h": "dp", "*b": "dp"}, {"k": "dp", "*b": "dp"},
        {"*b": ("dp", "tp"), "d": "dp", "f": "tp"}, {"*b": ("tp", "dp"), "k": "tp"}, {})
+# An example on two or four processes costs 20 times what one costs in a process, so there are a quarter as many.
+FEW = settings(max_examples=max(4, settings().max_examples // 4))
 
 
 class Case(NamedTuple):

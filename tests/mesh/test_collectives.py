@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from meshes import FEW
 from torch.fx.experimental.proxy_tensor import make_fx
 from worlds import world
 
@@ -95,6 +96,7 @@ def devices(mesh):
     return torch.tensor([*mesh.values()]).prod().item()
 
 
+@FEW
 @given(arguments())
 def test_each_map_is_its_definition_and_its_derivative_its_transpose(drawn):
     sides = world(devices(drawn[0]))(values_and_transposes, *drawn)
@@ -125,6 +127,7 @@ def mapped(*arguments):
                                                                               for row in y[0]]))
 
 
+@FEW
 @given(arguments())
 def test_vmap_is_a_loop(drawn):
     world(devices(drawn[0]))(mapped, *drawn)
@@ -153,6 +156,7 @@ def forward_mode(*arguments):
               torch.func.vjp(hessian, x[0])[1](tangent[0])[0])
 
 
+@FEW
 @given(arguments())
 def test_forward_mode_is_the_map_of_the_tangent(drawn):
     world(devices(drawn[0]))(forward_mode, *drawn)

@@ -10,6 +10,7 @@ import torch
 from folders import contents, same
 from hypothesis import given
 from hypothesis import strategies as st
+from meshes import FEW
 from safetensors.torch import load_file
 from worlds import world
 
@@ -45,6 +46,7 @@ def loaded_is_the_part(folder, mesh, plan, dtype):
     return sum(x.untyped_storage().nbytes() for x in {id(x): x for x in tree.leaves(found)}.values())
 
 
+@FEW
 @given(st.sampled_from([*FORMATS, ("bin", None)]), st.booleans(), st.sampled_from(MESHES),
        st.sampled_from([None, torch.bfloat16]))
 def test_what_is_loaded_on_a_mesh_is_the_part_of_the_whole_bit_for_bit(tmp_path_factory, format, tied, mesh, dtype):
@@ -63,6 +65,7 @@ def saved_together(folder, mesh, plan, format, shards, tied, dtype):
     lf.save(lf.Model(params_here, lf.load("stories").tokenizer), folder, format=format, shards=shards, dtype=dtype)
 
 
+@FEW
 @given(st.sampled_from(FORMATS), st.booleans(), st.sampled_from([mesh for mesh in MESHES if mesh[0]]),
        st.sampled_from([None, torch.bfloat16]))
 def test_what_a_mesh_saves_is_what_one_process_saves_byte_for_byte(tmp_path_factory, format, tied, mesh, dtype):

@@ -7,6 +7,7 @@ import torch
 from worlds import world
 
 import llama_fn as lf
+from llama_fn.private import is_wrapped
 from llama_fn.training.step import make_step
 
 CONFIG = lf.Config(dim=96, n_layers=2, n_heads=12, n_kv_heads=4, vocab_size=80, hidden_dim=256, max_seq_len=32)
@@ -17,7 +18,8 @@ MESHES = [("fsdp", {"dp": 2}), ("tensor", {"tp": 2}), ("fsdp", {"dp": 4}), ("ten
 def live() -> dict[int, int]:
     """The bytes of each storage that a living tensor has, by its address."""
     gc.collect()
-    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor and x.device.type == "cpu"]
+    tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.device.type == "cpu" and not is_wrapped(x)]
+    storages = [x.untyped_storage() for x in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from folders import bits, contents, same
 from hypothesis import given
 from hypothesis import strategies as st
-from meshes import MESHES, fits, random_plans
+from meshes import FEW, MESHES, fits, random_plans
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -83,6 +83,7 @@ def passed_on(source, target, mesh, plan, optimizer):
     save_snapshot(found, target, {"step": 3})
 
 
+@FEW
 @given(meshes_and_plans(), meshes_and_plans(), st.sampled_from([*OPTIMIZERS]))
 def test_a_snapshot_passes_from_mesh_to_mesh_bit_for_bit(tmp_path_factory, first, second, optimizer):
     """From one process to a mesh, to another mesh, and back to one process."""
@@ -141,6 +142,7 @@ def loads_with(folder, mesh, plan, error, words):
         load_snapshot(expected, folder)
 
 
+@FEW
 @given(st.sampled_from(["flip", "cut", "missing"]), st.integers(1, 2), st.sampled_from([("fsdp", {"dp": 4}),
        ("tensor", {"tp": 2}), (None, {})]), st.data())
 def test_a_damaged_file_of_one_process_is_an_error_of_all(tmp_path_factory, damage, rank, mesh, data):

@@ -112,9 +112,9 @@ def tuned_on_ranks(folder: Path, mesh: dict | None, plan: str, tuning: Tuning) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "plan"), [({"dp": 2}, "fsdp"), ({"tp": 2}, "tensor")])
-@pytest.mark.parametrize("tuning", [Tuning(steps=4, batch=4), Tuning(steps=4, batch=4, rank=2),
-                                    Tuning(steps=4, batch=4, rank=2, dpo=True)])
+@pytest.mark.parametrize(("mesh", "plan", "tuning"), [
+    ({"dp": 2}, "fsdp", Tuning(steps=4, batch=4)), ({"tp": 2}, "tensor", Tuning(steps=4, batch=4, rank=2)),
+    ({"dp": 2}, "fsdp", Tuning(steps=4, batch=4, rank=2, dpo=True))])
 def test_a_fine_tuning_on_a_mesh_is_that_of_one_process(mesh, plan, tuning, tmp_path):
     tuning = dataclasses.replace(tuning, learning_rate=1e-2)
     expected = tuned_on_ranks(tmp_path / "alone", None, plan, tuning)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from meshes import Case, Setting, cases
+from meshes import FEW, Case, Setting, cases
 from worlds import world
 
 import llama_fn as lf
@@ -38,6 +38,7 @@ def there_and_back(case):
     s.equal(s.shard(adapter), adapter, atol=0)
 
 
+@FEW
 @given(cases())
 def test_unshard_is_the_inverse_of_shard_and_a_part_is_as_small_as_the_mesh_is_large(case):
     run(there_and_back, case)
@@ -56,6 +57,7 @@ def logits_loss_gradient(case):
         s.equal(g(s.parts, *s.shard((s.tokens, *more))), g(s.params, s.tokens, *more))
 
 
+@FEW
 @given(cases())
 @example(Case(CONFIG, {"dp": 2}, {"*b": "dp", "k": "dp"}))
 def test_logits_loss_and_gradient_are_those_of_one_device(case):
@@ -69,6 +71,7 @@ def chunked(case):
         s.equal(torch.func.grad_and_value(lf.loss)(s.parts, *s.shard((s.tokens, s.mask))), whole)
 
 
+@FEW
 @given(cases())
 def test_a_loss_in_chunks_is_that_of_one_device(case):
     run(chunked, case)
@@ -92,6 +95,7 @@ def derivatives(case):
     s.equal(torch.func.grad(remat)(s.parts, rows), gradient(s.params, s.tokens))
 
 
+@FEW
 @given(cases())
 def test_second_derivatives_forward_mode_and_remat_are_those_of_one_device(case):
     run(derivatives, case)
@@ -108,6 +112,7 @@ def mapped(case):
     s.equal(rows, torch.vmap(lf.forward, (None, 0))(s.params, s.tokens)[0])
 
 
+@FEW
 @given(cases(rows=False))
 def test_gradients_of_each_row_are_those_of_one_device(case):
     run(mapped, case)
@@ -124,6 +129,7 @@ def adapted(case):
             torch.func.grad_and_value(f)(adapter, s.params, s.tokens))
 
 
+@FEW
 @given(cases())
 def test_adapters_of_all_matrices_are_those_of_one_device(case):
     run(adapted, case)
@@ -143,6 +149,7 @@ def decoded(case):
             cache, part = (x._replace(length=x.length - n) for x, n in ((cache, ragged), (part, starts)))
 
 
+@FEW
 @given(cases())
 def test_a_sharded_cache_decodes_like_a_whole_one(case):
     run(decoded, case)
@@ -190,6 +197,7 @@ def trained(case, name, make, steps, dtype, atol, options):
                                                            strict=True)) > 4 * atol
 
 
+@FEW
 @given(cases(), st.sampled_from([*OPTIMIZERS]))
 def test_steps_of_training_are_those_of_one_device(case, name):
     run(trained, case, name, make_step, 3, torch.float64, 1e-8, {})
@@ -200,10 +208,6 @@ def test_ten_steps_of_muon_are_those_of_one_device(case):
     run(trained, case, "muon", make_step, 10, torch.float64, 1e-8, {})
 
 
-def jitted(optimizer, **options):
-    return lf.jit(make_step(optimizer, **options), donate=("params", "opt_state"))
-
-
 def traced_by_dynamo(case):
     s = Setting(case)
     f = torch.func.grad_and_value(lf.loss)
@@ -212,21 +216,14 @@ def traced_by_dynamo(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [TENSOR, FSDP], ids=["tensor", "fsdp"])
-def test_a_gradient_that_dynamo_traces_is_that_of_one_device(case):
-    run(traced_by_dynamo, case._replace(config=ONE_LAYER))
+def test_a_gradient_that_dynamo_traces_is_that_of_one_device():
+    run(traced_by_dynamo, TENSOR._replace(config=ONE_LAYER))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "name"), [(TENSOR, "muon"), (FSDP, "adamw"), (BOTH, "muon")])
+@pytest.mark.parametrize(("case", "name"), [(FSDP, "adamw"), (BOTH, "muon")])
 def test_ten_compiled_steps_are_those_of_one_device(case, name):
     run(trained, case, name, jit_step, 10, torch.float64, 1e-8, {})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("case", "name"), [(TENSOR, "adamw"), (FSDP, "muon")])
-def test_ten_steps_under_jit_are_those_of_one_device(case, name):
-    run(trained, case._replace(config=ONE_LAYER), name, jitted, 10, torch.float64, 1e-8, {})
 
 
 @pytest.mark.parametrize("case", [TENSOR, FSDP, BOTH], ids=["tensor", "fsdp", "both"])

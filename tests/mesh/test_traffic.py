@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from meshes import Case, cases
+from meshes import FEW, Case, cases
 from strategies import token_rows
 from worlds import world
 
@@ -39,6 +39,7 @@ def parts_of(case, work):
     return mesh, lf.mesh.shard(whole, mesh, case.plan)
 
 
+@FEW
 @given(cases(), st.integers(2, 9), st.booleans(), st.booleans())
 @example(Case(lf.Config(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=40, hidden_dim=70), {"tp": 2},
               PRESETS["tensor"]), 5, False, True)
