@@ -156,6 +156,7 @@ INTEGERS = {
     "RopeScaling.original_max_seq_len": (9, lambda n, m: scaling(original_max_seq_len=n), (0, -1)),
     "init_cache.max_len": (5, lambda n, m: lf.init_cache(CONFIG, max_len=n), (0, -1)),
     "init_cache.batch": (5, lambda n, m: lf.init_cache(CONFIG, (2, n), max_len=3), (-1,)),
+    "init_cache.heads": (1, lambda n, m: lf.init_cache(CONFIG, max_len=3, heads=n), (0, -1)),
     "fork.max_len": (9, lambda n, m: lf.fork(lf.init_cache(CONFIG, max_len=5), (2,), max_len=n), (0, -1)),
     "fork.at": (0, lambda n, m: lf.fork(lf.init_cache(CONFIG, max_len=5), (2,), max_len=7, at=n), (-1,)),
     "fork.batch": (3, lambda n, m: lf.fork(lf.init_cache(CONFIG, max_len=5), (n,), max_len=7), (0, -1)),

@@ -13,7 +13,7 @@ from llama_fn.model.transformer import Params, forward
 from llama_fn.modes import on_gpu
 from llama_fn.ops.aten.few_rows import FEW
 from llama_fn.ops.cpu.linear import max_rows
-from llama_fn.ops.weight import Divided
+from llama_fn.ops.weight import is_divided
 
 LARGE = 2**28  # bytes of weights; a step that reads fewer is so short that compiling costs more time than it saves
 
@@ -50,7 +50,7 @@ def pays(params: Params, rows: int) -> bool:
     On a CPU, the compiled kernels are faster than torch's for few rows alone. A model on several devices is not
     compiled: neither the fused kernels nor a recorded step know what the devices send to each other.
     """
-    if isinstance(params.norm, Divided):
+    if is_divided(params.norm):
         return False
     large = sum(x.nbytes for x in tree.leaves(params)) >= LARGE
     return large and (on_gpu(params.norm) or rows <= max(FEW, max_rows(params.output)))

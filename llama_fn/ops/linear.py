@@ -18,7 +18,7 @@ from llama_fn.ops.cpu.linear import by_cpp
 from llama_fn.ops.gpu import linear as gpu
 from llama_fn.ops.gpu.linear import by_triton
 from llama_fn.ops.quantized import Grouped, Quantized
-from llama_fn.ops.weight import Divided, Matrix
+from llama_fn.ops.weight import Matrix, is_divided
 
 
 class Implementation(NamedTuple):
@@ -57,7 +57,7 @@ def several_linears(weights: Sequence[Matrix], x: Tensor) -> list[Tensor] | None
     A GPU finishes reading one small weight before it reaches full speed. On the CPU, each call has a fixed cost.
     """
     first: Any = weights[0]
-    if all(isinstance(weight, Divided) for weight in weights):
+    if all(map(is_divided, weights)):
         return first.several(weights, x)
     if not compiling():
         return None

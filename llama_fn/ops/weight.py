@@ -56,7 +56,6 @@ class LooksUp(Shaped, Protocol):
         ...
 
 
-@runtime_checkable
 class Divided(Shaped, Protocol):
     """A part of a weight whose other parts are on other devices, which run the same program."""
 
@@ -77,24 +76,25 @@ class Divided(Shaped, Protocol):
 
 def on_one_device(what: str, values: Any) -> None:
     """Raise `ValueError` if a tree has weights whose parts are on several devices."""
-    if any(map(_divided, tree.leaves(values, _divided))):
+    if any(map(is_divided, tree.leaves(values, is_divided))):
         raise ValueError(f"{what}: the weights are divided over devices; call it on lf.mesh.unshard(params)")
 
 
 def with_all_rows(what: str, values: Any) -> None:
     """Raise `ValueError` if a tree has weights of a plan by which each device has rows of its own."""
-    if any(_divided(x) and x.divides_rows for x in tree.leaves(values, _divided)):
+    if any(is_divided(x) and x.divides_rows for x in tree.leaves(values, is_divided)):
         raise ValueError(f"{what}: the plan divides the rows, and a loss is that of all devices' rows; shard the "
                          "parameters by a plan without *b, and give every device all rows")
 
 
-def _divided(x: Any) -> bool:
-    return isinstance(x, Divided)
+def is_divided(x: Any) -> bool:
+    """Whether a value is `Divided`. Its class tells, also while dynamo traces."""
+    return hasattr(type(x), "several")
 
 
 def whole_shape(weight: Any) -> tuple[int, ...]:
     """The shape of a weight with all its parts, on whatever devices they are."""
-    return tuple(getattr(weight, "whole", weight.shape))
+    return tuple(weight.whole if hasattr(type(weight), "whole") else weight.shape)
 
 
 if TYPE_CHECKING:  # so that `params.output + 1` is right, which for nearly all parameters it is

@@ -49,10 +49,11 @@ class Entropy(NamedTuple):
     of_chunk: Callable[..., Tensor]
 
 
-def token_entropy(norm: Vector, output: Matrix, x: Tensor, targets: Tensor, *settings: float) -> Tensor:
+def token_entropy(norm: Vector, output: Matrix, x: Tensor, targets: Tensor, eps: float, z_loss: float = 0.0,
+                  label_smoothing: float = 0.0) -> Tensor:
     """`cross_entropy`, on the parts of the vocabulary where devices have parts."""
     compute = cross_entropy if vocabulary_over(output) is None else entropy_of_parts
-    return compute(norm, output, x, targets, *settings)
+    return compute(norm, output, x, targets, eps, z_loss, label_smoothing)
 
 
 ENTROPY = Entropy(token_entropy, remat(token_entropy))
