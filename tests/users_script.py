@@ -162,7 +162,7 @@ own: lf.Tokenizer = lf.train_tokenizer(["Once upon a time"], 300)
 opened = lf.load_tokenizer("tokenizer.model")
 story: str = lf.stories.story(key)
 known: bool = lf.stories.derivable(story)
-sizes: dict[str, int] = lf.mesh.parse_mesh("dp=2,tp=2")
+devices: dict[str, int] = lf.mesh.parse_mesh("dp=2,tp=2")
 lf.keep_memory()
 
 
