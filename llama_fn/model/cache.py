@@ -65,10 +65,10 @@ def init_cache(config: Config, batch: tuple[int, ...] = (), *, max_len: int, dty
     batch = tuple(integer("init_cache: an axis of batch", n, 0) for n in batch)
     if not dtype.is_floating_point:
         raise ValueError(f"init_cache: keys and values are of a floating dtype, got {dtype}")
-    k = config.n_kv_heads if heads is None else integer("init_cache: heads", heads, 1)
-    shape = (*batch, k, max_len, config.head_dim)
-    keys, values = (tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)) for _ in "kv")
-    return Cache(keys, values, torch.zeros(batch, dtype=torch.int64, device=device))
+    heads = config.n_kv_heads if heads is None else integer("init_cache: heads", heads, 1)
+    shape = (*batch, heads, max_len, config.head_dim)
+    k, v = (tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)) for _ in "kv")
+    return Cache(k, v, torch.zeros(batch, dtype=torch.int64, device=device))
 
 
 @typed
