@@ -10,13 +10,12 @@ medians of the measured seconds and of their ratios to paper.
 import os
 import statistics
 import sys
-import time
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import llama_fn as lf
+from llama_fn.bench.timing import interleave
 from llama_fn.bench.work import SHAPES
 from llama_fn.mesh.estimate import Training, training
 from llama_fn.mesh.machine import LINKS, START, Machine
@@ -52,18 +51,20 @@ def divided(plan: str):
     return step_of(*lf.mesh.shard((params, batch), mesh, plan))
 
 
+def together(work):
+    """The work, begun and ended by all processes at the same time."""
+    def run() -> None:
+        dist.barrier()
+        work()
+        dist.barrier()
+
+    return run
+
+
 few, many = torch.zeros(1), torch.zeros(2**22)
 works = {"one device": step_of(lf.tree.map(torch.clone, params), batch), "few bytes": lambda: dist.all_reduce(few),
          "many bytes": lambda: dist.all_reduce(many), **{plan: divided(plan) for plan in meshes}}
-seconds: dict[str, list[float]] = {name: [] for name in works}
-for i in tqdm(range(-2, rounds), disable=dist.get_rank() != 0):
-    for name, work in works.items():
-        dist.barrier()
-        begin = time.perf_counter()
-        work()
-        dist.barrier()
-        if i >= 0:
-            seconds[name].append(time.perf_counter() - begin)
+seconds = interleave({name: together(work) for name, work in works.items()}, rounds)
 
 
 def machine(one: float, few: float, many: float) -> Machine:

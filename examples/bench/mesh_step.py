@@ -11,18 +11,16 @@ import contextlib
 import os
 import statistics
 import sys
-import time
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import llama_fn as lf
 from llama_fn.bench.opacus import Transformer
-from llama_fn.bench.timing import ratio
+from llama_fn.bench.timing import interleave, ratio
 from llama_fn.bench.work import SHAPES
 from llama_fn.training.jit_step import jit_step
 
@@ -76,16 +74,18 @@ def modules(engine: str):
     return run
 
 
-works = {"replicated": ours("replicated"), "DDP": modules("DDP"), "fsdp": ours("fsdp"), "FSDP2": modules("FSDP2")}
-seconds: dict[str, list[float]] = {name: [] for name in works}
-for i in tqdm(range(-3, rounds), disable=dist.get_rank() != 0):
-    for name, work in works.items():
+def together(work):
+    """The work, begun and ended by all processes at the same time."""
+    def run() -> None:
         dist.barrier()
-        begin = time.perf_counter()
         work()
         dist.barrier()
-        if i >= 0:
-            seconds[name].append(time.perf_counter() - begin)
+
+    return run
+
+
+works = {"replicated": ours("replicated"), "DDP": modules("DDP"), "fsdp": ours("fsdp"), "FSDP2": modules("FSDP2")}
+seconds = interleave({name: together(work) for name, work in works.items()}, rounds)
 if dist.get_rank() == 0:
     for name, values in seconds.items():
         print(f"{name}: {1e3 * statistics.median(values):.1f} ms")

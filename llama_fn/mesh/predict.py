@@ -29,6 +29,7 @@ from llama_fn import tree
 from llama_fn.config import Config
 from llama_fn.mesh.collectives import MeshAxis
 from llama_fn.mesh.plan import Plan, plan_of, rows_over
+from llama_fn.mesh.shard import sharding_over
 from llama_fn.mesh.sharded import Sharded, Sharding, is_sharded
 from llama_fn.mesh.traffic import Traffic, sent
 from llama_fn.model.init import abstract_params
@@ -60,9 +61,7 @@ class Work(NamedTuple):
 
 def abstract_sharding(axes: str, mesh: Mapping[str, int], plan: str | Plan) -> Sharding:
     """How a plan divides a leaf over a mesh of these sizes, of which no device need exist."""
-    plan, known = plan_of(plan), {name: MeshAxis(name, size, 0, name) for name, size in mesh.items()}
-    over = tuple(known[str(plan[axis])] if axis in plan else None for axis in axes.split())
-    return Sharding(tuple(axes.split()), over, tuple(known[name] for name in rows_over(plan)))
+    return sharding_over(axes, {name: MeshAxis(name, size, 0, name) for name, size in mesh.items()}, plan)
 
 
 def abstract_shard(weight: Any, mesh: Mapping[str, int], plan: str | Plan) -> Sharded:

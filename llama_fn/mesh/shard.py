@@ -43,8 +43,12 @@ def sizes_of(mesh: DeviceMesh) -> dict[str, int]:
 
 def sharding(axes: str, mesh: DeviceMesh, plan: str | Plan) -> Sharding:
     """How a plan divides a leaf with these axes, as this device of the mesh sees it."""
-    plan, known = plan_of(plan), _axes(mesh)
-    names = tuple(axes.split())
+    return sharding_over(axes, _axes(mesh), plan)
+
+
+def sharding_over(axes: str, known: Mapping[str, MeshAxis], plan: str | Plan) -> Sharding:
+    """How a plan divides a leaf with these axes over mesh axes, which are given by their names."""
+    plan, names = plan_of(plan), tuple(axes.split())
     over = tuple(known[str(plan[axis])] if axis in plan else None for axis in names)
     return Sharding(names, over, tuple(known[name] for name in rows_over(plan)))
 

@@ -26,12 +26,12 @@ from llama_fn.training.manifest import (
     check_texts,
     convert_files,
     digest_texts,
-    facts_of,
     file_of,
     is_prepared,
     read_manifest,
     write_manifest,
 )
+from llama_fn.training.placement import facts_of
 from llama_fn.training.plan import Plan
 from llama_fn.training.prepare import (
     ReportPreparing,
@@ -83,8 +83,9 @@ def begin(folder: Path, plan: Plan, texts: Path | None, resume: bool, device: to
         check_vocabulary(plan, world)
         training, validation = (open_corpus(folder / "data" / f"{part}.bin", tokenizer, plan.context,
                                             check=world.is_first) for part in ("train", "valid"))
-        floor = {"floor": world.from_first(lambda: lowest_loss(folder, tokenizer, text_keys[1], plan.context))
-                 } if of_stories else {}
+        floor = {}
+        if of_stories:
+            floor["floor"] = world.from_first(lambda: lowest_loss(folder, tokenizer, text_keys[1], plan.context))
         fresh = init_state(world.init_params(init_key, plan.config(), device), plan.make_optimizer())
         state, kept, seconds = _found(folder, fresh, previous)
         if previous is not None:

@@ -58,7 +58,6 @@ def train(state: TrainState, optimizer: Optimizer, corpus: Corpus, key: Key, ste
     step = jit_step(optimizer, update=lambda optimizer: guarded(make_update(optimizer)))
     device = tree.leaves(state.params)[0].device
 
-
     def batch_of(number: int) -> Batch:
         return world.rows(batch(corpus, key, number, shape), axis=1)
 

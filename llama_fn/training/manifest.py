@@ -18,18 +18,16 @@ from llama_fn.checkpoint.atomic import current
 from llama_fn.checkpoint.files import write_json
 from llama_fn.checkpoint.load import TOKENIZER
 from llama_fn.checkpoint.sealed import CHECKSUM, sealed, unsealed
-from llama_fn.mesh.shard import sizes_of
-from llama_fn.mesh.world import World
 from llama_fn.text import read_json
 from llama_fn.tokenizer import load_tokenizer
 from llama_fn.training.early import convert_early, is_early
 from llama_fn.training.lock import LOCK
+from llama_fn.training.placement import ON
 from llama_fn.training.plan import Plan
 from llama_fn.training.texts import as_bytes, documents, no_text
 
 MANIFEST = "run.json"
 FILES = (TOKENIZER, "data/train.bin", "data/valid.bin")
-ON = "on"  # where the run takes its steps; one process on its own writes nothing here
 NO_FACTS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -80,23 +78,6 @@ def write_manifest(folder: Path, plan: Plan, texts: Sequence[Text] | None, previ
     if not (folder / MANIFEST).is_file() or read_json(folder / MANIFEST) != sealed(manifest):
         write_json(folder / MANIFEST, sealed(manifest))
     return manifest
-
-
-def facts_of(world: World) -> dict[str, Any]:
-    """Where a run takes its steps, which may be elsewhere when it is resumed: the mesh, its plan, and its job."""
-    if world.mesh is None:
-        return {}
-    plan = world.plan if isinstance(world.plan, str) else dict(world.plan)
-    return {ON: {"mesh": sizes_of(world.mesh), "plan": plan, "job": world.job}}
-
-
-def goes_on(manifest_file: Path, world: World) -> bool:
-    """Whether `torchrun` has started this run already, and starts it again after one of its processes ended."""
-    if not (world.restarts and world.job and manifest_file.is_file()):
-        return False
-    manifest = read_json(manifest_file)
-    on = manifest.get(ON) if isinstance(manifest, dict) else None
-    return isinstance(on, dict) and on.get("job") == world.job
 
 
 def read_manifest(folder: Path, resume: bool) -> dict[str, Any] | None:

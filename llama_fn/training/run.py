@@ -26,7 +26,8 @@ from llama_fn.training.encode import DialogTokens
 from llama_fn.training.guarded import is_finite
 from llama_fn.training.lock import locked
 from llama_fn.training.loop import TrainState, evaluate, train, updates_taken
-from llama_fn.training.manifest import MANIFEST, goes_on
+from llama_fn.training.manifest import MANIFEST
+from llama_fn.training.placement import goes_on
 from llama_fn.training.plan import Plan
 from llama_fn.training.prepare import ReportPreparing
 from llama_fn.training.progress import Samples, flops_per_token, memory_in_use, step_record

@@ -31,7 +31,7 @@ from llama_fn.training.finetune_manifest import MANIFEST, check_about, check_man
 from llama_fn.training.jit_step import jit_step
 from llama_fn.training.lock import locked
 from llama_fn.training.loop import TrainState, take_steps
-from llama_fn.training.manifest import facts_of, goes_on
+from llama_fn.training.placement import facts_of, goes_on
 from llama_fn.training.record import METRICS, kept_metrics
 from llama_fn.training.snapshots import SNAPSHOTS, newest_snapshot
 from llama_fn.training.step import Metrics, make_step

@@ -16,7 +16,7 @@ from llama_fn.cli.samples import samples_of
 from llama_fn.generation.completion import text_completion
 from llama_fn.mesh.world import ALONE, join
 from llama_fn.training.examples import Examples
-from llama_fn.training.manifest import goes_on
+from llama_fn.training.placement import goes_on
 from llama_fn.training.plan import Plan
 from llama_fn.training.progress import Samples
 from llama_fn.training.run import run
