@@ -10,12 +10,14 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from torch import Tensor
 
+from llama_fn import tree
 from llama_fn.compiled.recording import Pools, Recording, alive, cache_of, fixed_of, is_integer, own, record, replayed
 from llama_fn.compiled.trace import rebuilt, tensors_of
 from llama_fn.model.cache import Cache
 from llama_fn.modes import autocast, gradients_enabled, on_gpu, plain, recording, traced, transforms
 from llama_fn.ops import room
 from llama_fn.ops.extent import Extent, Lengths, extent, with_lengths
+from llama_fn.ops.weight import is_divided
 from llama_fn.shapes import bind
 
 P = ParamSpec("P")
@@ -73,6 +75,9 @@ def recorded(f: Callable[P, R]) -> Callable[P, R]:
         ready = ours.known.get(key)
         if ready is None or not alive(ready):  # a new tensor may have the identity of one that is gone
             ours.known.pop(key, None)
+            if any(map(is_divided, tree.leaves(args, is_divided))):  # untried with what NCCL launches
+                _keep(ours.known, key, None)
+                return plain_f(*args)
             fixed = fixed_of(args)
             if len({x.device for x in fixed}) > 1 or not plain(fixed):
                 return plain_f(*args)

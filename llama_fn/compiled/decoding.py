@@ -47,13 +47,11 @@ def decoder(step: Callable, draw: Callable) -> Callable[[Params, int], Compiled 
 def pays(params: Params, rows: int) -> bool:
     """Whether a compiled decode step of so many rows gains more time than compiling takes.
 
-    On a CPU, the compiled kernels are faster than torch's for few rows alone. A model on several devices is not
-    compiled: neither the fused kernels nor a recorded step know what the devices send to each other.
+    On a CPU, the compiled kernels are faster than torch's for few rows alone.
     """
-    if is_divided(params.norm):
-        return False
-    large = sum(x.nbytes for x in tree.leaves(params)) >= LARGE
-    return large and (on_gpu(params.norm) or rows <= max(FEW, max_rows(params.output)))
+    large, output = sum(x.nbytes for x in tree.leaves(params)) >= LARGE, params.output
+    own = tree.leaves(output)[0] if is_divided(output) else output
+    return large and (on_gpu(tree.leaves(params.norm)[0]) or rows <= max(FEW, max_rows(own)))
 
 
 def _compiled_step(step: Callable, draw: Callable) -> Compiled:

@@ -24,6 +24,7 @@ from llama_fn.ops.cpu.decode_layers import decode_head, decode_layers
 from llama_fn.ops.gpu import linear as gpu_linear
 from llama_fn.ops.quantized import GROUP, Grouped, Quantized, has_own_dtypes
 from llama_fn.ops.slots import Forked
+from llama_fn.ops.weight import is_divided
 
 MAX_KINDS = 64  # kinds of arguments that a trunk remembers
 
@@ -49,6 +50,8 @@ def fused_trunk() -> Callable[[Params, Tensor, Cache, int], Tensor | None]:
 
     def trunk(params: Params, tokens: Tensor, cache: Cache, slots: int) -> Tensor | None:
         if tokens.shape[-1] != 1 or not values_alone() or isinstance(cache.k[0], Forked):
+            return None
+        if is_divided(params.norm):  # the kernels do not send what the devices send to each other
             return None
         matrices, norms = [], []
         for weights in params.blocks:
@@ -85,6 +88,8 @@ def fused_trunk() -> Callable[[Params, Tensor, Cache, int], Tensor | None]:
 
 def fused_head(norm: Tensor, output: Any, x: Tensor, eps: float) -> Tensor | None:
     """`transformer.head` of few rows in C++, or None for arguments that the kernel does not accept."""
+    if is_divided(output):
+        return None
     values, scales = cpu_linear.values_and_scales([output])
     tensors = [*values, *scales, norm, x]
     if not values_alone() or not plain(tensors) or not x.is_contiguous():

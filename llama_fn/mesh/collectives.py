@@ -31,7 +31,7 @@ from llama_fn.private import collective, untraced
 class MeshAxis:
     """One axis of a mesh as one device sees it: the axis's name and size, the device's index, and its group's name.
 
-    >>> axis = params.norm.sharding.batch[0]
+    >>> axes = params.norm.sharding.batch
     """
 
     name: str

@@ -47,10 +47,14 @@ def sharding(axes: str, mesh: DeviceMesh, plan: str | Plan) -> Sharding:
 
 
 def sharding_over(axes: str, known: Mapping[str, MeshAxis], plan: str | Plan) -> Sharding:
-    """How a plan divides a leaf with these axes over mesh axes, which are given by their names."""
+    """How a plan divides a leaf with these axes over mesh axes, which are given by their names.
+
+    A mesh axis of one device divides nothing: there is nobody to send to.
+    """
     plan, names = plan_of(plan), tuple(axes.split())
-    over = tuple(known[str(plan[axis])] if axis in plan else None for axis in names)
-    return Sharding(names, over, tuple(known[name] for name in rows_over(plan)))
+    several = {name: axis for name, axis in known.items() if axis.size > 1}
+    over = tuple(several.get(str(plan.get(axis))) for axis in names)
+    return Sharding(names, over, tuple(several[name] for name in rows_over(plan) if name in several))
 
 
 def shardings(config: Config, mesh: DeviceMesh, plan: str | Plan) -> Params:

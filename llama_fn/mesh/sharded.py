@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.mesh.collectives import MeshAxis, collected, copied, gathered, summed
-from llama_fn.model.linear import linear
+from llama_fn.model.linear import linear, linears
 from llama_fn.model.transformer import embed
 
 LOCAL = ("k", "f")  # the axes that stay divided from one matrix to the next
@@ -102,11 +102,6 @@ class Sharded(NamedTuple):
         own, outer = self.sharding, len(self.sharding.axes) - inputs
         for axis in own.local(range(outer)):
             x = copied(x, axis)
-        return self.of_copied(x, inputs)
-
-    def of_copied(self, x: Tensor, inputs: int) -> Tensor:
-        """`linear` of an x whose gradient is added up elsewhere."""
-        own, outer = self.sharding, len(self.sharding.axes) - inputs
         y = linear(self.gathered(), x, inputs)
         for axis in own.local(range(outer, len(own.axes))):
             y = summed(y, axis)
@@ -144,7 +139,7 @@ class Sharded(NamedTuple):
         """The linear maps of weights with the same divided outputs; the gradient of x is added up in one all-reduce."""
         for axis in self.sharding.local(range(len(self.sharding.axes) - 1)):
             x = copied(x, axis)
-        return [weight.of_copied(x, 1) for weight in weights]
+        return linears([weight.gathered() for weight in weights], x)
 
 
 def is_sharded(x: Any) -> bool:

@@ -16,7 +16,9 @@ from llama_fn.compiled import decoding, recording
 from llama_fn.compiled.cuda_graph import recorded, rounded_up
 from llama_fn.compiled.trace import tensors_of
 from llama_fn.generation import decode
+from llama_fn.mesh import Sharded, Sharding
 from llama_fn.model import transformer
+from llama_fn.model.init import abstract_params
 from llama_fn.ops import extent, inside
 from llama_fn.ops import room as kv
 
@@ -125,6 +127,20 @@ def test_rows_may_be_of_other_lengths_and_go_back(graphs, params):
     assert graphs["replayed"] > 15
     with pytest.raises(ValueError, match="a cache's length must be at least 0, got -1"):
         step(params, tokens[:, :1], cache._replace(length=torch.tensor([5, -1, 3, 4, 4])))
+
+
+def test_weights_that_are_divided_over_devices_are_not_recorded(graphs, params):
+    def part(path, weight, x):
+        axes = tuple(weight.axes.split())
+        return Sharded(x, Sharding(axes, (None,) * len(axes), ()))
+
+    parts = lf.tree.map_with_path(part, abstract_params(CONFIG), params)
+    step, tokens, cache = recorded(donated), token_rows(CONFIG, 6), lf.init_cache(CONFIG, max_len=64)
+    full, _ = lf.forward(params, tokens)
+    for t in range(6):
+        logits, cache = step(parts, tokens[t:t + 1], cache)
+        assert (logits[-1] - full[t]).abs().max() < 1e-4
+    assert graphs["recorded"] == 0
 
 
 def test_other_weights_are_never_taken_for_those_that_were_recorded(graphs, params):

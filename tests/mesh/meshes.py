@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import llama_fn as lf
 from llama_fn.mesh.plan import PRESETS
 
-MESHES = ({"dp": 2}, {"tp": 2}, {"dp": 4}, {"tp": 4}, {"dp": 2, "tp": 2})
+MESHES = ({"dp": 2}, {"tp": 2}, {"dp": 4}, {"tp": 4}, {"dp": 2, "tp": 2}, {"dp": 1, "tp": 2})
 OWN = ({"v": "tp"}, {"f": "tp"}, {"d": "tp"}, {"h": "dp", "*b": "dp"}, {"k": "dp", "*b": "dp"},
        {"*b": ("dp", "tp"), "d": "dp", "f": "tp"}, {"*b": ("tp", "dp"), "k": "tp"}, {})
 # An example on two or four processes costs 20 times what one costs in a process, so there are a quarter as many.

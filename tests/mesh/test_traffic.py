@@ -17,6 +17,8 @@ from llama_fn.mesh.traffic import sent
 from llama_fn.training import chunked_loss
 from llama_fn.training.jit_step import jit_step
 
+CONFIG = lf.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=40, hidden_dim=70)
+
 
 def counted(case, work, logits, recomputed):
     """What a step sends: its gradient, the optimizer's update, and a forward."""
@@ -73,6 +75,14 @@ def test_a_compiled_step_sends_what_was_predicted(plan, mesh, recomputed):
     seen = world(2)(compiled, Case(config, mesh, PRESETS[plan]), stored, work.dtype, recomputed)
     gradient = of_gradient(config, mesh, plan, work, compiled=True, recomputed=recomputed)
     assert seen == [total(gradient + of_norm(config, mesh, plan))] * 2
+
+
+def test_a_mesh_axis_of_one_device_sends_nothing():
+    """A weight that is gathered from one device would be copied."""
+    work = Work(4, 9, torch.float32)
+    for of in (of_gradient, of_forward):
+        assert of(CONFIG, {"dp": 1, "tp": 2}, "fsdp+tensor", work) == of(CONFIG, {"tp": 2}, "tensor", work)
+        assert of(CONFIG, {"dp": 2, "tp": 1}, "fsdp+tensor", work) == of(CONFIG, {"dp": 2}, "fsdp", work)
 
 
 def test_a_ring_passes_on_all_pieces_but_one():

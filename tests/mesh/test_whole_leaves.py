@@ -6,6 +6,7 @@ from meshes import Case, Setting
 from worlds import world
 
 import llama_fn as lf
+from llama_fn.compiled import decoding
 from llama_fn.training.dpo import dpo_loss_sum
 
 CONFIG = lf.Config(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=40, hidden_dim=28, max_seq_len=64)
@@ -150,3 +151,22 @@ def text(case):
 @CASES
 def test_text_is_that_of_one_device(case):
     world(case.devices)(text, case)
+
+
+def compiled_text(case):
+    """A step of decoding that was compiled by layers, as for a large model."""
+    model = lf.load("stories")
+    parts = lf.Model(lf.mesh.shard(model.params, Setting(case).device_mesh, case.plan), model.tokenizer)
+    calls, rows = {"key": lf.random.key(0), "max_new_tokens": 8, "sampler": lf.sampler(0.5)}, ["Once upon a time", "A"]
+    whole = lf.text_completion(model, rows, **calls)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "LARGE", 0)
+        assert decoding.pays(parts.params, len(rows))
+        own = lf.text_completion(parts, rows, **calls)
+    assert [x.tokens for x in own] == [x.tokens for x in whole]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [TENSOR, FSDP])
+def test_compiled_text_is_that_of_one_device(case):
+    world(2)(compiled_text, case)
