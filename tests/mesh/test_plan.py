@@ -47,8 +47,9 @@ def test_a_plan_that_does_not_fit_is_refused(mesh, plan, words):
 
 
 def test_a_mesh_that_does_not_fit_the_world_is_refused():
-    with pytest.raises(ValueError, match="a mesh of dp=2,tp=2 has 4 devices, and 3 processes run"):
-        lf.mesh.check_plan(CONFIG, FOUR, "fsdp+tensor", 3)
+    for world in (3, 5):
+        with pytest.raises(ValueError, match=f"a mesh of dp=2,tp=2 has 4 devices, and {world} processes run"):
+            lf.mesh.check_plan(CONFIG, FOUR, "fsdp+tensor", world)
     lf.mesh.check_plan(CONFIG, FOUR, "fsdp+tensor", 4)
 
 

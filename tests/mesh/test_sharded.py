@@ -60,6 +60,7 @@ def logits_loss_gradient(case):
 @FEW
 @given(cases())
 @example(Case(CONFIG, {"dp": 2}, {"*b": "dp", "k": "dp"}))
+@example(BOTH)
 def test_logits_loss_and_gradient_are_those_of_one_device(case):
     run(logits_loss_gradient, case)
 
@@ -73,6 +74,7 @@ def chunked(case):
 
 @FEW
 @given(cases())
+@example(BOTH)
 def test_a_loss_in_chunks_is_that_of_one_device(case):
     run(chunked, case)
 
@@ -97,6 +99,7 @@ def derivatives(case):
 
 @FEW
 @given(cases())
+@example(BOTH)
 def test_second_derivatives_forward_mode_and_remat_are_those_of_one_device(case):
     run(derivatives, case)
 
@@ -114,6 +117,7 @@ def mapped(case):
 
 @FEW
 @given(cases(rows=False))
+@example(TENSOR)
 def test_gradients_of_each_row_are_those_of_one_device(case):
     run(mapped, case)
 
@@ -131,6 +135,7 @@ def adapted(case):
 
 @FEW
 @given(cases())
+@example(BOTH)
 def test_adapters_of_all_matrices_are_those_of_one_device(case):
     run(adapted, case)
 
@@ -151,6 +156,7 @@ def decoded(case):
 
 @FEW
 @given(cases())
+@example(BOTH)
 def test_a_sharded_cache_decodes_like_a_whole_one(case):
     run(decoded, case)
 
@@ -199,6 +205,7 @@ def trained(case, name, make, steps, dtype, atol, options):
 
 @FEW
 @given(cases(), st.sampled_from([*OPTIMIZERS]))
+@example(BOTH, "adamw")
 def test_steps_of_training_are_those_of_one_device(case, name):
     run(trained, case, name, make_step, 3, torch.float64, 1e-8, {})
 
