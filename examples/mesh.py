@@ -75,4 +75,3 @@ for name, weights in (("before", params), ("after", tuned)):
     text = greedy(weights, "Long ago there was a brave little girl named", 24)
     if first:
         print(f"{name}: {text}")
-dist.destroy_process_group()

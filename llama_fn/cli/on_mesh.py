@@ -10,6 +10,7 @@ import torch
 import tyro
 
 from llama_fn.cli.errors import description, is_for_the_user
+from llama_fn.mesh.connect import leave
 from llama_fn.mesh.lost import RankError
 from llama_fn.mesh.plan import PRESETS, check_mesh, default_plan, parse_mesh, plan_of
 from llama_fn.mesh.world import ALONE, World, join
@@ -53,8 +54,8 @@ def on_mesh(mesh: str | None, plan: str | None, device: torch.device) -> Iterato
         if world.is_first or isinstance(error, RankError) or not is_for_the_user(error):
             raise
         raise RankError(f"rank {world.ranks.rank}: {description(error)}") from error
-    finally:  # otherwise gloo's threads may abort the process at its end
-        torch.distributed.destroy_process_group()
+    finally:
+        leave()
 
 
 def speaker(error: Exception) -> str:

@@ -1,6 +1,8 @@
 """The connection of a process with the others that `torchrun` started."""
 
+import atexit
 import os
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -12,14 +14,15 @@ from torch.distributed import (
 from torch.distributed.rendezvous import rendezvous
 
 TIMEOUT = timedelta(minutes=10)  # of a collective: the first one waits for the slowest process to compile
+RELEASE = 0.05  # seconds for threads that wait for Python's lock; each holds it for microseconds
 
 
 def connect(device: str = "cpu") -> Any:
     """Join the processes that `torchrun` started, or this one alone without it; and give the store that they share.
 
-    Tensors on a GPU are sent by NCCL, all others by gloo. Every start of the processes has keys of its own in the
-    store: with `--standalone`, torchrun keeps one store, in which gloo would find the addresses of processes that have
-    ended (torch 2.13).
+    Tensors on a GPU are sent by NCCL, all others by gloo. When the process ends, it leaves the others first. Every
+    start of the processes has keys of its own in the store: with `--standalone`, torchrun keeps one store, in which
+    gloo would find the addresses of processes that have ended (torch 2.13).
     """
     if "MASTER_ADDR" in os.environ:
         store, rank, count = next(iter(rendezvous("env://", timeout=TIMEOUT)))
@@ -28,4 +31,16 @@ def connect(device: str = "cpu") -> Any:
         store, rank, count = HashStore(), 0, 1
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+    atexit.register(leave)
     return store
+
+
+def leave() -> None:
+    """Leave the other processes, unless this one has left them already.
+
+    A thread of gloo may still hold a tensor, for whose release it needs Python's lock. If Python ended meanwhile, that
+    thread would abort the process (torch 2.13).
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(RELEASE)

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -141,6 +142,14 @@ def test_a_wrong_mesh_is_refused_before_the_processes_join(monkeypatch, mesh, pl
     with pytest.raises(ValueError, match="^" + message.replace("+", r"\+")[:60]), \
             on_mesh(mesh, plan, torch.device("cpu")):
         pass
+
+
+def test_a_script_leaves_the_other_processes_when_it_ends():
+    """What is registered first runs last."""
+    script = ("import atexit, torch.distributed as dist; atexit.register(lambda: print(dist.is_initialized())); "
+              "import llama_fn as lf; lf.mesh.make_mesh({'dp': 1}); print(dist.is_initialized())")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
 
 
 def test_without_torchrun_a_mesh_has_one_device():
