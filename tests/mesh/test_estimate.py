@@ -1,15 +1,19 @@
 """The estimates of `llama-fn plan`: from what the memory and the time of a step are added up, and what is chosen."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from program import cli
 
 import llama_fn as lf
+from llama_fn.cli.plan import KNOWN
 from llama_fn.mesh.estimate import LOGITS, Decoding, Training, _parts, _saved, best, enough, estimates, fits
 from llama_fn.mesh.machine import GPUS, INFINIBAND, LINKS, START, sending
 from llama_fn.training import chunked_loss
 
 H100, HALF = GPUS["h100"], torch.bfloat16
+README = (Path(lf.__file__).parent / "mesh" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -65,6 +69,17 @@ def test_eight_h100_decode_70b_by_tensor_and_do_not_train_it():
     job = Training(64, 4096, torch.float32, HALF)
     assert best(estimates(lf.LLAMA2_70B, H100, 8, job), H100) is None
     assert enough(lf.LLAMA2_70B, H100, 8, job)[0] == 32
+
+
+def test_the_table_in_the_document_has_the_choices():
+    def choice(config, devices, job):
+        one = best(estimates(config, H100, devices, job), H100)
+        return one and f"{one.plan} {','.join(f'{x}={n}' for x, n in one.mesh.items())}: {one.tokens / one.time:,.0f}"
+
+    jobs = Training(64, 4096, torch.float32, HALF), Decoding(8, 4096, HALF)
+    for devices in (1, 2, 4, 8, 16, 32, 64):
+        cells = [choice(config, devices, job) or "none fits" for job in jobs for config in KNOWN.values()]
+        assert f"| {devices} | {' | '.join(cells)} |" in README.splitlines()
 
 
 def test_decoding_one_row_on_one_device_takes_the_time_that_was_measured():
