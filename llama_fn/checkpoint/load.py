@@ -80,8 +80,8 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = No
 
     With a ``mesh`` (of `lf.mesh.make_mesh`), each process reads its own parts of the weights alone, as ``plan`` divides
     them: the name of a preset or a dict, see `lf.mesh.shard`; None is the preset for the mesh's axes. The parameters
-    are those that `lf.mesh.shard` makes of the whole model, bit for bit, and are copied, not mapped. They cannot be
-    quantized.
+    are those that `lf.mesh.shard` makes of the whole model, bit for bit, and are copied, not mapped. Quantized weights
+    need a plan that gathers none of them: "replicated", "tensor" or "replicated+tensor".
 
     Raises `FileNotFoundError` for a missing file. Raises one `ValueError` that names the file and everything that is
     wrong with it.
@@ -90,8 +90,6 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = No
     """
     if plan is not None and mesh is None:
         raise ValueError("load: a plan divides the weights over a mesh; give the mesh, too (lf.mesh.make_mesh)")
-    if mesh is not None and quantize is not None:
-        raise ValueError("load: weights on a mesh cannot be quantized; leave quantize out")
     convert = [] if quantize is None else [quantized_leaf(quantize)]
     format, place = find(path_or_name)
     weights = open_weights(format, place, dtype).checked(place)
@@ -99,7 +97,7 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = No
     tokenizer = open_tokenizer(place, weights)
     if mesh is not None:
         plan = default_plan(sizes_of(mesh)) if plan is None else plan
-        return Model(sharded_params(weights, mesh, plan, device), tokenizer)
+        return Model(sharded_params(weights, mesh, plan, device, *convert), tokenizer)
     return Model(params_of(weights, device, *convert), tokenizer)
 
 

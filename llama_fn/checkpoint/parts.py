@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llama_fn.mesh.sharded import Sharding, is_sharded
+from llama_fn.mesh.sharded import is_sharded
+from llama_fn.mesh.sharding import Sharding
 
 
 class Part(NamedTuple):

@@ -13,7 +13,6 @@ from llama_fn.model.transformer import Params, forward
 from llama_fn.modes import on_gpu
 from llama_fn.ops.aten.few_rows import FEW
 from llama_fn.ops.cpu.linear import max_rows
-from llama_fn.ops.weight import is_divided
 
 LARGE = 2**28  # bytes of weights; a step that reads fewer is so short that compiling costs more time than it saves
 
@@ -50,7 +49,7 @@ def pays(params: Params, rows: int) -> bool:
     On a CPU, the compiled kernels are faster than torch's for few rows alone.
     """
     large, output = sum(x.nbytes for x in tree.leaves(params)) >= LARGE, params.output
-    own = tree.leaves(output)[0] if is_divided(output) else output
+    own = getattr(output, "local", output)  # of a weight that is divided over devices, this one's part
     return large and (on_gpu(tree.leaves(params.norm)[0]) or rows <= max(FEW, max_rows(own)))
 
 

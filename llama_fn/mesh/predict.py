@@ -30,7 +30,8 @@ from llama_fn.config import Config
 from llama_fn.mesh.collectives import MeshAxis
 from llama_fn.mesh.plan import Plan, plan_of, rows_over
 from llama_fn.mesh.shard import sharding_over
-from llama_fn.mesh.sharded import Sharded, Sharding, is_sharded
+from llama_fn.mesh.sharded import Sharded, is_sharded
+from llama_fn.mesh.sharding import Sharding
 from llama_fn.mesh.traffic import Traffic, sent
 from llama_fn.model.init import abstract_params
 

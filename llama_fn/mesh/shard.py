@@ -9,10 +9,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from llama_fn import tree
 from llama_fn.config import LLAMA2_7B, Config
-from llama_fn.mesh.collectives import MeshAxis, gathered, sliced
+from llama_fn.mesh.collectives import MeshAxis, sliced
 from llama_fn.mesh.connect import connect
 from llama_fn.mesh.plan import Plan, check_mesh, check_plan, check_words, plan_of, rows_over
-from llama_fn.mesh.sharded import Sharded, Sharding, is_sharded
+from llama_fn.mesh.sharded import Sharded, is_sharded
+from llama_fn.mesh.sharding import Sharding, check_leaf, cut, joined
 from llama_fn.model.cache import Cache
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.transformer import Params
@@ -96,21 +97,14 @@ def shard(whole: T, mesh: DeviceMesh, plan: str | Plan) -> T:
 
 
 def shard_weight(path: str, weight: Weight, x: Any, sharding: Sharding) -> Sharded:
-    """`shard_leaf` of a weight. Raises `ValueError` unless it is a tensor of the shape that the config says."""
-    if not isinstance(x, Tensor):
-        raise ValueError(f"shard: {path} is no tensor but {type(x).__name__}; shard plain parameters (see "
-                         "lf.mesh.unshard and lf.dequantize), and an adapter by itself")
-    if tuple(x.shape) != weight.shape:
-        raise ValueError(f"shard: {path} is {list(x.shape)}, and the config says {list(weight.shape)}")
+    """`shard_leaf` of a weight. Raises `ValueError` for one that cannot be divided so."""
+    check_leaf(path, weight, x, sharding)
     return shard_leaf(x, sharding)
 
 
-def shard_leaf(x: Tensor, sharding: Sharding) -> Sharded:
+def shard_leaf(x: Any, sharding: Sharding) -> Sharded:
     """The device's own part of one leaf; an axis that `vmap` maps may come first."""
-    for i, axis in enumerate(sharding.over):
-        if axis is not None:
-            x = sliced(x, i - len(sharding.over), axis)
-    return Sharded(x, sharding)
+    return Sharded(cut(x, sharding), sharding)
 
 
 def rows_of(x: Tensor, mesh: DeviceMesh, plan: str | Plan) -> Tensor:
@@ -137,16 +131,13 @@ def unshard(parts: T) -> T:
 
 def whole_leaves(parts: Any) -> Iterator[Tensor]:
     """The leaves of `unshard(parts)`, one at a time. All devices must go through them."""
-    return (unshard_leaf(x) if is_sharded(x) else x for x in tree.leaves(parts, is_sharded))
+    for x in tree.leaves(parts, is_sharded):
+        yield from tree.leaves(unshard_leaf(x) if is_sharded(x) else x)
 
 
-def unshard_leaf(part: Sharded) -> Tensor:
+def unshard_leaf(part: Sharded) -> Any:
     """The whole of one leaf, on every device; an axis that `vmap` mapped may come first."""
-    x, over = part.local, part.sharding.over
-    for i, axis in enumerate(over):
-        if axis is not None:
-            x = gathered(x, i - len(over), axis)
-    return x
+    return joined(part.local, part.sharding)
 
 
 def _cut(x: Tensor, own: Sharding) -> Tensor:

@@ -12,8 +12,7 @@ sharded weight says how it multiplies. An axis is divided in one of two ways.
   the rows' devices, and each keeps its part of the sum.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,32 +20,10 @@ from torch import Tensor
 
 from llama_fn import tree
 from llama_fn.mesh.collectives import MeshAxis, collected, copied, gathered, summed
+from llama_fn.mesh.sharding import LOCAL, VOCABULARY, Sharding, check_leaf, cut, joined
+from llama_fn.model.init import Weight
 from llama_fn.model.linear import linear, linears
 from llama_fn.model.transformer import embed
-
-LOCAL = ("k", "f")  # the axes that stay divided from one matrix to the next
-VOCABULARY = "v"  # divided within the embedding and the head; tokens and logits are whole
-
-
-@tree.constant
-@dataclass(frozen=True)
-class Sharding:
-    """How one leaf is divided: its axes' names, the mesh axis that divides each or None, and those that divide rows.
-
-    >>> axes = params.blocks[0].attention.wq.sharding.axes
-    """
-
-    axes: tuple[str, ...]
-    over: tuple[MeshAxis | None, ...]
-    batch: tuple[MeshAxis, ...]
-
-    def is_local(self, i: int) -> bool:
-        """Whether devices compute with their own part of axis i alone."""
-        return self.over[i] is not None and self.axes[i] in (*LOCAL, VOCABULARY) and self.over[i] not in self.batch
-
-    def local(self, axes: Sequence[int]) -> list[MeshAxis]:
-        """The mesh axes over which devices compute with their own part of one of these axes."""
-        return [axis for i, axis in enumerate(self.over) if axis is not None and i in axes and self.is_local(i)]
 
 
 class Sharded(NamedTuple):
@@ -93,7 +70,7 @@ class Sharded(NamedTuple):
             if axis is not None and not own.is_local(i):
                 weight = collected(weight, i, axis) if axis in own.batch else gathered(weight, i, axis)
         for axis in own.batch:
-            if axis not in own.over:
+            if axis not in own.over and isinstance(weight, Tensor):  # integers have no gradient
                 weight = copied(weight, axis)
         return weight
 
@@ -140,6 +117,15 @@ class Sharded(NamedTuple):
         for axis in self.sharding.local(range(len(self.sharding.axes) - 1)):
             x = copied(x, axis)
         return linears([weight.gathered() for weight in weights], x)
+
+    def converted(self, path: str, weight: Weight, convert: Callable[[str, Weight, Any], Any]) -> "Sharded":
+        """`convert` of the whole weight, divided as this one is. Every device has the whole weight meanwhile.
+
+        Raises `ValueError` for a quantized weight that cannot be divided so.
+        """
+        whole = convert(path, weight, joined(self.local, self.sharding))
+        check_leaf(path, weight, whole, self.sharding)
+        return Sharded(cut(whole, self.sharding), self.sharding)
 
 
 def is_sharded(x: Any) -> bool:

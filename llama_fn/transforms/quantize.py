@@ -9,7 +9,7 @@ from llama_fn import tree
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.transformer import Params
 from llama_fn.ops.quantized import Grouped, Quantized, dequantized, grouped, quantized
-from llama_fn.ops.weight import on_one_device
+from llama_fn.ops.weight import is_divided
 from llama_fn.shapes import typed
 
 Bits = Literal["int8", "int4"]
@@ -20,13 +20,16 @@ def quantize(params: Params, bits: Bits = "int8") -> Params:
     """The parameters with every matrix in integers, rounded to nearest; the embedding and the norms stay as they are.
 
     "int8" has a scale for each output (symmetric). "int4" has a scale and a minimum for each group of 64 inputs of each
-    output. Integers are not trained: take gradients by an adapter (`lf.lora.apply`) or by activations. Raises
-    `ValueError`, with the path of the weight, for other ``bits``, for what is quantized already, and for weights that
-    are not finite.
+    output. Integers are not trained: take gradients by an adapter (`lf.lora.apply`) or by activations.
+
+    All devices of a mesh must call it together. Each then has its part of the same integers. Quantized weights are
+    never gathered, so they need the plan "replicated", "tensor" or "replicated+tensor".
+
+    Raises `ValueError`, with the path of the weight, for other ``bits``, for what is quantized already, for weights
+    that are not finite, and for a plan that would gather them.
 
     >>> small = lf.quantize(params, "int8")
     """
-    on_one_device("quantize", params)
     return tree.map_with_path(quantized_leaf(bits), abstract_params(params.config), params)
 
 
@@ -36,7 +39,9 @@ def dequantize(params: Params) -> Params:
 
     >>> tensors = lf.dequantize(lf.quantize(params, "int8"))
     """
-    def plain(weight: Weight, x: Any) -> Tensor:
+    def plain(weight: Weight, x: Any) -> Any:
+        if is_divided(x):
+            return x._replace(local=plain(weight, x.local))
         return dequantized(x, params.embedding.dtype) if isinstance(x, Quantized | Grouped) else x
 
     return tree.map(plain, abstract_params(params.config), params)
@@ -58,6 +63,8 @@ def quantized_leaf(bits: Bits) -> Callable[[str, Weight, Any], Any]:
     def leaf(path: str, weight: Weight, x: Any) -> Any:
         if not is_matrix(path, weight):
             return x
+        if is_divided(x):
+            return x.converted(path, weight, leaf)
         if not isinstance(x, Tensor):
             raise ValueError(f"{path} is no tensor but {type(x).__name__}: quantize the parameters from before")
         try:

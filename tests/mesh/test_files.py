@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from folders import contents, same
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from meshes import FEW
 from safetensors.torch import load_file
@@ -49,6 +49,8 @@ def loaded_is_the_part(folder, mesh, plan, dtype):
 @FEW
 @given(st.sampled_from([*FORMATS, ("bin", None)]), st.booleans(), st.sampled_from(MESHES),
        st.sampled_from([None, torch.bfloat16]))
+@example(("meta", 4), False, ("fsdp+tensor", {"dp": 2, "tp": 2}), None)
+@example(("hf", 3), True, ({"*b": "dp", "h": "tp", "f": "dp"}, {"dp": 2, "tp": 2}), None)
 def test_what_is_loaded_on_a_mesh_is_the_part_of_the_whole_bit_for_bit(tmp_path_factory, format, tied, mesh, dtype):
     folder, (format, shards), (plan, mesh) = tmp_path_factory.mktemp("model"), format, mesh
     lf.save(lf.Model(params(tied), None), folder, format="hf" if format == "bin" else format, shards=shards)
@@ -68,6 +70,7 @@ def saved_together(folder, mesh, plan, format, shards, tied, dtype):
 @FEW
 @given(st.sampled_from(FORMATS), st.booleans(), st.sampled_from([mesh for mesh in MESHES if mesh[0]]),
        st.sampled_from([None, torch.bfloat16]))
+@example(("hf", None), True, ("fsdp+tensor", {"dp": 2, "tp": 2}), None)
 def test_what_a_mesh_saves_is_what_one_process_saves_byte_for_byte(tmp_path_factory, format, tied, mesh, dtype):
     folder, (format, shards), (plan, mesh) = tmp_path_factory.mktemp("model"), format, mesh
     lf.save(lf.Model(params(tied), lf.load("stories").tokenizer), folder / "alone", format=format, shards=shards,
@@ -100,8 +103,8 @@ def refused(folder, words, mesh, **kwargs):
 def test_what_cannot_be_loaded_on_a_mesh_is_said(tmp_path):
     lf.save(lf.Model(lf.quantize(params(), "int8"), None), tmp_path)
     for folder, words, mesh, kwargs in [
-            (tmp_path, r"quantized \(int8\) cannot be divided", {"tp": 2}, {}),
-            ("stories", "weights on a mesh cannot be quantized", {"tp": 2}, {"quantize": "int4"}),
+            (tmp_path, "wq is quantized, and d is divided over dp", {"dp": 2}, {}),
+            ("stories", "wq is quantized, and d is divided over dp", {"dp": 2}, {"quantize": "int4"}),
             ("stories", "has 2 numbers along k, and 4 devices", {"tp": 4}, {}),
             ("stories", "no preset has a mesh of the axes x", {"x": 2}, {})]:
         world(size_of(mesh))(refused, folder, words, mesh, **kwargs)

@@ -22,7 +22,6 @@ def refused(case):
     whole_cache, part = (lf.init_cache(CONFIG, (4,), max_len=9) for _ in "wp")
     part = s.shard(part)
     for remedy, f in [
-        (unshard, lambda: lf.quantize(s.parts)),
         (unshard, lambda: lf.lora.merge(s.parts, s.shard(adapter))),
         (unshard, lambda: lf.lora.unmerge(s.params, s.shard(adapter))),
         (unshard, lambda: lf.per_sample_norms(lf.loss, s.parts, tokens)),
@@ -31,7 +30,6 @@ def refused(case):
                                            key=lf.random.key(3))),
         (unshard, lambda: s.shard(s.parts)),
         (unshard, lambda: s.shard(s.shard(adapter))),
-        ("lf.dequantize", lambda: s.shard(lf.quantize(s.params))),
         (shard, lambda: lf.lora.apply(s.parts, adapter)),
         (shard, lambda: lf.lora.apply(s.params, s.shard(adapter))),
         ("the config says", lambda: s.shard(s.params._replace(norm=s.params.norm[:-1]))),
