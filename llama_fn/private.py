@@ -31,6 +31,7 @@ def _found(module: str, name: str, otherwise: Any) -> Any:
 
 is_wrapped = _found("torch._C", "_functorch.is_functorch_wrapped_tensor", lambda x: type(x) is not Tensor)
 is_mapped = _found("torch._C", "_functorch.is_batchedtensor", lambda x: False)
+_beneath = _found("torch._C", "_functorch.get_unwrapped", None)
 _interpreters = _found("torch._C", "_functorch.get_interpreter_stack", lambda: None)
 _kinds = _found("torch._C", "_functorch.TransformType", SimpleNamespace(Grad="grad", Jvp="jvp", Vmap="vmap"))
 _vmap = _found("torch._C", "_functorch.CVmapInterpreterPtr", None)
@@ -39,6 +40,17 @@ _proxy = _found("torch._C", "_TorchDispatchModeKey.PROXY", None)  # of `make_fx`
 autocast = _found("torch._C", "_is_any_autocast_enabled", torch.is_autocast_enabled)
 DispatchMode: Any = _found("torch.utils._python_dispatch", "TorchDispatchMode", object)
 FakeTensor = _found("torch._subclasses", "FakeTensor", ())
+
+
+def is_mapped_within(x: Tensor) -> bool:
+    """Whether one of the active `vmap`s maps the tensor, also one outside of a gradient. Dynamo cannot tell: False."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    while is_wrapped(x) and _beneath is not None:
+        if is_mapped(x):
+            return True
+        x = _beneath(x)
+    return is_mapped(x)
 
 
 def graph_is_made() -> bool:
@@ -212,4 +224,3 @@ def allow_shapes(count: int) -> None:
 # --- Collectives that a graph may contain: functions of a tensor and a group's name, each with a result to wait for.
 
 collective: Any = _found("torch.ops", "_c10d_functional", None)
-all_gather: Any = _found("torch.ops", "_c10d_functional.all_gather_into_tensor.default", None)

@@ -58,7 +58,7 @@ def process() -> None:
         state = begin(*args)
         if os.environ["RANK"] == "0":
             with Path(os.environ["FROM"]).open("a") as file:
-                print(int(state.state.step), file=file)
+                print(os.environ["TORCHELASTIC_RESTART_COUNT"], int(state.state.step), file=file)
         return state
 
     loop.jit_step, run.begin = make_step, begun
@@ -174,12 +174,13 @@ def main(kills: int, seed: int) -> None:
         said = folder.with_suffix(".said").read_text(errors="replace")
         assert status == 0, said
         assert result(folder) == whole, (folder, said)
-        came = [int(line) for line in folder.with_suffix(".from").read_text().split()]
         # A process that was killed before it found its snapshot left no line.
-        assert all(any(step >= least for step in came) for least in goes_on) and came == sorted(came), (came, goes_on)
+        came = [tuple(map(int, line.split())) for line in folder.with_suffix(".from").read_text().splitlines()]
+        assert all(step >= goes_on[start] for start, step in came) and came == sorted(came), (came, goes_on)
         runs += 1
         lines = {line.split("llama-fn: ")[1] for line in said.splitlines() if "llama-fn: " in line}
-        print(f"run {runs} came to its end, and equals the one that was never killed; it went on from {came}",
+        print(f"run {runs} came to its end, and equals the one that was never killed; it went on from "
+              f"{[step for _, step in came]}",
               flush=True)
         for line in sorted(lines):
             print(f"  said: {line[:160]}")

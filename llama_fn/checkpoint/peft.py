@@ -38,6 +38,7 @@ from llama_fn.checkpoint.weights import equal_numbers, misfits
 from llama_fn.checkpoint.write_errors import explaining_errors
 from llama_fn.config import Config
 from llama_fn.model.transformer import Params
+from llama_fn.ops.weight import on_one_device
 from llama_fn.shapes import typed
 from llama_fn.transforms.lora import Lora, LowRank, Scale, check_fit
 
@@ -63,6 +64,7 @@ def save(adapter: Lora, folder: str | os.PathLike[str], params: Params,
 
     >>> lf.lora.save(adapter, "my-lora", params)
     """
+    on_one_device("lora.save", adapter)
     check_fit(params, adapter)
     write_peft(adapter.matrices, adapter.scale.alpha, params.config, Path(folder),
                None if base is None else os.fspath(base))

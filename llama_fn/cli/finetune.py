@@ -52,7 +52,7 @@ def finetune(model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="
         quantize: Hold the matrices under an adapter in 8 or 4 bits ("int8", "int4").
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
         mesh: The processes that torchrun started, such as "dp=2,tp=2", as in "llama-fn train".
-        mesh_plan: How the model and the adapter are divided: "replicated", "fsdp", "tensor" or "fsdp+tensor".
+        mesh_plan: How the model and the adapter are divided: as in "llama-fn train".
     """
     keep_memory()
     tuning.check()

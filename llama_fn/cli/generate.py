@@ -57,7 +57,7 @@ def generate(prompt: Annotated[str, tyro.conf.Positional] = "Once upon a time", 
         device: Where to compute: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
         mesh: The processes that torchrun started, such as "tp=2": each has a part of the model. The text is that of one
             device, up to rounding.
-        mesh_plan: How the model is divided: "tensor" (over tp), "fsdp" (over dp), "fsdp+tensor" (over both) or
+        mesh_plan: How the model is divided: "tensor" (over tp), "fsdp" (over dp), "replicated+tensor", "fsdp+tensor" or
             "replicated". By default over all axes of the mesh.
     """
     settings = (0.0 if greedy else temperature, top_k, top_p, min_p, repetition_penalty)

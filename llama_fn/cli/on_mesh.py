@@ -10,7 +10,7 @@ import torch
 import tyro
 
 from llama_fn.cli.errors import description, is_for_the_user
-from llama_fn.mesh.connect import leave
+from llama_fn.mesh.connect import launched, leave
 from llama_fn.mesh.lost import RankError
 from llama_fn.mesh.plan import PRESETS, check_mesh, default_plan, parse_mesh, plan_of
 from llama_fn.mesh.world import ALONE, World, join
@@ -27,7 +27,7 @@ def on_mesh(mesh: str | None, plan: str | None, device: torch.device) -> Iterato
     Of all processes but the first, what is printed goes nowhere. Raises `ValueError` for a mesh or a plan that is not
     known, and for a mesh of another size than the number of processes.
     """
-    _, count = _launched()
+    _, count = launched()
     if mesh is None:
         if plan is not None:
             raise ValueError(f"--plan {plan} divides a model over a mesh: give --mesh, such as dp=2")
@@ -40,6 +40,8 @@ def on_mesh(mesh: str | None, plan: str | None, device: torch.device) -> Iterato
     chosen = default_plan(sizes) if plan is None else plan
     plan_of(chosen)
     check_mesh(sizes, count)
+    if device.index is not None:
+        raise ValueError(f"--device {device} is one device, and every process has one of its own; choose {device.type}")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     world = join(sizes, chosen, device.type)
@@ -64,15 +66,8 @@ def speaker(error: Exception) -> str:
     An error before the processes joined is one of all, and the first one says it. Therefore any other one waits before
     it speaks, and `torchrun` ends it meanwhile.
     """
-    rank, _ = _launched()
+    rank, _ = launched()
     if rank == 0 or isinstance(error, RankError):
         return ""
     time.sleep(LATER)
     return f"rank {rank}: "
-
-
-def _launched() -> tuple[int, int]:
-    """The rank of this process, and the number of processes that `torchrun` started; 0 and 1 without it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

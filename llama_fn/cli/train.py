@@ -64,7 +64,7 @@ def train(texts: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
         mesh: The processes that torchrun started, such as "dp=2,tp=2": the batch is divided over 2, and so are heads,
             hidden numbers and vocabulary. The run is the same as on one device, and may be resumed on another mesh.
         mesh_plan: How the model is divided: "replicated" (each device has all of it), "fsdp" (over dp), "tensor" (over
-            tp) or "fsdp+tensor" (over both). By default over all axes of the mesh.
+            tp), "replicated+tensor" or "fsdp+tensor". By default over all axes of the mesh.
     """
     keep_memory()
     place = device_of(device)

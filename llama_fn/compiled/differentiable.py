@@ -15,7 +15,6 @@ from llama_fn.compiled.inductor import by_inductor, compile_lock, prepared
 from llama_fn.compiled.products import by_onednn
 from llama_fn.compiled.trace import collect, rebuilt
 from llama_fn.modes import autocast, gradients_enabled, traced, tracing_layers, transforms
-from llama_fn.private import all_gather
 
 R = TypeVar("R")
 # Torch's `activation_memory_budget`: how much of its values a forward may save for the backward. At 1 the backward
@@ -133,7 +132,7 @@ def _gather_again(graph: Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and len(node.all_input_nodes) == 1 and node.all_input_nodes[0] in of_one:
             of_one.add(node)
-            if node.target is all_gather or node.all_input_nodes[0] in again:
+            if "all_gather" in str(node.target) or node.all_input_nodes[0] in again:
                 again.add(node)
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 

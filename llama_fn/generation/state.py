@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama_fn import tree
+from llama_fn.mesh.ranks import check_same
 from llama_fn.model.block import block
 from llama_fn.model.cache import Cache, NoCache, init_cache
 from llama_fn.model.fork import select as select_rows
@@ -57,6 +58,7 @@ def prefill(params: Params, prompts: Sequence[Sequence[int]], max_len: int, adap
                          f"{', '.join(map(str, sorted(counts)))}")
     for prompt in prompts:  # a tensor holds no integer of more than 64 bits
         check("token", min(prompt), max(prompt), 0, params.config.vocab_size)
+    check_same("prompts and their limit", (list(map(list, prompts)), max_len), params)
     device, slots = params.embedding.device, slots_for(max_len)
     padded = torch.tensor([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts], device=device)
     cache = init_cache(params.config, (len(prompts),), max_len=slots, dtype=params.embedding.dtype, device=device,
@@ -82,6 +84,7 @@ def resume(params: Params, tokens: Sequence[int], cache: Cache | NoCache | None,
     `max_len` slots and a few more if it has fewer. (Its axis s has two sizes here, so this function is not `typed`.)
     """
     check("token", min(tokens), max(tokens), 0, params.config.vocab_size)
+    check_same("a prompt and its limit", (list(tokens), max_len), params)
     device, dtype, slots = params.embedding.device, params.embedding.dtype, slots_for(max_len)
     if not isinstance(cache, Cache):
         heads = params.blocks[0].attention.wk.shape[0]

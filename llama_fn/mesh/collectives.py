@@ -4,25 +4,28 @@ Every device of a mesh runs the same program on its own part of the numbers. A t
 devices of a mesh axis, or each device has its own *part*. So has its cotangent, and a transpose turns one into the
 other (Shoeybi et al. 2019, "Megatron-LM", section 3, call `copied` and `summed` f and g):
 
-    map         from             to              what is sent       its transpose
-    copied      the same         parts' input    nothing            summed
-    summed      parts of a sum   the same        all-reduce         copied
+    map         from             to              what is sent       its transpose   in JAX
+    copied      the same         parts' input    nothing            summed          pvary
+    summed      parts of a sum   the same        all-reduce         copied          psum
     gathered    slices           the same        all-gather         sliced
     sliced      the same         slices          nothing            gathered
-    collected   slices           parts' input    all-gather         scattered
-    scattered   parts of a sum   slices of it    reduce-scatter     collected
+    collected   slices           parts' input    all-gather         scattered       all_gather
+    scattered   parts of a sum   slices of it    reduce-scatter     collected       psum_scatter
 
 PyTorch's own differentiable collectives have no rule for `vmap`, and none for a second derivative. These have both.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.node import has_side_effect
 
 from llama_fn import tree
+from llama_fn.ops.operators import define
 from llama_fn.private import collective, untraced
 
 
@@ -72,21 +75,44 @@ def scattered(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
 
 def largest(x: Tensor, axis: MeshAxis) -> Tensor:
     """The largest of the devices' numbers, place by place; its derivative is taken as 0."""
-    return _of_axis(x, "largest", None, axis)
+    return _of_axis(x.detach(), "largest", None, axis)
+
+
+def _done(name: str, *args: Any) -> Tensor:
+    return collective.wait_tensor(getattr(collective, name)(*args))
+
+
+def _define(schema: str, empty: Callable[..., Tensor]) -> None:
+    name = schema.partition("(")[0]
+    define(schema, empty, CPU=partial(_done, name), CUDA=partial(_done, name))
+    has_side_effect(getattr(torch.ops.llama_fn, name).default)  # as torch's own: never merged, never left out
+
+
+# Each of these waits. A compiled graph begins all of torch's own collectives that it can before it waits for one. If
+# several of gloo's all-gathers are at work, they destroy memory (torch 2.13: six at once crash after 2,000 rounds).
+_define("all_reduce(Tensor x, str of, str group) -> Tensor", lambda x, of, group: torch.empty_like(x))
+_define("all_gather_into_tensor(Tensor x, int size, str group) -> Tensor",
+        lambda x, size, group: x.new_empty((size * x.shape[0], *x.shape[1:])))
+_define("reduce_scatter_tensor(Tensor x, str of, int size, str group) -> Tensor",
+        lambda x, of, size, group: x.new_empty((x.shape[0] // size, *x.shape[1:])))
+
+
+def _run(name: str, x: Tensor, *rest: Any) -> Tensor:
+    """A collective. On a GPU it runs beside what does not wait for it."""
+    x = x.contiguous()
+    return _done(name, x, *rest) if x.is_cuda else getattr(torch.ops.llama_fn, name)(x, *rest)
 
 
 def _all_reduce(x: Tensor, axis: MeshAxis, of: str = "sum") -> Tensor:
-    return collective.wait_tensor(collective.all_reduce(x.contiguous(), of, axis.group))
+    return _run("all_reduce", x, of, axis.group)
 
 
 def _all_gather(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
-    parts = collective.all_gather_into_tensor(x.movedim(dim, 0).contiguous(), axis.size, axis.group)
-    return collective.wait_tensor(parts).movedim(0, dim)
+    return _run("all_gather_into_tensor", x.movedim(dim, 0), axis.size, axis.group).movedim(0, dim)
 
 
 def _reduce_scatter(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:
-    part = collective.reduce_scatter_tensor(x.movedim(dim, 0).contiguous(), "sum", axis.size, axis.group)
-    return collective.wait_tensor(part).movedim(0, dim)
+    return _run("reduce_scatter_tensor", x.movedim(dim, 0), "sum", axis.size, axis.group).movedim(0, dim)
 
 
 def _slice(x: Tensor, dim: int, axis: MeshAxis) -> Tensor:

@@ -16,6 +16,15 @@ from torch.distributed.rendezvous import rendezvous
 TIMEOUT = timedelta(minutes=10)  # of a collective: the first one waits for the slowest process to compile
 RELEASE = 0.05  # seconds for threads that wait for Python's lock; each holds it for microseconds
 
+ALONE = 0, 1
+
+
+def launched() -> tuple[int, int]:
+    """The rank of this process, and how many processes `torchrun` started together; 0 and 1 without it."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        return ALONE
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
 
 def connect(device: str = "cpu") -> Any:
     """Join the processes that `torchrun` started, or this one alone without it; and give the store that they share.
@@ -24,7 +33,7 @@ def connect(device: str = "cpu") -> Any:
     start of the processes has keys of its own in the store: with `--standalone`, torchrun keeps one store, in which
     gloo would find the addresses of processes that have ended (torch 2.13).
     """
-    if "MASTER_ADDR" in os.environ:
+    if launched() != ALONE:
         store, rank, count = next(iter(rendezvous("env://", timeout=TIMEOUT)))
         store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     else:

@@ -23,7 +23,7 @@ def entropy_of_parts(norm: Any, output: Any, x: Tensor, targets: Tensor, eps: fl
     weight = output.gathered()
     logits = linear(weight, copied(rms_norm(norm, x, eps), axis))
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    highest = largest(exact.detach().amax(-1), axis)
+    highest = largest(exact.amax(-1), axis)
     log_sum_exp = highest + summed((exact - highest[..., None]).exp().sum(-1), axis).log()
     own, here = place_in_part(targets, weight.shape[0], axis)
     picked = exact.gather(-1, own.where(here, 0)[..., None])[..., 0].where(here, 0)

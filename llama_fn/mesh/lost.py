@@ -74,7 +74,7 @@ def lost(error: BaseException, rank: int, processes: Sequence[Process], store: A
     if any(i not in dead for i in range(rank)):
         return _silent()
     names = ", ".join(f"rank {i} (process {processes[i].number})" for i in dead)
-    return RankError(f"{names} was killed or crashed, and the others stop; the last snapshot is whole")
+    return RankError(f"{names} was killed or crashed, and the others stop; every snapshot on the disk is whole")
 
 
 def _silent() -> SilentExit:

@@ -1,6 +1,8 @@
 """Processes that work together on files: each does its part, and all of them succeed or all of them fail."""
 
+import functools
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
@@ -10,12 +12,14 @@ from llama_fn.mesh.sharded import is_sharded
 
 T = TypeVar("T")
 
+PATIENCE = timedelta(days=30)  # while the first process prepares the texts of a run, or writes its last files
+APART = timedelta(hours=1)  # for the slowest process to write its part of a snapshot; a machine may have vanished
+
 
 class Ranks(NamedTuple):
     """The processes that work together, as one of them sees it: its number, how many there are, and their group.
 
-    The group None is that of all processes. Threads of one process need groups of their own: collectives of one group
-    must run in the same order everywhere.
+    Threads of one process need groups of their own: collectives of one group must run in the same order everywhere.
     """
 
     rank: int = 0
@@ -29,11 +33,18 @@ ALONE = Ranks()
 def all_ranks(apart: bool = False) -> Ranks:
     """All processes that `torchrun` started; this process alone, if it was started otherwise.
 
-    ``apart`` makes a group of its own, for the collectives of another thread. All processes must then call this.
+    All of them must call this. ``apart`` makes a group of its own, for the collectives of another thread.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return ALONE
-    return Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo") if apart else None)
+    group = dist.new_group(backend="gloo", timeout=APART) if apart else _patient_group(dist.group.WORLD)
+    return Ranks(dist.get_rank(), dist.get_world_size(), group)
+
+
+@functools.lru_cache(1)
+def _patient_group(world: Any) -> Any:
+    """The group of all processes that waits as long as it takes."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def ranks_of(value: Any) -> Ranks:
@@ -62,3 +73,16 @@ def agreed(compute: Callable[[], T], ranks: Ranks) -> list[T]:
         if error is not None:
             raise error
     return [result for result, _ in results]
+
+
+def check_same(what: str, value: Any, params: Any) -> None:
+    """Raise `ValueError` on every process unless all that have parts of the parameters were given the same value.
+
+    Otherwise each would compute with its part of a weight and its own value, or wait for the others for ever.
+    """
+    if is_sharded(params.norm):
+        ranks = all_ranks()
+        values = agreed(lambda: value, ranks)
+        if other := [rank for rank, one in enumerate(values) if one != values[0]]:
+            raise ValueError(f"{what}: rank {other[0]} was given another one than rank 0; give all processes of a mesh "
+                             "the same")

@@ -83,8 +83,9 @@ def shard(whole: T, mesh: DeviceMesh, plan: str | Plan) -> T:
 
     def of(part: Any) -> Any:
         if isinstance(part, Params):
-            return tree.map_with_path(shard_weight, abstract_params(part.config), part,
-                                      shardings(part.config, mesh, plan))
+            own = tree.map_with_path(shard_weight, abstract_params(part.config), part,
+                                     shardings(part.config, mesh, plan))
+            return own._replace(output=own.embedding) if part.output is part.embedding else own
         if isinstance(part, Lora):
             return _adapter(part, mesh, plan)
         if isinstance(part, Cache):

@@ -44,7 +44,7 @@ def cut(whole: Any, sharding: Sharding) -> Any:
 
 def joined(part: Any, sharding: Sharding) -> Any:
     """The whole of a leaf from the parts of all devices, on each of them; an axis that `vmap` mapped may come first."""
-    return _each_tensor(gathered, part, sharding.over)
+    return tree.map(lambda x: x.contiguous(), _each_tensor(gathered, part, sharding.over))
 
 
 def check_leaf(path: str, weight: Weight, x: Any, sharding: Sharding) -> None:

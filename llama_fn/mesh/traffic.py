@@ -50,7 +50,8 @@ class _Counting(DispatchMode):
 
     def __torch_dispatch__(self, f: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         known = next((kind for kind in RING if f.overloadpacket.__name__.startswith(kind.replace("-", "_"))), None)
-        if f.namespace == "_c10d_functional" and known and (axis := self.axes.get(args[-1])):  # the last is the group
+        ours_or_torchs = f.namespace in ("_c10d_functional", "llama_fn")
+        if ours_or_torchs and known and (axis := self.axes.get(args[-1])):  # the last is the group
             name, devices = axis
             tensors = [args[0]] if isinstance(args[0], Tensor) else args[0]
             size = sum(x.nbytes for x in tensors) * (devices if known == "all-gather" else 1)

@@ -1,7 +1,7 @@
 """A world: the processes that `torchrun` started, which run one program together, and what each of them does in it.
 
-All processes call the same functions in the same order. The first one alone reads and writes the files of a run; the
-others wait for what it found (`World.from_first`).
+All processes call the same functions in the same order. What all of them need to know, the first one finds, and the
+others wait for it (`World.from_first`).
 """
 
 import math
@@ -9,7 +9,6 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -23,15 +22,13 @@ from llama_fn.mesh.init import init_parts
 from llama_fn.mesh.lost import Process, RankError, SilentExit, first_says, is_of_collective, leave_word, lost
 from llama_fn.mesh.plan import Plan, check_plan, plan_of, rows_over
 from llama_fn.mesh.ranks import ALONE as NO_OTHERS
-from llama_fn.mesh.ranks import Ranks, agreed
+from llama_fn.mesh.ranks import Ranks, agreed, all_ranks
 from llama_fn.mesh.shard import make_mesh, rows_of, shard, sizes_of
 from llama_fn.model.init import init_params
 from llama_fn.model.transformer import Params
 from llama_fn.random import Key
 
 T = TypeVar("T")
-
-PATIENCE = timedelta(days=30)  # while the first process prepares the texts of a run, or writes its last files
 
 
 class World(NamedTuple):
@@ -95,14 +92,14 @@ class World(NamedTuple):
 
     def apart(self) -> Ranks:
         """The processes, with a group of its own for another thread. All processes must call this."""
-        return self.ranks if self.mesh is None else self.ranks._replace(group=_patient_group())
+        return self.ranks if self.mesh is None else all_ranks(apart=True)
 
     def largest(self, number: int) -> int:
         """The largest of the processes' numbers."""
         if self.mesh is None:
             return number
         x = torch.tensor(number)
-        dist.all_reduce(x, dist.ReduceOp.MAX)
+        dist.all_reduce(x, dist.ReduceOp.MAX, self.ranks.group)
         return int(x)
 
     @contextmanager
@@ -138,15 +135,11 @@ def join(sizes: Mapping[str, int], plan: str | Plan, device: str = "cpu") -> Wor
     """
     store = None if dist.is_initialized() else connect(device)
     mesh = make_mesh(sizes, device)
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), _patient_group())
+    ranks = all_ranks()
     processes: list[Any] = [None] * ranks.size
     dist.all_gather_object(processes, Process(socket.gethostname(), os.getpid()), ranks.group)
     return World(mesh, plan, ranks, tuple(processes), store, _job(),
                  int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-
-
-def _patient_group() -> Any:
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def _job() -> str | None:

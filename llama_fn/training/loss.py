@@ -13,7 +13,8 @@ from llama_fn.model.block import block
 from llama_fn.model.transformer import Params, head, trunk
 from llama_fn.modes import compiling
 from llama_fn.ops.inside import clamped, inside
-from llama_fn.ops.weight import Matrix, Vector
+from llama_fn.ops.weight import Matrix, Vector, with_all_rows
+from llama_fn.private import is_mapped_within
 from llama_fn.ranges import number
 from llama_fn.shapes import typed
 from llama_fn.training.chunked_loss import in_chunks, too_many_logits
@@ -116,6 +117,8 @@ def _nats(params: Params, tokens: Tensor, mask: Tensor | None, segments: Tensor 
         last = places[1:].where(mask[..., 1:], -1).amax(-1, keepdim=True)  # of the tokens that count
         tokens = tokens.where(places <= last, 0)
     within = None if segments is None else segments[..., :-1]
+    if is_mapped_within(tokens):  # the sum over the devices would add up rows of several
+        with_all_rows("loss, mapped over rows", params)
     x, _ = trunk(params, tokens[..., :-1], segments=within, layer=layer)
     targets, v = tokens[..., 1:].long(), params.config.vocab_size
     counts = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask[..., 1:]

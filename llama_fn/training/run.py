@@ -97,7 +97,8 @@ def run(folder: str | os.PathLike, plan: Plan, texts: str | os.PathLike | None =
     plan, resume = world.from_first(request)  # before the lock, so that a wrong request touches nothing
     assert plan.steps is not None  # `filled_plan` gives a number
     every = min(500, max(1, plan.steps // 4)) if evaluate_every is None else evaluate_every
-    with locked(folder) if world.is_first else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        world.from_first(lambda: held.enter_context(locked(folder)))
         begun = begin(folder, plan, None if texts is None else Path(texts), resume, device, dialog_tokens, preparing,
                       world)
         _convert(folder, begun, keep, world)

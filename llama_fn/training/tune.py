@@ -93,7 +93,8 @@ def tune(folder: Path, params: Params, data: Sequence[Examples], tuning: Tuning,
             remove_leftovers(place)
         write_json(folder / MANIFEST, {**manifest, **facts_of(world)})
 
-    with locked(folder) if world.is_first else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        world.from_first(lambda: held.enter_context(locked(folder)))
         world.from_first(prepare)
         state, kept, seconds = begin(task, optimizer), b"", 0.0
         found = newest_snapshot(folder, state, lambda about: check_about(about, manifest))

@@ -12,7 +12,7 @@ from llama_fn.config import Config
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.linear import linear
 from llama_fn.model.transformer import Params
-from llama_fn.ops.weight import Matrix, is_divided, whole_shape
+from llama_fn.ops.weight import Matrix, whole_shape
 
 LINEAR = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")  # all matrices of a layer; PEFT's "all-linear"
 
@@ -86,10 +86,6 @@ def adaptable(config: Config) -> dict[str, Weight]:
 def check_fit(params: Params, adapter: Lora) -> None:
     """Raise `ValueError` with all that is wrong if an adapter is not one of these parameters."""
     weights, wrong = adaptable(params.config), []
-    places = {is_divided(x) for x in (params.norm, *(x for pair in adapter.matrices.values() for x in pair))}
-    if len(places) > 1:  # the gradient of an adapter on every device would be that of the device's own rows
-        raise ValueError("the parameters or the adapter are divided over devices, and the other is not; lf.mesh.shard "
-                         "both by one plan")
     for path, (a, b) in adapter.matrices.items():
         if path not in weights:
             wrong.append(f"{path}: the model has no such weight, or none that can be adapted")

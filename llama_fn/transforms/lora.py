@@ -15,7 +15,7 @@ from llama_fn import random, tree
 from llama_fn.config import Config
 from llama_fn.model.init import Weight, abstract_params
 from llama_fn.model.transformer import Params
-from llama_fn.ops.weight import on_one_device
+from llama_fn.ops.weight import is_divided, on_one_device
 from llama_fn.random import Key
 from llama_fn.ranges import integer, number
 from llama_fn.shapes import typed
@@ -66,6 +66,10 @@ def apply(params: Params, adapter: Lora) -> Params:
         return Adapted(weight, tree.map(lambda x: x.to(dtype), a), tree.map(lambda x: (x * factor).to(dtype), b))
 
     dtype = params.embedding.dtype
+    places = {is_divided(x) for x in (params.norm, *(x for pair in adapter.matrices.values() for x in pair))}
+    if len(places) > 1:  # the gradient of an adapter on every device would be that of the device's own rows
+        raise ValueError("the parameters or the adapter are divided over devices, and the other is not; lf.mesh.shard "
+                         "both by one plan")
     check_fit(params, adapter)
     return tree.map_with_path(beside, abstract_params(params.config), params)
 

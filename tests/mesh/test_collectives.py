@@ -183,3 +183,18 @@ def traced(*arguments):
 @pytest.mark.slow
 def test_traced_and_compiled_maps_are_the_maps():
     world(2)(traced, {"dp": 2}, "dp", (3, 4), 1, 7)
+
+
+def largest_and_derivatives(mesh):
+    (axis,) = sharding("d", lf.mesh.make_mesh(mesh), {"d": "tp"}).over
+    x = torch.tensor([3.0, -5.0, 7.0]) * (-1) ** axis.index
+    one = collectives.largest(x, axis)
+    assert one.tolist() == [3, 5, 7]
+    equal(torch.vmap(lambda x: collectives.largest(x, axis))(torch.stack([x, -x], 1).mT), torch.stack([one, one]))
+    _, tangent = torch.func.jvp(lambda x: x.sum() + collectives.largest(x, axis), (x,), (torch.ones(3),))
+    assert tangent.tolist() == [3, 3, 3]
+    assert torch.func.grad(lambda x: (x + collectives.largest(x, axis)).sum())(x).tolist() == [1, 1, 1]
+
+
+def test_the_largest_number_has_no_derivative():
+    world(2)(largest_and_derivatives, {"tp": 2})

@@ -62,8 +62,6 @@ def test_what_is_loaded_on_a_mesh_is_the_part_of_the_whole_bit_for_bit(tmp_path_
 
 def saved_together(folder, mesh, plan, format, shards, tied, dtype):
     params_here = lf.mesh.shard(params(tied), lf.mesh.make_mesh(mesh), plan)
-    if tied:
-        params_here = params_here._replace(output=params_here.embedding)
     lf.save(lf.Model(params_here, lf.load("stories").tokenizer), folder, format=format, shards=shards, dtype=dtype)
 
 

@@ -25,7 +25,8 @@ from llama_fn.training.tune import tune
 from llama_fn.training.tuning import Tuning
 
 PLAN = Plan(dim=16, n_layers=2, n_heads=8, n_kv_heads=4, hidden_dim=24, context=24, vocab_size=288, steps=10, batch=4)
-MESHES = [("replicated", {"dp": 2}), ("fsdp", {"dp": 2}), ("tensor", {"tp": 2}), ("fsdp+tensor", {"dp": 2, "tp": 2})]
+MESHES = [("replicated", {"dp": 2}), ("fsdp", {"dp": 2}), ("tensor", {"tp": 2}),
+          ("replicated+tensor", {"dp": 2, "tp": 2}), ("fsdp+tensor", {"dp": 2, "tp": 2})]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from program import COMMAND
+
+import llama_fn as lf
 
 TESTS = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -39,6 +42,18 @@ def test_greedy_text_is_that_of_one_process():
     alone = subprocess.run([*COMMAND, *request], capture_output=True, text=True, check=True, env=ENV)
     done = ended(*request, "--mesh", "tp=2")
     assert (done.returncode, done.stdout) == (0, alone.stdout), done.stderr
+
+
+@pytest.mark.slow
+def test_an_adapter_that_is_trained_by_parts_is_written_whole(tmp_path):
+    (tmp_path / "a.txt").write_text("Once upon a time there was a cat.\n\n" * 8)
+    done = ended("finetune", "stories", str(tmp_path / "a.txt"), "--out", str(tmp_path / "run"), "--rank", "2",
+                 "--steps", "2", "--batch", "2", "--mesh", "tp=2")
+    assert (done.returncode, said(done.stderr)) == (0, []), done.stderr
+    params = lf.load("stories").params
+    trained = lf.lora.load(tmp_path / "run", params)
+    assert any(b.any() for _, b in trained.matrices.values())
+    assert torch.isfinite(lf.loss(lf.lora.apply(params, trained), torch.arange(8)))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from meshes import FEW, Case, cases
 from strategies import token_rows
+from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import world
 
 import llama_fn as lf
@@ -56,24 +57,41 @@ def test_a_step_sends_what_was_predicted(case, tokens, recomputed, in_chunks):
     assert seen == [(total(gradient), {}, total(forward))] * case.devices
 
 
-def compiled(case, work, computed, recomputed):
+class Operators(TorchDispatchMode):
+    """The names of all operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        self.seen.add(str(f))
+        return f(*args, **(kwargs or {}))
+
+
+def compiled(case, work, computed, recomputed, logits):
     """What a compiled training step sends, after it was compiled."""
     mesh, (params, rows) = parts_of(case, work)
     optimizer, mask = lf.optim.adamw(1e-3), torch.ones_like(rows, dtype=torch.bool)[None]
     step = jit_step(optimizer, lf.remat(lf.block) if recomputed else lf.block, compute_dtype=computed)
-    params, state, _ = step(params, optimizer.init(params), rows[None], mask)
-    with lf.mesh.counted(mesh) as traffic:
-        step(params, state, rows[None], mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked_loss, "LOGITS", logits)
+        params, state, _ = step(params, optimizer.init(params), rows[None], mask)
+        with lf.mesh.counted(mesh) as traffic, Operators() as names:
+            step(params, state, rows[None], mask)
+    assert any("llama_fn.all_" in name for name in names.seen)
+    assert not [name for name in names.seen if "c10d" in name]  # nothing that another one can overtake
     return traffic
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("plan", "mesh", "recomputed"), [("fsdp", {"dp": 2}, False), ("tensor", {"tp": 2}, True)])
 def test_a_compiled_step_sends_what_was_predicted(plan, mesh, recomputed):
+    """With the loss in chunks, as for a large vocabulary."""
     config = lf.Config(dim=48, n_layers=3, n_heads=12, n_kv_heads=4, vocab_size=40, hidden_dim=68)
     stored, work = Work(4, 9, torch.float32), Work(4, 9, torch.bfloat16)
-    seen = world(2)(compiled, Case(config, mesh, PRESETS[plan]), stored, work.dtype, recomputed)
-    gradient = of_gradient(config, mesh, plan, work, compiled=True, recomputed=recomputed)
+    seen = world(2)(compiled, Case(config, mesh, PRESETS[plan]), stored, work.dtype, recomputed, 2 * config.vocab_size)
+    gradient = of_gradient(config, mesh, plan, work, compiled=True, recomputed=recomputed, in_chunks=True)
     assert seen == [total(gradient + of_norm(config, mesh, plan))] * 2
 
 

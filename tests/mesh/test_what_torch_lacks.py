@@ -28,11 +28,11 @@ HEADS = Case(CONFIG, {"tp": 2}, {"k": "tp"})
 NO_DTENSOR = "leaves may be DTensors now: mesh/sharded.py, mesh/collectives.py"
 
 
-def lacks(words, what, f, *args):
-    """`f(*args)` raises an error with these words. If it does not, `what` may go."""
+def lacks(kind, words, what, f, *args):
+    """`f(*args)` raises an error of this kind, with these words. If it does not, `what` may go."""
     try:
         f(*args)
-    except Exception as error:
+    except kind as error:
         assert words in str(error), error
     else:
         raise AssertionError(f"torch has learnt it; {what}")
@@ -58,18 +58,18 @@ def on_dtensors(case, transform):
             wq = grad(params, tokens).blocks[0].attention.wq.full_tensor()
             s.equal(wq, grad(s.params, tokens).blocks[0].attention.wq)
         elif transform == "jvp of grad":
-            lacks("does not have a sharding strategy registered", NO_DTENSOR,
+            lacks(NotImplementedError, "does not have a sharding strategy registered", NO_DTENSOR,
                   lambda: torch.func.jvp(lambda p: grad(p, tokens), (params,), (params,)))
         elif transform == "grad of grad":
-            lacks("The size of tensor a (6) must match the size of tensor b (3)", NO_DTENSOR, torch.func.grad(
-                lambda p: sum(x.square().sum() for x in lf.tree.leaves(grad(p, tokens)))), params)
+            lacks(RuntimeError, "The size of tensor a (6) must match the size of tensor b (3)", NO_DTENSOR,
+                  torch.func.grad(lambda p: sum(x.square().sum() for x in lf.tree.leaves(grad(p, tokens)))), params)
         elif transform == "vmap over models":
             several = lf.tree.map(lambda x: torch.stack([x, x]), params)
-            lacks("Sharding propagation failed for aten.view.default", NO_DTENSOR,
+            lacks(RuntimeError, "Sharding propagation failed for aten.view.default", NO_DTENSOR,
                   lambda: torch.vmap(lambda p: lf.forward(p, tokens)[0])(several))
         elif transform == "jit_step":
             optimizer = lf.optim.sgd(0.1)
-            lacks("DTensorSpec doesn't allow specify shard_order", NO_DTENSOR, jit_step(optimizer), params,
+            lacks(Exception, "DTensorSpec doesn't allow specify shard_order", NO_DTENSOR, jit_step(optimizer), params,
                   optimizer.init(params), tokens[None], torch.ones_like(tokens[None], dtype=torch.bool))
 
 
@@ -82,7 +82,7 @@ def test_on_divided_heads_dtensors_have_no_rule_for(transform):
 def divided_vocabulary(case):
     s = Setting(case)
     with implicit_replication():
-        lacks("", NO_DTENSOR, lf.loss, as_dtensors(s), s.tokens)
+        lacks(AssertionError, "", NO_DTENSOR, lf.loss, as_dtensors(s), s.tokens)
 
 
 def test_dtensors_have_no_rule_for_a_divided_vocabulary_in_a_loss():
@@ -92,9 +92,10 @@ def test_dtensors_have_no_rule_for_a_divided_vocabulary_in_a_loss():
 def collectives_under(transform):
     x, may_go = torch.arange(1.0, 4.0), "mesh/collectives.py may use torch's differentiable collectives"
     if transform == "vmap":
-        lacks("vmap", may_go, torch.vmap(differentiable.all_reduce), x)
+        lacks(RuntimeError, "it must override the setup_context", may_go, torch.vmap(differentiable.all_reduce), x)
     elif transform == "grad":
-        lacks("", may_go, torch.func.grad(lambda x: differentiable.all_reduce(x).sum()), x)
+        lacks(RuntimeError, "it must override the setup_context", may_go,
+              torch.func.grad(lambda x: differentiable.all_reduce(x).sum()), x)
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad"])
@@ -160,3 +161,28 @@ def test_gloo_finds_the_addresses_of_processes_that_have_ended():
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     assert joined(store.port, "start 0") and joined(store.port, "start 1")
     assert not joined(store.port, "start 0", 6)
+
+
+def gather_at_once(rank, port):
+    join_and_end(rank, port, "gathers")
+    for _ in range(40_000):
+        begun = [torch.ops._c10d_functional.all_gather_into_tensor(torch.ones(16, 2, 4 + i), 2, "0") for i in range(6)]
+        for x in begun:
+            torch.ops._c10d_functional.wait_tensor(x)
+
+
+@pytest.mark.slow
+def test_several_all_gathers_at_once_destroy_memory():
+    """If they do not, a compiled step may use torch's own collectives on a CPU, too (`mesh/collectives.py`)."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    context = mp.get_context("forkserver")
+    processes = [context.Process(target=gather_at_once, args=(rank, store.port), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    until = time.monotonic() + 240
+    while all(process.is_alive() for process in processes) and time.monotonic() < until:
+        time.sleep(0.1)
+    ended = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert any(code is not None and code < 0 for code in ended)  # by a signal

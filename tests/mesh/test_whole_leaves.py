@@ -36,6 +36,7 @@ def refused(case):
         (shard, lambda: lf.tree.vdot(s.parts, s.params)),
         ("Sharded in the other", lambda: lf.tree.vdot(s.params, s.parts)),
         *([("without *b", lambda: lf.per_sample_grads(lf.loss, s.parts, rows)),
+           ("mapped over rows: the plan", lambda: torch.vmap(torch.func.grad(lf.loss), (None, 0))(s.parts, rows)),
            ("multiple of 2", lambda: s.shard(tokens[:3])),
            ("no rows", lambda: s.shard(tokens[0, 0])),
            ("should be Float", lambda: lf.forward(s.parts, rows, whole_cache))] if case.plan.get("*b") else
@@ -146,9 +147,24 @@ def text(case):
     assert own.nats == pytest.approx(whole.nats, rel=1e-4)
 
 
-@CASES
-def test_text_is_that_of_one_device(case):
+@pytest.mark.parametrize("plan", [*lf.mesh.PRESETS])
+def test_text_is_that_of_one_device_by_every_preset(plan):
+    mesh = {"dp": 2, "tp": 2} if "+" in plan else {"tp" if plan == "tensor" else "dp": 2}
+    case = Case(CONFIG, mesh, plan)
     world(case.devices)(text, case)
+
+
+def different_texts(case):
+    rank = torch.distributed.get_rank()
+    parts = Setting(case, torch.float32).parts
+    for prompts, limit in ([[1, 2, 3 + rank]], 4), ([[1] * (2 + rank)], 4), ([[1, 2]], 4 + rank):
+        with pytest.raises(ValueError, match="prompts and their limit: rank 1 was given another one than rank 0"):
+            lf.generate(parts, prompts, key=lf.random.key(0), max_new_tokens=limit)
+
+
+@CASES
+def test_processes_that_are_given_different_prompts_are_told(case):
+    world(2)(different_texts, case)
 
 
 def compiled_text(case):

@@ -136,7 +136,7 @@ def test_a_process_of_another_machine_cannot_be_named(processes, monkeypatch):
     ("dp=2", "zero", "plan 'zero' is not known; there are replicated, fsdp, tensor, fsdp+tensor"),
 ])
 def test_a_wrong_mesh_is_refused_before_the_processes_join(monkeypatch, mesh, plan, message):
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2"}.items():
+    for name, value in {"MASTER_ADDR": "x", "RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(command, "join", None)
     with pytest.raises(ValueError, match="^" + message.replace("+", r"\+")[:60]), \
@@ -164,7 +164,7 @@ def test_others_than_the_first_wait_before_they_speak(monkeypatch):
     waits = []
     monkeypatch.setattr(command.time, "sleep", waits.append)
     assert command.speaker(ValueError("x")) == "" and waits == []
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2"}.items():
+    for name, value in {"MASTER_ADDR": "x", "RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert command.speaker(RankError("x")) == "" and waits == []
     assert command.speaker(ValueError("x")) == "rank 1: " and waits == [command.LATER]
