@@ -8,7 +8,7 @@ The folder holds these files:
 - ``manifest.json``: the dtype, shape and SHA-256 of every leaf, or of every part of it and in which file that is;
   whatever else the writer says about the snapshot; and a digest of the manifest itself.
 
-A snapshot is read by any number of processes and by any plan: each process reads its own part of every leaf, from the
+A snapshot is read by any number of processes and by any plan: each process takes its own part of every leaf, from the
 files that have numbers of it. The processes must see one file system.
 
 The functions of ``torch.distributed.checkpoint`` are not used, for three reasons. Its table of contents is a pickle,

@@ -1,12 +1,23 @@
 """`llama-fn plan`: on paper, how a model is best divided over devices."""
 
+from itertools import islice
 from typing import Literal
 
 import torch
 
 from llama_fn.checkpoint.load import find, open_weights
 from llama_fn.config import LLAMA2_7B, LLAMA2_13B, LLAMA2_70B
-from llama_fn.mesh.estimate import Decoding, Estimate, Training, best, enough, estimates, fits
+from llama_fn.mesh.estimate import (
+    Decoding,
+    Estimate,
+    Training,
+    best,
+    enough,
+    estimates,
+    fits,
+    meshes,
+    obstacle,
+)
 from llama_fn.mesh.machine import GPUS, PCIE, PCIE_SPEED, USABLE, Machine
 from llama_fn.ranges import integer, number
 
@@ -57,13 +68,18 @@ def plan(*, model: str = "7b", devices: int = 8, gpu: Literal["h100", "h200", "a
         found = estimates(config, machine, devices, job)
         chosen = best(found, machine)
         print(f"\n{title}")
-        print(f"  {'plan':<19}{'mesh':<12}{'a device':<24}{'GB':>8}  {'sends, GB':>10}{'step, s':>10}{'tokens/s':>12}")
+        if not found:
+            print("no plan divides this model and these rows evenly")
+            for name, mesh in islice(meshes(devices), 3):
+                print(f"  {name}: {obstacle(config, mesh, name, job)}")
+            continue
+        print(f"  {'plan':<19}{'mesh':<12}{'a device':<24}{'GB':>9} {'sends, GB':>10} {'step, s':>10} {'tokens/s':>12}")
         for one in found:
             mark = "*" if one is chosen else " " if fits(one, machine) else "-"
-            print(f"{mark} {one.plan:<19}{_mesh(one):<12}{one.how:<24}{one.size / 1e9:>8.1f}  "
-                  f"{sum(one.traffic.values()) / 1e9:>10,.3f}{one.time:>10.4f}{one.tokens / one.time:>12,.0f}")
-        print(_reason(found, chosen, machine) if found else "no plan divides this model and these rows evenly")
-        if found and chosen is None and (more := enough(config, machine, devices, job)) is not None:
+            print(f"{mark} {one.plan:<19}{_mesh(one):<12}{one.how:<24}{one.size / 1e9:>9.4g} "
+                  f"{sum(one.traffic.values()) / 1e9:>10.4g} {one.time:>10.4g} {one.tokens / one.time:>12,.0f}")
+        print(_reason(found, chosen, machine))
+        if chosen is None and (more := enough(config, machine, devices, job)) is not None:
             print(f"{more[0]} devices are enough: {more[1].plan} on {_mesh(more[1])}, {more[1].size / 1e9:.1f} GB")
 
 
@@ -91,12 +107,12 @@ def _reason(found: list[Estimate], chosen: Estimate | None, machine: Machine) ->
         return (f"no plan fits: the least is {least.plan} on {_mesh(least)}, {_parts(least.memory)}; of a device's "
                 f"{machine.memory / 1e9:.0f} GB, {USABLE * machine.memory / 1e9:.0f} may be used")
     fitting = sum(fits(one, machine) for one in found)
-    seconds = ", ".join(f"{value:.4f} s {name}" for name, value in chosen.seconds.items())
+    seconds = ", ".join(f"{value:.3g} s {name}" for name, value in chosen.seconds.items())
     sends = _parts({f"{kind} {axis}": size for (kind, axis), size in chosen.traffic.items() if size > 1e3})
     token = sum(chosen.traffic.values()) / chosen.tokens
     return (f"choose {chosen.plan} on {_mesh(chosen)}: the fastest of the {fitting} that fit ({seconds})\n"
             f"  a device has {_parts(chosen.memory)}\n"
-            f"  a device sends in a step {sends or 'nothing'}; a token, {token / 1e6:.3f} MB")
+            f"  a device sends in a step {sends or 'nothing'}; a token, {token / 1e6:.4g} MB")
 
 
 def _parts(sizes: dict[str, float]) -> str:

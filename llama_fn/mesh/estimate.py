@@ -76,16 +76,19 @@ def meshes(devices: int) -> Iterator[tuple[str, dict[str, int]]]:
 
 def estimates(config: Config, machine: Machine, devices: int, job: Training | Decoding) -> list[Estimate]:
     """A job by each preset on each mesh that divides model and rows evenly."""
-    found = []
-    for plan, mesh in meshes(devices):
-        try:
-            check_plan(config, mesh, plan)
-        except ValueError:
-            continue
-        if job.rows % prod(mesh[name] for name in rows_over(plan_of(plan))) == 0:
-            found.append(training(config, machine, mesh, plan, job) if isinstance(job, Training)
-                         else decoding(config, machine, mesh, plan, job))
-    return found
+    return [training(config, machine, mesh, plan, job) if isinstance(job, Training)
+            else decoding(config, machine, mesh, plan, job)
+            for plan, mesh in meshes(devices) if obstacle(config, mesh, plan, job) is None]
+
+
+def obstacle(config: Config, mesh: Mapping[str, int], plan: str, job: Training | Decoding) -> str | None:
+    """Why a plan cannot divide the model or the rows evenly over a mesh; None if it can."""
+    try:
+        check_plan(config, mesh, plan)
+    except ValueError as error:
+        return str(error).removeprefix("plan: ")
+    parts = prod(mesh[name] for name in rows_over(plan_of(plan)))
+    return f"{job.rows} rows cannot be divided evenly over {parts} devices" if job.rows % parts else None
 
 
 def fits(estimate: Estimate, machine: Machine) -> bool:

@@ -125,6 +125,8 @@ def rows_of(x: Tensor, mesh: DeviceMesh, plan: str | Plan) -> Tensor:
 def unshard(parts: T) -> T:
     """The whole tree of a tree of parts, on every device. All devices must call it.
 
+    Rows of tokens and caches stay as they are: they do not know of which whole they are a part.
+
     >>> whole = lf.mesh.unshard(params)
     """
     return tree.map(lambda x: unshard_leaf(x) if is_sharded(x) else x, parts, is_leaf=is_sharded)

@@ -103,8 +103,13 @@ def test_plan_prints_a_table_and_a_reason(monkeypatch, capsys, devices):
     assert out.startswith(f"70b, 68,976,648,192 parameters, on {devices} x h200: 989.4 TFLOP/s, 141 GB, 4800 GB/s")
     train, decode = out.split("\n\n")[1:]
     assert ("devices are enough" in train) == (devices in ("1", "8"))
-    assert ("choose" in train) == (devices == "64")  # 48 do not divide 64 rows, nor the model's 8 heads
-    assert decode.count("*") == ("choose" in decode)
+    assert ("\nchoose" in train) == (devices == "64")
+    assert decode.count("*") == ("\nchoose" in decode)
+    if devices == "48":
+        assert train.splitlines()[2:4] == [
+            "  replicated: 64 rows cannot be divided evenly over 48 devices",
+            "  fsdp: embedding has 8192 numbers along d, and 48 devices (dp) cannot divide them evenly; choose a size "
+            "of dp that divides 8192"]
 
 
 def test_plan_takes_a_folder_and_other_speeds(monkeypatch, capsys, model, tmp_path):
