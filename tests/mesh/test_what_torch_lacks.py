@@ -1,19 +1,16 @@
 """What torch lacks, and this package therefore does in a way of its own (see "Why not DTensor" in `mesh/README.md`).
 
-Each test holds as long as torch lacks it. One that fails names what may go.
+Each test holds as long as torch lacks it. One that fails names what may go. Faults of gloo that come by chance are in
+``tests/gloo_faults.py``.
 """
 
 import pickle
-import time
 import warnings
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.nn.functional as differentiable
-import torch.multiprocessing as mp
 from meshes import Case, Setting
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.experimental import implicit_replication
@@ -134,55 +131,3 @@ def test_the_metadata_of_torchs_checkpoints_is_a_pickle(tmp_path):
         dcp.save({"x": torch.zeros(3)}, checkpoint_id=tmp_path)
     with (tmp_path / ".metadata").open("rb") as file:
         assert type(pickle.load(file)).__name__ == "Metadata"
-
-
-def join_and_end(rank, port, start):
-    if rank == 0:
-        time.sleep(1.0)  # so that the other one looks for an address before there is a new one
-    store = dist.PrefixStore(start, dist.TCPStore("localhost", port, is_master=False))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=5))
-    dist.barrier()
-
-
-def joined(port, start, seconds=60):
-    """Whether two processes can join each other in time through a store, by the keys of this start."""
-    context = mp.get_context("forkserver")
-    processes = [context.Process(target=join_and_end, args=(rank, port, start), daemon=True) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(seconds)
-        process.kill()
-    return [process.exitcode for process in processes] == [0, 0]
-
-
-def test_gloo_finds_the_addresses_of_processes_that_have_ended():
-    """If it does not, a start of a run needs no keys of its own (`mesh/connect.py`)."""
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    assert joined(store.port, "start 0") and joined(store.port, "start 1")
-    assert not joined(store.port, "start 0", 6)
-
-
-def gather_at_once(rank, port):
-    join_and_end(rank, port, "gathers")
-    for _ in range(40_000):
-        begun = [torch.ops._c10d_functional.all_gather_into_tensor(torch.ones(16, 2, 4 + i), 2, "0") for i in range(6)]
-        for x in begun:
-            torch.ops._c10d_functional.wait_tensor(x)
-
-
-@pytest.mark.slow
-def test_several_all_gathers_at_once_destroy_memory():
-    """If they do not, a compiled step may use torch's own collectives on a CPU, too (`mesh/collectives.py`)."""
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    context = mp.get_context("forkserver")
-    processes = [context.Process(target=gather_at_once, args=(rank, store.port), daemon=True) for rank in range(2)]
-    for process in processes:
-        process.start()
-    until = time.monotonic() + 240
-    while all(process.is_alive() for process in processes) and time.monotonic() < until:
-        time.sleep(0.1)
-    ended = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert any(code is not None and code < 0 for code in ended)  # by a signal
