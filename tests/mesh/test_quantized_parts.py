@@ -64,7 +64,7 @@ def loaded(folder, stored, mesh, plan, bits):
 def test_files_give_the_same_parts_whether_they_hold_integers_or_not(case, bits, tied, tmp_path):
     params = lf.init_params(lf.random.key(0), CONFIG)
     params = params._replace(output=params.embedding) if tied else params
-    lf.save(lf.Model(params, None), tmp_path / "plain")
+    lf.save(lf.Model(params, None), tmp_path / "plain", format="hf")  # which knows of tied weights
     lf.save(lf.Model(lf.quantize(params, bits), None), tmp_path / "stored")
     world(case.devices)(loaded, tmp_path / "plain", tmp_path / "stored", case.mesh, case.plan, bits)
 
