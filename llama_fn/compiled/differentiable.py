@@ -132,6 +132,7 @@ def _gather_again(graph: Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and len(node.all_input_nodes) == 1 and node.all_input_nodes[0] in of_one:
             of_one.add(node)
+            # By the name: on a CPU the operator is that of `mesh/collectives.py`, and on a GPU torch's own.
             if "all_gather" in str(node.target) or node.all_input_nodes[0] in again:
                 again.add(node)
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE

@@ -12,7 +12,7 @@ other (Shoeybi et al. 2019, "Megatron-LM", section 3, call `copied` and `summed`
     collected   slices           parts' input    all-gather         scattered       all_gather
     scattered   parts of a sum   slices of it    reduce-scatter     collected       psum_scatter
 
-PyTorch's own differentiable collectives have no rule for `vmap`, and none for a second derivative. These have both.
+PyTorch's own differentiable collectives do not work under `torch.func`. These do, with all its transforms.
 """
 
 from collections.abc import Callable
